@@ -1,4 +1,4 @@
-"""The network is cut in every process the tests start; loopback works; the folder of real pictures is found or named."""
+"""The network is cut in every process the tests start, loopback apart; real pictures are found, or missed by name."""
 
 import socket
 import subprocess
