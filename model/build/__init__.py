@@ -1,0 +1,1 @@
+"""What makes and changes models; not carried by saved ones."""

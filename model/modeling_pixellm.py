@@ -1,0 +1,396 @@
+"""PixelLM: the parts wired together. Training, teacher-forced segmentation and generation share one mask path.
+
+Axes: B pictures, C conversations, T tokens, P expanded positions, Q targets, S scales, K tokens per scale, H language
+width, D embedding width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_pixellm import PixelLMConfig
+from .generation import GeneratedAnswer, generate_answers
+from .geometry import restore_masks, valid_cells
+from .losses import IGNORE_TOKEN, LossTerm, bce_loss, count_masks, dice_loss, refinement_weights, text_loss
+from .pixel_decoder import PixelDecoder
+from .projector import Projector
+from .seg_codebook import SegCodebook, group_positions
+from .vision_tower import VisionTower, vision_model_from_config
+
+TOWER_KEY = "vision_tower"  # pictures are keyed by the tower they are for
+
+
+@dataclass
+class EncodedPictures:
+    """What the vision tower saw, once per picture.
+
+    features: S times (B, patches, vision width). image_tokens: (B, N, H) for the language model.
+    image_token_mask: (B, N) bool, False where a token lies wholly in the padding.
+    maps: S feature maps (B, H, grid, grid) for the pixel decoder, made when the first mask is asked for.
+    """
+
+    features: list[torch.Tensor]
+    image_tokens: torch.Tensor
+    image_token_mask: torch.Tensor
+    maps: list[torch.Tensor] | None = None
+
+
+@dataclass
+class ExpandedRows:
+    """Conversations after each placeholder grew into the positions of its picture, right-padded.
+
+    ids: (C, P), the placeholder id standing for every picture position. embeddings: (C, P, H). attention_mask: (C, P)
+    bool. labels: (C, P) or None. Positions are counted from 0 over all of a row, masked ones included (golden fact M7).
+    """
+
+    ids: torch.Tensor
+    embeddings: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor | None
+
+
+@dataclass
+class PixelLMOutput(ModelOutput):
+    """Result of `PixelLMForCausalLM.forward`.
+
+    losses: by name, unnormalised. mask_logits: per picture (Q, height, width) at the picture's own size.
+    low_res_mask_logits: per picture (Q, h, w) over the square. embeddings: (Q, S, D). last_hidden_state: (C, P, H).
+    attention_mask and labels: (C, P), expanded.
+    """
+
+    losses: dict[str, LossTerm] | None = None
+    mask_logits: list[torch.Tensor] | None = None
+    low_res_mask_logits: list[torch.Tensor] | None = None
+    embeddings: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+
+class PixelLMForCausalLM(PreTrainedModel):
+    """A language model that sees a picture and gives every thing it names a mask.
+
+    Args:
+        config: shapes and numerics.
+        language_model, vision_model: finished transformers models to carry; made from the config where not given.
+    """
+
+    config_class = PixelLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: PixelLMConfig,
+        language_model: PreTrainedModel | None = None,
+        vision_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        text, vision = config.text_config, config.vision_config
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(text, attn_implementation=config._attn_implementation)
+        if vision_model is None:
+            vision_model = vision_model_from_config(vision, config._attn_implementation)
+        self.language_model = language_model
+        self.vision_tower = VisionTower(vision_model, config.vision_feature_layers)
+        self.projector = Projector(vision.hidden_size, text.hidden_size)
+        self.mask_projector = Projector(vision.hidden_size, text.hidden_size)
+        self.codebook = SegCodebook(
+            text.hidden_size,
+            config.embedding_dim,
+            config.num_scales,
+            config.tokens_per_scale,
+            fusion_value=config.token_fusion_value,
+            learned=config.token_fusion == "learned",
+        )
+        self.pixel_decoder = PixelDecoder(
+            text.hidden_size,
+            config.embedding_dim,
+            config.num_scales,
+            depth=config.decoder_depth,
+            num_heads=config.decoder_num_heads,
+            mlp_width=config.decoder_mlp_dim,
+            num_mask_tokens=config.decoder_num_mask_tokens,
+            scale_value=config.scale_fusion_value,
+            learned=config.scale_fusion == "learned",
+        )
+        for part in (self.projector, *self.mask_parts()):
+            for module in part.modules():
+                module._is_own_part = True
+        self.post_init()
+
+    def mask_parts(self) -> tuple[nn.Module, ...]:
+        """The modules that only masks need."""
+        return self.mask_projector, self.codebook, self.pixel_decoder
+
+    @property
+    def trains_masks(self) -> bool:
+        return any(parameter.requires_grad for part in self.mask_parts() for parameter in part.parameters())
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Our own parts start as torch would start them; the language model and the tower as their own classes say."""
+        if getattr(module, "_is_own_part", False):
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss by name; the refinement weight α is inside the BCE."""
+        config = self.config
+        return {"ce": config.ce_loss_weight, "bce": config.bce_loss_weight, "dice": config.dice_loss_weight}
+
+    def count_losses(
+        self, labels: torch.Tensor | None = None, masks: list[torch.Tensor] | None = None, **_: Any
+    ) -> dict[str, float]:
+        """The counts `forward` would return for a batch, from the batch alone: what a sum over a whole step is divided by."""
+        tokens = 0.0 if labels is None else float((labels[:, 1:] != IGNORE_TOKEN).sum())
+        targets = 0.0 if masks is None else float(sum(count_masks(picture_masks) for picture_masks in masks))
+        return {"ce": tokens, "bce": targets, "dice": targets}
+
+    # --- the way of a picture -------------------------------------------------------------------------------------
+
+    def encode_pictures(self, pixel_values: dict[str, torch.Tensor], resized_sizes: torch.Tensor) -> EncodedPictures:
+        """Run the vision tower and make the image tokens, once per picture.
+
+        Args:
+            pixel_values: (B, 3, P, P) under the tower's key. resized_sizes: (B, 2).
+        """
+        config = self.config
+        features = self.vision_tower(pixel_values[TOWER_KEY], resized_sizes)
+        grid = (config.grid_size, config.grid_size)
+        pooled = features[0]
+        if config.image_token_pool > 1:
+            square = pooled.transpose(1, 2).unflatten(2, grid).float()
+            # For a whole factor, averaging the window equals the release's bilinear resize (golden fact M8) only at 2.
+            pooled = F.avg_pool2d(square, config.image_token_pool).flatten(2).transpose(1, 2).to(pooled.dtype)
+        cell = config.patch_size * config.image_token_pool
+        mask = valid_cells(resized_sizes.to(pooled.device), config.image_token_grid, cell)
+        return EncodedPictures(features, self.projector(pooled), mask)
+
+    def feature_maps(self, pictures: EncodedPictures) -> list[torch.Tensor]:
+        """The pixel decoder's S maps (B, H, grid, grid), projected once per set of pictures."""
+        if pictures.maps is None:
+            grid = (self.config.grid_size, self.config.grid_size)
+            pictures.maps = [self.mask_projector(f).transpose(1, 2).unflatten(2, grid) for f in pictures.features]
+        return pictures.maps
+
+    def expand_rows(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pictures: EncodedPictures,
+        image_index: torch.Tensor,
+        labels: torch.Tensor | None = None,
+    ) -> ExpandedRows:
+        """Let the placeholder of each row grow into its picture's positions. Rows without a placeholder are text only.
+
+        Args:
+            input_ids, attention_mask, labels: (C, T). image_index: (C,) which picture a row is about.
+        """
+        is_image = input_ids == self.config.image_token_id
+        if bool((is_image.sum(dim=1) > 1).any()):
+            raise ValueError("a conversation holds more than one <image> placeholder; expected at most one")
+        positions_per_picture = pictures.image_tokens.shape[1]
+        widths = torch.where(is_image, positions_per_picture, 1)
+        ends = widths.cumsum(dim=1)
+        length = int(ends[:, -1].max())
+        targets = torch.arange(length, device=input_ids.device).expand(len(input_ids), -1).contiguous()
+        source = torch.searchsorted(ends, targets, right=True)
+        beyond = source >= input_ids.shape[1]  # rows without a picture end earlier
+        source = source.clamp(max=input_ids.shape[1] - 1)
+        ids = input_ids.gather(1, source)
+        in_picture = is_image.gather(1, source)
+        place = (targets - (ends - widths).gather(1, source)).clamp(max=positions_per_picture - 1)
+        rows = image_index[:, None].expand_as(place)
+        text = self.get_input_embeddings()(ids.masked_fill(in_picture, 0))
+        image = pictures.image_tokens[rows, place].to(text.dtype)
+        embeddings = torch.where(in_picture[..., None], image, text)
+        mask = torch.where(in_picture, pictures.image_token_mask[rows, place], attention_mask.bool().gather(1, source))
+        expanded_labels = None
+        if labels is not None:
+            expanded_labels = labels.gather(1, source).masked_fill(in_picture | beyond, IGNORE_TOKEN)
+        return ExpandedRows(ids.masked_fill(beyond, 0), embeddings, mask & ~beyond, expanded_labels)
+
+    # --- the way of a target --------------------------------------------------------------------------------------
+
+    def decode_masks(
+        self, group_states: torch.Tensor, pictures: EncodedPictures, picture_of_target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The one mask path.
+
+        Args:
+            group_states: (Q, S * K, H) hidden states that predict the tokens of each group.
+            picture_of_target: (Q,) long.
+
+        Returns:
+            (Q, S, D) embeddings and (Q, h, w) mask logits over the square.
+        """
+        embeddings = self.codebook(group_states)
+        return embeddings, self.pixel_decoder(embeddings, self.feature_maps(pictures), picture_of_target)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: dict[str, torch.Tensor],
+        resized_sizes: torch.Tensor,
+        original_sizes: torch.Tensor,
+        image_index: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        masks: list[torch.Tensor] | None = None,
+        target_questions: torch.Tensor | None = None,
+    ) -> PixelLMOutput:
+        """Losses and masks for answers that are given.
+
+        Args:
+            input_ids, attention_mask, labels: (C, T), right-padded; labels are -100 where nothing is to be learned.
+            pixel_values: (B, 3, P, P) under the tower's key. resized_sizes, original_sizes: (B, 2).
+            image_index: (C,) non-decreasing, the picture of each row.
+            masks: per picture (Q, height, width) uint8 of 0, 1 and 255 (ignored) at the picture's own size, ordered by row
+                and by place in the text. target_questions: (Q,) number of the question each target belongs to.
+
+        Raises:
+            ValueError: seg groups are broken, or masks and groups disagree in number.
+        """
+        pictures = self.encode_pictures(pixel_values, resized_sizes)
+        rows = self.expand_rows(input_ids, attention_mask, pictures, image_index, labels)
+        hidden = self.hidden_states(rows)
+        group_rows, group_columns = group_positions(rows.ids, self.config.seg_token_ids)
+        picture_of_target = image_index[group_rows]
+        # A token's state is that of the position which predicts it (golden fact M4).
+        group_states = hidden[group_rows[:, None], group_columns - 1]
+        embeddings, low_res, zero = self._decode_or_touch(group_states, hidden, pictures, picture_of_target)
+        counts = torch.bincount(picture_of_target, minlength=len(resized_sizes)).tolist()
+        low_res_per_picture = list(low_res.split(counts))
+        mask_logits = self._restore(low_res_per_picture, resized_sizes, original_sizes)
+        losses: dict[str, LossTerm] = {}
+        if rows.labels is not None:
+            losses["ce"] = self._text_loss(hidden, rows.labels)
+        if masks is not None:
+            self._check_masks(masks, mask_logits)
+            losses.update(self._mask_losses(mask_logits, masks, target_questions, zero))
+        return PixelLMOutput(
+            losses=losses or None,
+            mask_logits=mask_logits,
+            low_res_mask_logits=low_res_per_picture,
+            embeddings=embeddings,
+            last_hidden_state=hidden,
+            attention_mask=rows.attention_mask,
+            labels=rows.labels,
+        )
+
+    def hidden_states(self, rows: ExpandedRows) -> torch.Tensor:
+        """(C, P, H) states of the language model after its final norm."""
+        positions = torch.arange(rows.ids.shape[1], device=rows.ids.device)[None]
+        return self.language_model.get_decoder()(
+            inputs_embeds=rows.embeddings, attention_mask=rows.attention_mask.long(), position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def _decode_or_touch(
+        self, group_states: torch.Tensor, hidden: torch.Tensor, pictures: EncodedPictures, picture_of_target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Decode the targets: embeddings, logits over the square, and a zero that belongs in the mask losses.
+
+        In training without any target one stand-in is decoded, and its logits enter that zero. Otherwise a rank whose
+        batch is text only would leave its mask parts without gradient, and a sharded or data-parallel run would wait
+        for them forever.
+        """
+        zero = hidden.new_zeros((), dtype=torch.float32)
+        if len(group_states):
+            return *self.decode_masks(group_states, pictures, picture_of_target), zero
+        config, side = self.config, self.config.grid_size * 2**self.config.num_scales
+        no_embeddings = hidden.new_zeros((0, config.num_scales, config.embedding_dim))
+        no_logits = hidden.new_zeros((0, side, side))
+        if self.training and torch.is_grad_enabled() and self.trains_masks:
+            stand_in = hidden[:1, :1].expand(-1, config.group_size, -1)
+            zero = self.decode_masks(stand_in, pictures, picture_of_target.new_zeros(1))[1].float().sum() * 0.0
+        return no_embeddings, no_logits, zero
+
+    def _text_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> LossTerm:
+        """Logits are computed only where there is something to learn."""
+        wanted = labels[:, 1:] != IGNORE_TOKEN
+        logits = self.get_output_embeddings()(hidden[:, :-1][wanted])
+        return text_loss(logits, labels[:, 1:][wanted])
+
+    def _restore(
+        self, low_res: list[torch.Tensor], resized_sizes: torch.Tensor, original_sizes: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Masks in each picture's own pixels; pictures of equal sizes go together."""
+        sizes = [(tuple(r), tuple(o)) for r, o in zip(resized_sizes.tolist(), original_sizes.tolist(), strict=True)]
+        restored: list[torch.Tensor] = [torch.empty(0)] * len(low_res)
+        for size in dict.fromkeys(sizes):
+            members = [index for index, other in enumerate(sizes) if other == size]
+            together = restore_masks(torch.cat([low_res[index] for index in members]), *size)
+            for index, masks in zip(members, together.split([len(low_res[i]) for i in members]), strict=True):
+                restored[index] = masks
+        return restored
+
+    @staticmethod
+    def _check_masks(masks: list[torch.Tensor], mask_logits: list[torch.Tensor]) -> None:
+        found, expected = [tuple(m.shape) for m in masks], [tuple(m.shape) for m in mask_logits]
+        if found != expected:
+            raise ValueError(
+                f"masks of shapes {found} were given, but the answers hold seg groups for {expected}: every group needs one mask "
+                "at its picture's own size"
+            )
+
+    def _mask_losses(
+        self,
+        mask_logits: list[torch.Tensor],
+        masks: list[torch.Tensor],
+        target_questions: torch.Tensor | None,
+        zero: torch.Tensor,
+    ) -> dict[str, LossTerm]:
+        counts = [len(m) for m in masks]
+        if target_questions is None:
+            target_questions = torch.arange(sum(counts), device=mask_logits[0].device)
+        questions = target_questions.to(mask_logits[0].device).split(counts)
+        bce, dice = LossTerm(zero, zero.detach()), LossTerm(zero, zero.detach())
+        for size in dict.fromkeys(m.shape[1:] for m in masks):
+            members = [index for index, m in enumerate(masks) if m.shape[1:] == size and len(m)]
+            if not members:
+                continue
+            logits = torch.cat([mask_logits[index] for index in members])
+            truth = torch.cat([masks[index] for index in members])
+            weights = None
+            if self.config.refinement_alpha != 1:
+                weights = refinement_weights(logits, torch.cat([questions[i] for i in members]), self.config.refinement_alpha)
+            bce = LossTerm(*(a + b for a, b in zip(bce, bce_loss(logits, truth, weights), strict=True)))
+            dice = LossTerm(*(a + b for a, b in zip(dice, dice_loss(logits, truth), strict=True)))
+        return {"bce": bce, "dice": dice}
+
+    @torch.no_grad()
+    def generate_answers(
+        self,
+        pixel_values: dict[str, torch.Tensor],
+        resized_sizes: torch.Tensor,
+        prompts: list[torch.Tensor],
+        image_index: torch.Tensor,
+        end_token_id: int,
+        max_new_tokens: int,
+    ) -> list[GeneratedAnswer]:
+        """Answer prompts greedily; see `generation.generate_answers`."""
+        return generate_answers(self, pixel_values, resized_sizes, prompts, image_index, end_token_id, max_new_tokens)
