@@ -1,0 +1,313 @@
+"""Conversations in words about a scene: what is there, where it is, how it relates. No masks.
+
+Places are given on a grid of `grid` rows and columns counted from 1, top left first: "at row 2 column 5" holds the centre.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .drawing import Scene, Shape, shape_glyph
+from .questions import SIZE_RATIO, all_templates, directly, find_asks, names_of
+from .sampling import SceneSettings, sample_scene
+from .words import COLOURS, DIRECTIONS, FORMS, NUMBERS, SIZES, TIMES, category_names, join_list
+
+DEFAULT_GRID = 7
+_FIND = ("Find {}.", "Point to {}.", "Show me {}.", "Where do you see {}?", "Locate {}.")
+_WHERE_IS = "Where is {}?"
+_DESCRIBE = (
+    "Describe the picture.",
+    "What is in the picture?",
+    "What do you see?",
+    "Name all shapes.",
+    "List the shapes from left to right.",
+)
+_PLACES = ("Where is everything?", "Give the place of every shape.", "List all shapes and where they are.")
+_AT = ("What is at {}?", "Which shape is at {}?", "Name the shape at {}.")
+_NOTHING = ("Nothing is at {}.", "There is nothing at {}.")
+_EXISTS = ("Is there a {} in the picture?", "Do you see a {}?", "Does the picture show a {}?")
+_HOW_MANY = ("How many {} are there?", "Count the {}.")
+_HOW_LARGE = ("What size is the {}?", "How large is the {}?")
+_COLOUR_OF = ("What colour is the shape at {}?", "Which colour is at {}?")
+_FORM_OF = ("What form is the shape at {}?", "Which form is at {}?")
+_IS_WHERE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+_OUTERMOST = {"left": "leftmost", "right": "rightmost", "above": "highest", "below": "lowest"}
+
+Turn = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """What a turn is made from: the scene, the grid of places, the random source."""
+
+    scene: Scene
+    grid: int
+    rng: random.Random
+
+    def cell(self, shape: Shape) -> tuple[int, int]:
+        """(row, column) of the centre, from 1."""
+        row, column = (
+            min(int(c * self.grid / self.scene.side), self.grid - 1) + 1 for c in (shape.centre_y, shape.centre_x)
+        )
+        return row, column
+
+    def place(self, shape: Shape) -> str:
+        return cell_words(*self.cell(shape))
+
+
+def cell_words(row: int, column: int) -> str:
+    return f"row {row} column {column}"
+
+
+def _a(words: str) -> str:
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def _describe(speaker: Speaker) -> Turn:
+    shapes = speaker.scene.shapes
+    detailed = speaker.rng.random() < 0.5
+    items = [_a(f"{s.size} {s.name}" if detailed else s.name) for s in shapes]
+    return speaker.rng.choice(_DESCRIBE), f"There are {NUMBERS[len(shapes)]} shapes: {join_list(items)}."
+
+
+def _all_places(speaker: Speaker) -> Turn:
+    items = [f"{s.name} {speaker.place(s)}" for s in speaker.scene.shapes]
+    return speaker.rng.choice(_PLACES), f"From left to right: {', '.join(items)}."
+
+
+def _mask_question(kind: str) -> Callable[[Speaker], Turn | None]:
+    """The same question as one for masks, answered with a place after each name instead of a mask."""
+
+    def turn(speaker: Speaker) -> Turn | None:
+        families = [asks for asks in find_asks(speaker.scene)[kind].values() if asks]
+        if not families:
+            return None
+        ask = speaker.rng.choice(speaker.rng.choice(families))
+        phrased = ask.phrase(speaker.rng, speaker.scene, lambda shape: f"at {speaker.place(shape)}")
+        if kind == "reasoning":
+            return phrased.question, phrased.answer
+        wordings = (*_FIND, _WHERE_IS) if kind == "direct" and phrased.question.startswith("the ") else _FIND
+        return speaker.rng.choice(wordings).format(phrased.question), phrased.answer
+
+    return turn
+
+
+def _shape_at(scene: Scene, row: int, column: int, grid: int) -> Shape | None | str:
+    """The shape that covers the middle of a cell, None where no shape's box touches the cell, "unclear" otherwise."""
+    cell = scene.side / grid
+    x, y = int((column - 0.5) * cell), int((row - 0.5) * cell)
+    for shape in scene.shapes:
+        column_in, row_in = x - shape.left, y - shape.top
+        if 0 <= column_in < shape.side and 0 <= row_in < shape.side:
+            around = shape_glyph(shape.form, shape.side)[
+                max(row_in - 2, 0) : row_in + 3, max(column_in - 2, 0) : column_in + 3
+            ]
+            return shape if around.all() else "unclear"
+        if (
+            shape.left < column * cell
+            and shape.left + shape.side > (column - 1) * cell
+            and (shape.top < row * cell and shape.top + shape.side > (row - 1) * cell)
+        ):
+            return "unclear"
+    return None
+
+
+def _what_is_at(speaker: Speaker) -> Turn | None:
+    rng, grid = speaker.rng, speaker.grid
+    if rng.random() < 0.5:
+        row, column = speaker.cell(rng.choice(speaker.scene.shapes))
+    else:
+        row, column = rng.randint(1, grid), rng.randint(1, grid)
+    found, words = _shape_at(speaker.scene, row, column, grid), cell_words(row, column)
+    if isinstance(found, str):
+        return None
+    if found is None:
+        return rng.choice(_AT).format(words), rng.choice(_NOTHING).format(words)
+    manner = rng.random()
+    if manner < 0.2:
+        return rng.choice(_COLOUR_OF).format(words), f"It is {found.colour}."
+    if manner < 0.4:
+        return rng.choice(_FORM_OF).format(words), f"It is a {found.form}."
+    return rng.choice(_AT).format(words), f"{_capital(_a(found.name))}."
+
+
+def _exists(speaker: Speaker) -> Turn:
+    rng, scene = speaker.rng, speaker.scene
+    counts = names_of(scene)
+    if rng.random() < 0.5:
+        name = rng.choice(list(counts))
+    else:
+        name = rng.choice([absent for absent in category_names() if absent not in counts])
+    question = rng.choice(_EXISTS).format(name)
+    if counts[name] == 0:
+        return question, f"No, there is no {name}."
+    places = join_list([f"at {speaker.place(s)}" for s in scene.shapes if s.name == name])
+    return question, f"Yes, {places}."
+
+
+def _how_many(speaker: Speaker) -> Turn:
+    rng, shapes = speaker.rng, speaker.scene.shapes
+    manner = rng.random()
+    if manner < 0.2:
+        things, count = "shapes", len(shapes)
+    elif manner < 0.6:
+        form = rng.choice(list(FORMS))
+        things, count = FORMS[form], sum(s.form == form for s in shapes)
+    else:
+        colour = rng.choice(list(COLOURS))
+        things, count = f"{colour} shapes", sum(s.colour == colour for s in shapes)
+    words = things.removesuffix("s") if count == 1 and things.endswith("shapes") else things
+    if count == 1 and words == things:
+        words = next(form for form, plural in FORMS.items() if plural == things)
+    verb = "is" if count == 1 else "are"
+    return rng.choice(_HOW_MANY).format(things), f"There {verb} {'no' if count == 0 else NUMBERS[count]} {words}."
+
+
+def _single(scene: Scene) -> list[int]:
+    """Indices of the shapes whose name occurs once."""
+    counts = names_of(scene)
+    return [i for i, s in enumerate(scene.shapes) if counts[s.name] == 1]
+
+
+def _how_large(speaker: Speaker) -> Turn | None:
+    single = _single(speaker.scene)
+    if not single:
+        return None
+    shape = speaker.scene.shapes[speaker.rng.choice(single)]
+    return speaker.rng.choice(_HOW_LARGE).format(shape.name), f"The {shape.name} is {shape.size}."
+
+
+def _two_of(speaker: Speaker) -> tuple[int, int] | None:
+    single = _single(speaker.scene)
+    if len(single) < 2:
+        return None
+    first, second = speaker.rng.sample(single, 2)
+    return first, second
+
+
+def _is_larger(speaker: Speaker) -> Turn | None:
+    pair = _two_of(speaker)
+    if pair is None:
+        return None
+    first, second = (speaker.scene.shapes[i] for i in pair)
+    if max(first.area, second.area) < SIZE_RATIO * min(first.area, second.area):
+        return None
+    larger = first.area > second.area
+    word = speaker.rng.choice(("larger", "smaller"))
+    truth = larger == (word == "larger")
+    verdict = f"Yes, the {first.name} is {word}." if truth else f"No, the {second.name} is {word}."
+    return f"Is the {first.name} {word} than the {second.name}?", verdict
+
+
+def _is_beside(speaker: Speaker) -> Turn | None:
+    pair = _two_of(speaker)
+    if pair is None:
+        return None
+    first, second = (speaker.scene.shapes[i] for i in pair)
+    dx, dy = first.centre_x - second.centre_x, first.centre_y - second.centre_y
+    if max(abs(dx), abs(dy)) < speaker.scene.side / speaker.grid / 2:
+        return None
+    if abs(dx) > abs(dy):
+        true_direction, other = ("left", "right") if dx < 0 else ("right", "left")
+    else:
+        true_direction, other = ("above", "below") if dy < 0 else ("below", "above")
+    asked = speaker.rng.choice((true_direction, other))
+    verdict = "Yes" if asked == true_direction else "No"
+    sentence = f"the {first.name} is {_IS_WHERE[true_direction]} the {second.name}"
+    return f"Is the {first.name} {_IS_WHERE[asked]} the {second.name}?", f"{verdict}, {sentence}."
+
+
+def _neighbours(speaker: Speaker) -> Turn | None:
+    """A relation asked from the place of the reference: it says where the reference is before it names the other."""
+    single = _single(speaker.scene)
+    if not single:
+        return None
+    index, direction = speaker.rng.choice(single), speaker.rng.choice(DIRECTIONS)
+    target = directly(speaker.scene, index, direction)
+    if target is None:
+        return None
+    here, there = speaker.scene.shapes[index], speaker.scene.shapes[target]
+    question = f"Look at the {here.name}. What is directly {_IS_WHERE[direction]} it?"
+    return (
+        question,
+        f"The {here.name} is at {speaker.place(here)}. {_capital(_IS_WHERE[direction])} it is the {there.name} at {speaker.place(there)}.",
+    )
+
+
+def _outermost(speaker: Speaker) -> Turn | None:
+    direction = speaker.rng.choice(DIRECTIONS)
+    sign = -1 if direction in ("right", "below") else 1
+    ranked = sorted(
+        (sign * (s.centre_x if direction in ("left", "right") else s.centre_y), i)
+        for i, s in enumerate(speaker.scene.shapes)
+    )
+    if ranked[1][0] - ranked[0][0] < speaker.scene.side / speaker.grid / 4:
+        return None
+    shape = speaker.scene.shapes[ranked[0][1]]
+    word = _OUTERMOST[direction]
+    return f"Which shape is the {word}?", f"The {word} shape is the {shape.name} at {speaker.place(shape)}."
+
+
+# (weight, turn): what a conversation is mixed from. About half are the questions that will be asked for masks.
+_TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
+    (3.0, _mask_question("direct")),
+    (3.0, _mask_question("several")),
+    (5.0, _mask_question("reasoning")),
+    (1.2, _mask_question("no_target")),
+    (1.0, _describe),
+    (1.5, _all_places),
+    (2.0, _what_is_at),
+    (1.0, _exists),
+    (1.0, _how_many),
+    (0.5, _how_large),
+    (0.5, _is_larger),
+    (0.7, _is_beside),
+    (1.0, _neighbours),
+    (0.6, _outermost),
+)
+
+
+def make_conversation(scene: Scene, rng: random.Random, turns: int, grid: int = DEFAULT_GRID) -> list[Turn]:
+    """`turns` different (question, answer) pairs in words about a scene."""
+    speaker = Speaker(scene, grid, rng)
+    weights, makers = zip(*_TURNS, strict=True)
+    conversation: list[Turn] = []
+    while len(conversation) < turns:
+        turn = rng.choices(makers, weights)[0](speaker)
+        if turn is not None and turn[0] not in {question for question, _ in conversation}:
+            conversation.append(turn)
+    return conversation
+
+
+def tokenizer_corpus(grid: int = DEFAULT_GRID, scenes: int = 400) -> list[str]:
+    """Text to train a tokenizer on: every word of the closed vocabulary, every template, and what is said about some scenes.
+
+    Deterministic. The scenes are no part of any data set.
+    """
+    corpus = [
+        *category_names(),
+        *FORMS.values(),
+        *SIZES,
+        *NUMBERS,
+        *TIMES.values(),
+        *_IS_WHERE.values(),
+        *_OUTERMOST.values(),
+    ]
+    corpus += [cell_words(row, column) for row in range(1, grid + 1) for column in range(1, grid + 1)]
+    rng = random.Random("tokenizer corpus")
+    for _ in range(scenes):
+        scene = sample_scene(rng, SceneSettings())
+        for question, answer in make_conversation(scene, rng, 8, grid):
+            corpus += [question, answer]
+        for families in find_asks(scene).values():
+            for ask in [rng.choice(asks) for asks in families.values() if asks]:
+                phrased = ask.phrase(rng, scene, lambda shape: "")
+                corpus += [phrased.question, phrased.answer.replace(" .", ".").replace(" ,", ",").replace("  ", " ")]
+    return corpus

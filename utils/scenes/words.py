@@ -1,0 +1,58 @@
+"""The closed vocabulary of the scenes: colours, forms, sizes, directions, and how they are put into words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from types import MappingProxyType
+
+# Name -> (red, green, blue), 0..255. Far apart from each other and from the greys of the background.
+COLOURS = MappingProxyType(
+    {
+        "red": (214, 40, 40),
+        "green": (46, 160, 67),
+        "blue": (38, 84, 214),
+        "yellow": (242, 206, 34),
+        "purple": (140, 50, 170),
+        "orange": (242, 124, 22),
+    }
+)
+# Singular -> plural.
+FORMS = MappingProxyType(
+    {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
+)
+SIZES = ("small", "medium", "large")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+TIMES = MappingProxyType({1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times", 6: "six times"})
+# How official MUSE files mark, in an answer, the place of a mask: right after the words that name the target.
+SEG_MARKER = "{seg}"
+DIRECTIONS = ("left", "right", "above", "below")
+
+_SHAPE_NAME = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(FORMS)})\b")
+_COLOUR_WORD = re.compile(rf"\b({'|'.join(COLOURS)})\b")
+_FORM_WORD = re.compile(rf"\b({'|'.join(FORMS)})\b")
+
+
+def category_names() -> list[str]:
+    """Every "colour form" there is, in the fixed order that numbers the categories (the first one is category 1)."""
+    return [f"{colour} {form}" for colour in COLOURS for form in FORMS]
+
+
+def join_list(items: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def named_shape(phrase: str) -> str | None:
+    """The "colour form" a phrase ends in, or None where it names none.
+
+    A phrase may name other shapes before it ("the shape left of the blue star is the red circle"): the last one counts.
+    "the circle that is red" is understood too.
+    """
+    names = _SHAPE_NAME.findall(phrase)
+    if names:
+        return " ".join(names[-1])
+    colours, forms = _COLOUR_WORD.findall(phrase), _FORM_WORD.findall(phrase)
+    return f"{colours[-1]} {forms[-1]}" if colours and forms else None
