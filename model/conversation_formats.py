@@ -98,10 +98,13 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
     try:
         # Templates that know the switch would otherwise ask for an answer that thinks first; others ignore it.
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise ConversationFormatError(
-            f"the tokenizer's chat template cannot show a question and its answer ({error}): choose another conversation format"
+            f"the tokenizer's chat template cannot show a question and its answer ({error}): "
+            "choose another conversation format"
         ) from error
 
 

@@ -46,8 +46,8 @@ def open_picture(source: Any) -> np.ndarray:
             also be (1 | 3 | 4, H, W). Numbers are uint8, uint16 (0..65535) or float (0..1).
 
     Returns:
-        (H, W, 3) uint8 RGB. EXIF rotation is applied, transparency is laid on white, 16-bit values are scaled to 8 bits,
-        of an animation the first frame is taken.
+        (H, W, 3) uint8 RGB. EXIF rotation is applied, transparency is laid on white, 16-bit values are scaled to 8
+        bits, of an animation the first frame is taken.
 
     Raises:
         PictureError: missing, not a picture, damaged, empty, too large to be opened safely, or of a kind not listed.
@@ -101,12 +101,12 @@ def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
 
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "F":
-        raise PictureError(f"{name} holds floating point pixels of unknown range: save it with 8 or 16 bits per channel")
+        raise PictureError(f"{name} holds floating point pixels of unknown range: save it with 8 or 16 bits per pixel")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         # PIL would clip these to 8 bits, which shows almost every 16-bit picture as white.
         values = np.array(picture).astype(np.int64)
         if values.min() < 0 or values.max() > DEEP_PIXEL_MAX:
-            raise PictureError(f"{name} has pixel values outside 0..{DEEP_PIXEL_MAX}: save it with 8 or 16 bits per channel")
+            raise PictureError(f"{name} has values outside 0..{DEEP_PIXEL_MAX}: save it with 8 or 16 bits per pixel")
         return Image.fromarray(_to_eight_bits(values)).convert("RGB")
     if picture.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
@@ -120,11 +120,9 @@ def _to_eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
-    if array.ndim == CHANNELS and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
+    """Where both readings of a shape are possible, channels come first: so are tensors of pictures usually made."""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
         return np.moveaxis(array, 0, -1)
-    # A tensor whose first and last sizes are both channel counts is read the way tensors usually are.
-    if array.ndim == CHANNELS and array.shape[0] in (1, 3, 4) and array.shape[1] not in (1, 3, 4):
-        return array if array.shape[0] not in (3, 4) else np.moveaxis(array, 0, -1)
     return array
 
 
@@ -152,7 +150,7 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def resize_longest_side(array: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (h, w, 3) uint8: longest side to `side` with PIL's antialiased bilinear filter (golden fact P1)."""
+    """(H, W, 3) uint8 -> (h, w, 3) uint8, longest side `side`: PIL's antialiased bilinear filter (golden fact P1)."""
     height, width = resized_shape(array.shape[0], array.shape[1], side)
     if (height, width) == array.shape[:2]:
         return array

@@ -1,0 +1,463 @@
+"""The processor: the only place that knows pixels, token ids and labels.
+
+Pictures become the square the vision tower sees; conversations become token ids and labels in one pass, piece by piece,
+so that a seg group is the same S * K adjacent ids under every tokenizer; answers are read back from ids.
+
+Axes: T tokens, P pixels per side of the square, S scales, K tokens per scale.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AddedToken, ProcessorMixin
+
+from .answer_text import SEG_MARKER, phrases_before_groups, tidy, without_groups
+from .conversation_formats import LLAVA_V1, ConversationFormat, ConversationFormatError, build_format
+from .pictures import PIXEL_MAX, Picture, PictureError, encode_picture, open_picture
+from .seg_codebook import whole_groups
+
+__all__ = [
+    "SEG_MARKER",
+    "ConversationFormatError",
+    "ConversationTooLong",
+    "DecodedAnswer",
+    "EncodedConversation",
+    "Picture",
+    "PictureError",
+    "PixelLMProcessor",
+    "ProcessorError",
+    "PromptError",
+    "check_groups",
+]
+
+IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<image>", "<im_start>", "<im_end>"
+IGNORED_LABEL = -100
+
+# CLIP's own statistics, published for pixels in 0..1.
+CLIP_MEAN = tuple(PIXEL_MAX * value for value in (0.48145466, 0.4578275, 0.40821073))
+CLIP_STD = tuple(PIXEL_MAX * value for value in (0.26862954, 0.26130258, 0.27577711))
+
+_DIM, _HIGHLIGHT, _PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
+
+
+class ProcessorError(ValueError):
+    """A processor cannot be made from what it was given, or its tokenizer breaks groups; one sentence."""
+
+
+class ConversationError(ValueError):
+    """A conversation is malformed; one sentence."""
+
+
+class ConversationTooLong(ValueError):
+    """Not even the first turn of a conversation fits into the maximal length; one sentence."""
+
+
+class PromptError(ValueError):
+    """A user's text is empty or holds reserved tokens; one sentence."""
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation as the language model is trained on it.
+
+    input_ids (T,). labels (T,): the ids of answers and their end tokens, -100 elsewhere. group_turns: for each group, in
+    order, the index of its turn. kept_turns, dropped_turns: whole turns that fit, and that did not.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    group_turns: list[int]
+    kept_turns: int
+    dropped_turns: int
+
+
+@dataclass(frozen=True)
+class DecodedAnswer:
+    """An answer read back from ids.
+
+    text: the words alone. marked_text: every whole group written SEG_MARKER. phrases: the words that name each group.
+    num_groups: whole groups. num_broken: runs of seg tokens whose length is not a multiple of the group size; of such a
+    run the whole groups at its beginning count, as in the model.
+    """
+
+    text: str
+    marked_text: str
+    phrases: list[str]
+    num_groups: int
+    num_broken: int
+
+
+def _reserved_names(num_scales: int, tokens_per_scale: int) -> list[str]:
+    return [*seg_token_names(num_scales, tokens_per_scale), IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN]
+
+
+def seg_token_names(num_scales: int, tokens_per_scale: int) -> list[str]:
+    """Names of the tokens of a group, in order: scale 0 first."""
+    return [f"[SEG{index}]" for index in range(num_scales * tokens_per_scale)]
+
+
+class _Row:
+    """Token ids and labels of one conversation while it is written.
+
+    Texts and ready ids are appended in order. A space between two pieces belongs to the text after it, because tokenizers
+    glue a space to the word it precedes; before ready ids it is dropped.
+    """
+
+    def __init__(self, tokenizer: Any, implies_space: bool) -> None:
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+        self._tokenizer = tokenizer
+        self._implies_space = implies_space
+        self._space_before_next = False
+
+    def add_text(self, text: str, *, labelled: bool = False, scaffold: bool = False, keep_end: bool = False) -> None:
+        """Append a text; only a scaffold's text can become special tokens. keep_end keeps a space at its end."""
+        if self._space_before_next:
+            text = " " + text
+        kept = text if keep_end else text.rstrip(" ")
+        self._space_before_next = kept != text
+        if self._implies_space:
+            kept = kept.removeprefix(" ")
+        if kept:
+            ids = self._tokenizer.encode(
+                kept, add_special_tokens=False, split_special_tokens=not scaffold, verbose=False
+            )
+            self._append(ids, labelled)
+
+    def add_ids(self, ids: list[int], *, labelled: bool = False) -> None:
+        """Append ready ids."""
+        self._space_before_next = False
+        self._append(ids, labelled)
+
+    def _append(self, ids: list[int], labelled: bool) -> None:
+        self.ids.extend(ids)
+        self.labels.extend(ids if labelled else [IGNORED_LABEL] * len(ids))
+
+
+class PixelLMProcessor(ProcessorMixin):
+    """Pictures and conversations to tensors, and answers back.
+
+    Args:
+        tokenizer: one that went through `prepare_tokenizer` with the same num_scales and tokens_per_scale.
+        image_size: side P of the square in pixels, a multiple of patch_size * image_token_pool.
+        patch_size: side of a patch of the vision tower, pixels.
+        image_token_pool: side of the square of patches that is averaged into one image token.
+        image_mean, image_std: three numbers each, in units of 0..255. CLIP's own by default; the release was trained
+            with SAM's (golden fact P1).
+        pad_before_normalize: True pads with black pixels before normalisation, False (release) with zeros after it.
+        num_scales, tokens_per_scale: a seg group is S * K tokens.
+        conversation_format: "llava_v1", "llava_llama_2" or "chat_template" (the tokenizer's own).
+        use_mm_start_end: wrap the picture in <im_start> and <im_end>.
+        model_max_length: the most positions a conversation may take, those of its picture included.
+
+    Raises:
+        ProcessorError: a number is impossible, or the tokenizer has no end token or was not prepared.
+        ConversationFormatError: the format is unknown or does not go with the tokenizer.
+    """
+
+    # No keyword-only parameters: ProcessorMixin would not find them when it loads what it saved.
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_size: int = 448,
+        patch_size: int = 14,
+        image_token_pool: int = 2,
+        image_mean: tuple[float, ...] | list[float] = CLIP_MEAN,
+        image_std: tuple[float, ...] | list[float] = CLIP_STD,
+        pad_before_normalize: bool = False,
+        num_scales: int = 2,
+        tokens_per_scale: int = 3,
+        conversation_format: str = LLAVA_V1,
+        use_mm_start_end: bool = True,
+        model_max_length: int = 512,
+    ) -> None:
+        super().__init__(tokenizer)
+        self.image_size, self.patch_size, self.image_token_pool = image_size, patch_size, image_token_pool
+        self.image_mean, self.image_std = [float(x) for x in image_mean], [float(x) for x in image_std]
+        self.pad_before_normalize = pad_before_normalize
+        self.num_scales, self.tokens_per_scale = num_scales, tokens_per_scale
+        self.conversation_format = conversation_format
+        self.use_mm_start_end = use_mm_start_end
+        self.model_max_length = model_max_length
+        self._check_numbers()
+        self._check_tokens()
+        self._format: ConversationFormat = build_format(conversation_format, tokenizer)
+        word = tokenizer.encode("x", add_special_tokens=False)
+        self._implies_space = tokenizer.encode("x x", add_special_tokens=False) == word * 2
+
+    @classmethod
+    def prepare_tokenizer(cls, tokenizer: Any, num_scales: int, tokens_per_scale: int) -> Any:
+        """Add the tokens a PixelLM needs, in the release's order, to the tokenizer itself; what is there already stays.
+
+        Returns the tokenizer. The embedding table of a model must then have at least len(tokenizer) rows.
+        """
+        names = _reserved_names(num_scales, tokens_per_scale)
+        tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names], special_tokens=True)
+        return tokenizer
+
+    def _check_numbers(self) -> None:
+        counts = ("image_size", "patch_size", "image_token_pool", "num_scales", "tokens_per_scale", "model_max_length")
+        for name in counts:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ProcessorError(f"{name} is {value!r}: give a whole number of at least 1")
+        cell = self.patch_size * self.image_token_pool
+        if self.image_size % cell:
+            raise ProcessorError(
+                f"image_size is {self.image_size}: give a multiple of patch_size * image_token_pool, "
+                f"here {self.patch_size} * {self.image_token_pool} = {cell}"
+            )
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ProcessorError(
+                f"image_mean is {self.image_mean} and image_std {self.image_std}: give three numbers each, in units of "
+                "0..255, and no deviation of 0 or less"
+            )
+
+    def _check_tokens(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise ProcessorError("the tokenizer has no end token, with which every answer ends: set its eos_token")
+        vocabulary = self.tokenizer.get_vocab()
+        names = _reserved_names(self.num_scales, self.tokens_per_scale)
+        missing = [name for name in names if name not in vocabulary]
+        if missing:
+            raise ProcessorError(
+                f"the tokenizer lacks the token(s) {', '.join(missing)}: "
+                "call PixelLMProcessor.prepare_tokenizer on it first"
+            )
+        *self._seg_token_ids, self._image_start_id, self._image_end_id, self._image_token_id = (
+            int(vocabulary[name]) for name in names
+        )
+        unknown = self.tokenizer.unk_token_id
+        self._hidden_ids = {*self.tokenizer.all_special_ids, *(int(vocabulary[name]) for name in names)} - {unknown}
+
+    @property
+    def seg_token_ids(self) -> list[int]:
+        """Ids of the S * K tokens of a group, in order."""
+        return list(self._seg_token_ids)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the one placeholder that the model replaces by a picture's positions."""
+        return self._image_token_id
+
+    @property
+    def end_token_id(self) -> int:
+        """Id with which every answer ends: the tokenizer's own end token."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions a picture takes in a conversation."""
+        return (self.image_size // self.patch_size // self.image_token_pool) ** 2
+
+    # -- pictures ------------------------------------------------------------------------------------------------------
+
+    def open_picture(self, source: Any) -> np.ndarray:
+        """See `pictures.open_picture`: anything that holds a picture -> (H, W, 3) uint8 RGB, or PictureError."""
+        return open_picture(source)
+
+    def encode_picture(self, array: np.ndarray) -> Picture:
+        """(H, W, 3) uint8 RGB -> Picture with pixel_values (3, P, P) float32, resized_size and original_size."""
+        return encode_picture(
+            array, self.image_size, self.image_mean, self.image_std, pad_before_normalize=self.pad_before_normalize
+        )
+
+    # -- conversations -------------------------------------------------------------------------------------------------
+
+    def encode_conversation(self, turns: list[tuple[str, str]]) -> EncodedConversation:
+        """Token ids and labels of a conversation about one picture.
+
+        Args:
+            turns: (question, answer) pairs; in answers every target is written SEG_MARKER.
+
+        Returns:
+            As many whole turns from the beginning as fit: ids of the text, less the placeholder, plus num_image_tokens
+            are at most model_max_length.
+
+        Raises:
+            ConversationError: no turn, an empty question or answer, or SEG_MARKER in a question.
+            ConversationTooLong: the first turn does not fit.
+        """
+        _check_turns(turns)
+        row = self._new_row()
+        group_turns: list[int] = []
+        for index, (question, answer) in enumerate(turns):
+            start = len(row.ids)
+            self._add_question(row, question, index)
+            self._add_answer(row, answer)
+            if self._positions(row) > self.model_max_length:
+                if index == 0:
+                    raise ConversationTooLong(self._too_long(row))
+                del row.ids[start:], row.labels[start:]
+                break
+            group_turns.extend([index] * answer.count(SEG_MARKER))
+        else:
+            index = len(turns)
+        return EncodedConversation(
+            torch.tensor(row.ids, dtype=torch.long),
+            torch.tensor(row.labels, dtype=torch.long),
+            group_turns,
+            kept_turns=index,
+            dropped_turns=len(turns) - index,
+        )
+
+    def encode_prompt(self, turns: list[tuple[str, str | None]]) -> torch.Tensor:
+        """Ids (T,) up to where the last answer, given as None, begins; `encode_conversation` begins with the same ids.
+
+        Raises:
+            ConversationError: as above, or any answer but the last is None, or the last is not.
+            ConversationTooLong: the prompt alone takes more than model_max_length positions.
+        """
+        *answered, (question, answer) = turns if turns else [("", "")]
+        if answer is not None:
+            raise ConversationError(f"the last answer of a prompt is {answer!r}: give None, for the model to answer")
+        _check_turns([*answered, (question, "answer to come")])
+        row = self._new_row()
+        for index, (earlier_question, earlier_answer) in enumerate(answered):
+            self._add_question(row, earlier_question, index)
+            self._add_answer(row, str(earlier_answer))
+        self._add_question(row, question, len(answered))
+        if self._positions(row) > self.model_max_length:
+            raise ConversationTooLong(self._too_long(row))
+        return torch.tensor(row.ids, dtype=torch.long)
+
+    def check_user_text(self, text: str) -> None:
+        """Raise PromptError when a user's text is empty or holds a token that only the processor may write."""
+        if not text.strip():
+            raise PromptError("the prompt is empty: write a question about the picture")
+        special = self.tokenizer.all_special_tokens
+        names = [SEG_MARKER, *_reserved_names(self.num_scales, self.tokens_per_scale), *special]
+        found = [name for name in dict.fromkeys(names) if name.strip() and name in text]
+        if found:
+            raise PromptError(f"the prompt holds the reserved token(s) {', '.join(found)}: leave them out")
+
+    def decode_answer(self, ids: list[int] | torch.Tensor) -> DecodedAnswer:
+        """Read an answer back; ids from the first end token on are ignored. For a group only membership counts."""
+        answer = [int(token) for token in ids]
+        if self.end_token_id in answer:
+            answer = answer[: answer.index(self.end_token_id)]
+        starts, broken = whole_groups(answer, self._seg_token_ids)
+        pieces: list[str] = []
+        position = 0
+        for start in starts:
+            pieces += [self._decode_words(answer[position:start]), SEG_MARKER]
+            position = start + len(self._seg_token_ids)
+        pieces.append(self._decode_words(answer[position:]))
+        marked_text = tidy(" ".join(pieces))
+        return DecodedAnswer(
+            without_groups(marked_text), marked_text, phrases_before_groups(marked_text), len(starts), broken
+        )
+
+    def render_conversation(self, encoded: EncodedConversation) -> str:
+        """The conversation as the model reads it, for a terminal: what is learned is bright, the rest dim."""
+        parts: list[str] = []
+        ids, learned = encoded.input_ids.tolist(), (encoded.labels != IGNORED_LABEL).tolist()
+        start = 0
+        for end in range(1, len(ids) + 1):
+            if end == len(ids) or learned[end] != learned[start]:
+                text = self._decode(ids[start:end])
+                parts.append(f"{_HIGHLIGHT if learned[start] else _DIM}{text}{_PLAIN}")
+                start = end
+        return "".join(parts)
+
+    def _new_row(self) -> _Row:
+        return _Row(self.tokenizer, self._implies_space)
+
+    def _add_question(self, row: _Row, question: str, index: int) -> None:
+        scaffold = self._format
+        if scaffold.bos_at_turns or (index == 0 and scaffold.bos_at_start):
+            row.add_ids([self.tokenizer.bos_token_id])
+        row.add_text(scaffold.between if index else scaffold.opening, scaffold=True)
+        if index == 0:
+            image = [self._image_token_id]
+            row.add_ids([self._image_start_id, *image, self._image_end_id] if self.use_mm_start_end else image)
+        row.add_text(question.strip())
+        row.add_text(scaffold.asking, scaffold=True)
+
+    def _add_answer(self, row: _Row, answer: str) -> None:
+        first, *others = answer.strip().split(SEG_MARKER)
+        end = self._format.answer_end
+        row.add_text(first + (end if not others else ""), labelled=True, keep_end=bool(end and not others))
+        for number, words in enumerate(others, start=1):
+            row.add_ids(self._seg_token_ids, labelled=True)
+            is_last = bool(end and words and number == len(others))
+            row.add_text(words + (end if is_last else ""), labelled=True, keep_end=is_last)
+        row.add_ids([self.end_token_id], labelled=True)
+
+    def _positions(self, row: _Row) -> int:
+        return len(row.ids) - 1 + self.num_image_tokens
+
+    def _too_long(self, row: _Row) -> str:
+        return (
+            f"the conversation takes {self._positions(row)} positions, {self.num_image_tokens} of them for the picture, "
+            f"and model_max_length is {self.model_max_length}: shorten the text or raise model_max_length"
+        )
+
+    def _decode_words(self, ids: list[int]) -> str:
+        return self._decode([token for token in ids if token not in self._hidden_ids])
+
+    def _decode(self, ids: list[int]) -> str:
+        pieces = getattr(self.tokenizer, "sp_model", None)
+        if pieces is not None and all(token < pieces.get_piece_size() for token in ids):
+            # The slow tokenizer's own decoding writes the bytes of rare letters as <0xC3><0xA9>.
+            return pieces.decode(ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _check_turns(turns: list[tuple[str, str]]) -> None:
+    if not turns:
+        raise ConversationError("the conversation has no turn: give at least one question and its answer")
+    for index, (question, answer) in enumerate(turns):
+        if answer is None or not question.strip() or not answer.strip():
+            raise ConversationError(
+                f"turn {index} is {question!r}, {answer!r}: neither question nor answer may be empty"
+            )
+        if SEG_MARKER in question:
+            raise ConversationError(f"the question {question!r} holds {SEG_MARKER}: only answers may, take it out")
+
+
+def check_groups(processor: PixelLMProcessor) -> None:
+    """Make sure that this tokenizer keeps seg groups whole: write a probe conversation and read it back.
+
+    Raises:
+        ProcessorError: naming what came out differently.
+    """
+    answer = "The red circle {seg}, the blue square {seg} and two more: {seg} {seg}.".replace("{seg}", SEG_MARKER)
+    turns = [("Which shapes are there?", answer), ("And which of them is green?", answer)]
+    row = processor._new_row()
+    answers = []
+    for index, (question, text) in enumerate(turns):
+        processor._add_question(row, question, index)
+        start = len(row.ids)
+        processor._add_answer(row, text)
+        answers.append(row.ids[start:])
+    group, end = processor.seg_token_ids, processor.end_token_id
+    if len({*group, processor.image_token_id, end}) != len(group) + 2:
+        raise _broken("two of its tokens share an id")
+    if row.ids.count(processor.image_token_id) != 1:
+        raise _broken(f"a conversation holds {row.ids.count(processor.image_token_id)} picture placeholders, not 1")
+    expected = answer.count(SEG_MARKER)
+    for ids in answers:
+        starts, broken = whole_groups(ids, group)
+        if len(starts) != expected or broken or any(ids[at : at + len(group)] != group for at in starts):
+            raise _broken(f"{expected} groups came out as {len(starts)} whole and {broken} broken ones")
+        if ids[-1] != end or ids.count(end) != 1:
+            raise _broken("an answer does not end with the one end token it should hold")
+        decoded = processor.decode_answer(ids)
+        # A tokenizer may fold case or lose words it does not know; the groups must stay where they were all the same.
+        known = processor.tokenizer.unk_token_id not in ids
+        if decoded.num_groups != expected or (known and _letters(decoded.marked_text) != _letters(answer)):
+            raise _broken(f"{answer!r} was read back as {decoded.marked_text!r}")
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _broken(what: str) -> ProcessorError:
+    return ProcessorError(f"the tokenizer does not keep seg groups whole ({what}): use another base or conversation")
+
+
+PixelLMProcessor.register_for_auto_class()
