@@ -6,6 +6,7 @@ so that a seg group is the same S * K adjacent ids under every tokenizer; answer
 Axes: T tokens, P pixels per side of the square, S scales, K tokens per scale.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +63,8 @@ class PromptError(ValueError):
 class EncodedConversation:
     """A conversation as the language model is trained on it.
 
-    input_ids (T,). labels (T,): the ids of answers and their end tokens, -100 elsewhere. group_turns: for each group, in
-    order, the index of its turn. kept_turns, dropped_turns: whole turns that fit, and that did not.
+    input_ids (T,). labels (T,): the ids of answers and their end tokens, -100 elsewhere. group_turns: for each group,
+    in order, the index of its turn. kept_turns, dropped_turns: whole turns that fit, and that did not.
     """
 
     input_ids: torch.Tensor
@@ -101,8 +102,8 @@ def seg_token_names(num_scales: int, tokens_per_scale: int) -> list[str]:
 class _Row:
     """Token ids and labels of one conversation while it is written.
 
-    Texts and ready ids are appended in order. A space between two pieces belongs to the text after it, because tokenizers
-    glue a space to the word it precedes; before ready ids it is dropped.
+    Texts and ready ids are appended in order. A space between two pieces belongs to the text after it, because
+    tokenizers glue a space to the word it precedes; before ready ids it is dropped.
     """
 
     def __init__(self, tokenizer: Any, implies_space: bool) -> None:
@@ -186,6 +187,10 @@ class PixelLMProcessor(ProcessorMixin):
         self._format: ConversationFormat = build_format(conversation_format, tokenizer)
         word = tokenizer.encode("x", add_special_tokens=False)
         self._implies_space = tokenizer.encode("x x", add_special_tokens=False) == word * 2
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments but the tokenizer, as this processor has them."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "tokenizer"}
 
     @classmethod
     def prepare_tokenizer(cls, tokenizer: Any, num_scales: int, tokens_per_scale: int) -> Any:
@@ -391,8 +396,8 @@ class PixelLMProcessor(ProcessorMixin):
 
     def _too_long(self, row: _Row) -> str:
         return (
-            f"the conversation takes {self._positions(row)} positions, {self.num_image_tokens} of them for the picture, "
-            f"and model_max_length is {self.model_max_length}: shorten the text or raise model_max_length"
+            f"the conversation takes {self._positions(row)} positions, {self.num_image_tokens} of them for the picture,"
+            f" and model_max_length is {self.model_max_length}: shorten the text or raise model_max_length"
         )
 
     def _decode_words(self, ids: list[int]) -> str:
@@ -458,6 +463,3 @@ def _letters(text: str) -> str:
 
 def _broken(what: str) -> ProcessorError:
     return ProcessorError(f"the tokenizer does not keep seg groups whole ({what}): use another base or conversation")
-
-
-PixelLMProcessor.register_for_auto_class()
