@@ -13,6 +13,9 @@ DEMO ?= full
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+python_is_new_enough := 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else \
+	"make: %s is Python %d.%d; 3.10 or newer is needed (make PYTHON=/path/to/python3)" % (sys.executable, v[0], v[1]))'
+
 # $(call install,FILE) installs FILE unless exactly this content was installed here before.
 define install
 	@cat requirements.txt $(1) | cmp -s - $(VENV)/$(1).installed || { \
@@ -29,9 +32,10 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 venv:
-	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) on PATH; Python 3.10 or newer is needed (make PYTHON=/path/to/python3)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else "make: %s is Python %d.%d; 3.10 or newer is needed (make PYTHON=/path/to/python3)" % (sys.executable, v[0], v[1]))'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		command -v $(PYTHON) >/dev/null || { \
+			echo "make: no $(PYTHON) on PATH; Python 3.10 or newer is needed (make PYTHON=/path/to/python3)" >&2; exit 1; }; \
+		$(PYTHON) -c $(python_is_new_enough); \
 		echo "Making the environment $(VENV) ..."; \
 		$(PYTHON) -m venv --clear $(VENV) || { \
 			echo "make: $(PYTHON) -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; }
