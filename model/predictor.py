@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from .geometry import restore_masks
+from .losses import IGNORE_TOKEN
 from .modeling_pixellm import TOWER_KEY, PixelLMForCausalLM
+from .processing_pixellm import PixelLMProcessor
 
 Question = str | Sequence[tuple[str, str | None]]
 Box = tuple[int, int, int, int]
@@ -82,15 +84,18 @@ class Predictor:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
     ) -> "Predictor":
         """Load a folder this project saved.
 
         device: "auto" is CUDA where there is one, else the CPU. dtype: None keeps the precision it was saved in.
+        attn_implementation: None leaves the choice to transformers.
         Raises ModelFolderError when `folder` does not hold a whole PixelLM, or `device` is not there.
         """
-        from .processing_pixellm import PixelLMProcessor
-
         if not (Path(folder) / "config.json").is_file():
             raise ModelFolderError(
                 f"{folder} holds no config.json, so it is no saved model; give the folder that "
@@ -101,10 +106,13 @@ class Predictor:
         try:
             processor = PixelLMProcessor.from_pretrained(str(folder))
             model, report = PixelLMForCausalLM.from_pretrained(
-                str(folder), dtype="auto" if dtype is None else dtype, output_loading_info=True
+                str(folder),
+                dtype="auto" if dtype is None else dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
             )
             model = model.to(device)
-        except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, AssertionError) as error:
             # AssertionError is what torch raises for a device it was not compiled for.
             reason = " ".join(str(error).split())
             raise ModelFolderError(f"cannot load the model in {folder} on {device}: {reason}") from error
@@ -175,10 +183,15 @@ class Predictor:
             output.mask_logits, [(image_index[row], len(t.group_turns)) for row, t in zip(order, tokens, strict=True)]
         )
         answers = {
-            row: self._to_answer(conversation.input_ids, logits_QHW)
+            row: self._to_answer(self._answer_ids(conversation), logits_QHW)
             for row, conversation, logits_QHW in zip(order, tokens, logits, strict=True)
         }
         return [answers[row] for row in range(len(conversations))]
+
+    def _answer_ids(self, conversation: Any) -> torch.Tensor:
+        """The tokens of all answers of an encoded conversation, without the end tokens between them."""
+        ids = conversation.input_ids[conversation.labels != IGNORE_TOKEN]
+        return ids[ids != self.processor.end_token_id]
 
     def _encode(self, pictures: Sequence[Any]) -> list[Any]:
         return [self.processor.encode_picture(self.processor.open_picture(picture)) for picture in pictures]

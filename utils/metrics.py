@@ -1,7 +1,7 @@
 """Scores of masks, counts and words: pure functions of arrays and strings, no model, no files.
 
 Axes: Q masks of one question, P predicted masks, G true masks, H W pixels of the picture.
-True masks are uint8 with 0 background, 1 target, IGNORE_VALUE pixels that take no part in any score.
+True masks are uint8 with 0 background, 1 target, IGNORE_LABEL pixels that take no part in any score.
 """
 
 import re
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-IGNORE_VALUE = 255
+from utils.data.samples import IGNORE_LABEL
+
 _ARTICLES = frozenset({"a", "an", "the"})
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
 
@@ -30,7 +31,7 @@ class Overlap:
 
 
 def overlap(predicted: np.ndarray, truth: np.ndarray) -> Overlap:
-    """Overlap of a bool mask (H, W) with a true mask (H, W) of 0, 1 and IGNORE_VALUE (those pixels are left out).
+    """Overlap of a bool mask (H, W) with a true mask (H, W) of 0, 1 and IGNORE_LABEL (those pixels are left out).
 
     Raises ValueError when the shapes differ, the prediction is not boolean or the truth holds another value.
     """
@@ -41,10 +42,10 @@ def overlap(predicted: np.ndarray, truth: np.ndarray) -> Overlap:
             f"A predicted mask is {predicted.shape} and its true mask {truth.shape} (height, width); "
             "both must be given at the picture's own size."
         )
-    counted = truth != IGNORE_VALUE
+    counted = truth != IGNORE_LABEL
     positive = truth == 1
     if not np.all(positive | ~counted | (truth == 0)):
-        raise ValueError(f"A true mask holds {np.unique(truth)[:8].tolist()}; only 0, 1 and {IGNORE_VALUE} are known.")
+        raise ValueError(f"A true mask holds {np.unique(truth)[:8].tolist()}; only 0, 1 and {IGNORE_LABEL} are known.")
     seen = predicted & counted
     return Overlap(int(np.count_nonzero(seen & positive)), int(np.count_nonzero(seen | positive)))
 
@@ -55,10 +56,10 @@ def unite_predictions(masks: np.ndarray) -> np.ndarray:
 
 
 def unite_truths(masks: np.ndarray) -> np.ndarray:
-    """(G, H, W) -> (H, W): 1 where any mask is 1, else IGNORE_VALUE where any says so, else 0 (all 0 for G = 0)."""
+    """(G, H, W) -> (H, W): 1 where any mask is 1, else IGNORE_LABEL where any says so, else 0 (all 0 for G = 0)."""
     positive = (masks == 1).any(axis=0)
-    ignored = (masks == IGNORE_VALUE).any(axis=0)
-    return np.where(positive, 1, np.where(ignored, IGNORE_VALUE, 0)).astype(np.uint8)
+    ignored = (masks == IGNORE_LABEL).any(axis=0)
+    return np.where(positive, 1, np.where(ignored, IGNORE_LABEL, 0)).astype(np.uint8)
 
 
 def question_overlap(predicted: np.ndarray, truths: np.ndarray) -> Overlap:
@@ -147,7 +148,7 @@ def _release_counts(output: np.ndarray, target: np.ndarray) -> tuple[np.ndarray,
 
     `output` float (H, W): values in [0, 0.5) are background, in [0.5, 1] foreground, all others in neither bin.
     """
-    output = np.where(target == IGNORE_VALUE, IGNORE_VALUE, output)
+    output = np.where(target == IGNORE_LABEL, IGNORE_LABEL, output)
     target = target.astype(output.dtype)
 
     def histogram(values: np.ndarray) -> np.ndarray:
@@ -187,7 +188,7 @@ def validate_meters(pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[
 
     Every picture: mask logits (Q, H, W) and targets (Q, H, W) uint8, paired by position. Differs from the mean of
     `question_iou` and from `ciou` by its small constants and by taking each mask, not each question, as the unit; a
-    target value other than 0, 1 and IGNORE_VALUE is in neither class: a prediction there only enlarges the union.
+    target value other than 0, 1 and IGNORE_LABEL is in neither class: a prediction there only enlarges the union.
     """
     meters = _ReleaseMeters()
     for logits, targets in pictures:

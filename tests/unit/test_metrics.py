@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from utils import metrics
+from utils.data.samples import IGNORE_LABEL
 
 
 def mask(*rows: str) -> np.ndarray:
     """A picture drawn in characters: '#' target, '.' background, '?' ignored."""
-    return np.array([[{".": 0, "#": 1, "?": metrics.IGNORE_VALUE}[c] for c in row] for row in rows], dtype=np.uint8)
+    return np.array([[{".": 0, "#": 1, "?": IGNORE_LABEL}[c] for c in row] for row in rows], dtype=np.uint8)
 
 
 def stack(*masks: np.ndarray) -> np.ndarray:

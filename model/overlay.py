@@ -1,0 +1,237 @@
+"""Drawing answers: masks and their phrases over pictures, and galleries of many answers.
+
+Axes: Q masks, H W pixels of the picture. Pictures are uint8 RGB (H, W, 3), masks bool (Q, H, W).
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+
+# Okabe and Ito's palette, which readers with any colour vision tell apart, without its black.
+PALETTE: tuple[Colour, ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
+_WHITE: Colour = (255, 255, 255)
+_BLACK: Colour = (0, 0, 0)
+_FILL_STRENGTH = 0.45
+_MIN_SIDE = 384  # shorter pictures are enlarged: on a 112 pixel picture a legible label would hide everything
+_MIN_CANVAS = (24, 96)  # height and width that always leave room for a label
+_FONT_SIZE = 15
+_PADDING = 3
+_ELLIPSIS = "…"
+
+
+def target_colour(index: int) -> Colour:
+    """Colour of the target number `index`: the same in masks, labels and coloured text."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def text_colour(background: Colour) -> Colour:
+    """Black or white, whichever is read better on `background` (ITU-R BT.601 luma)."""
+    red, green, blue = background
+    return _BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > sum(_WHITE) / 6 else _WHITE
+
+
+def printable(text: str) -> str:
+    """One line without control characters, for labels and terminals."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def draw_overlay(
+    picture: np.ndarray, masks: np.ndarray, phrases: Sequence[str] = (), *, min_side: int = _MIN_SIDE
+) -> np.ndarray:
+    """A picture with its masks as translucent, outlined areas, each labelled with its phrase in its colour.
+
+    A picture whose longest side is under `min_side` is enlarged by a whole factor; one too thin for a label gets a
+    white margin at the right or bottom. Where masks overlap their colours mix. Labels stay inside, shortened with an
+    ellipsis if they must, and avoid each other while there is room. Returns uint8 RGB (h, w, 3).
+    """
+    _check(picture, masks)
+    factor = max(1, -(-min_side // max(picture.shape[:2])))
+    large = _enlarge(picture, factor)
+    large_masks = [_enlarge(mask, factor) for mask in masks]
+    for index, mask in enumerate(large_masks):
+        large[mask] = np.rint(
+            (1 - _FILL_STRENGTH) * large[mask] + _FILL_STRENGTH * np.array(target_colour(index))
+        ).astype(np.uint8)
+    thickness = max(1, round(max(large.shape[:2]) / 250))
+    for index, mask in enumerate(large_masks):
+        contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        # A white line under the coloured one keeps it apart from a thing that has the target's colour itself.
+        large = cv2.drawContours(np.ascontiguousarray(large), contours, -1, _WHITE, 3 * thickness)
+        large = cv2.drawContours(large, contours, -1, target_colour(index), thickness)
+    return _draw_labels(_with_margin(large), large_masks, phrases)
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """One question of a gallery: its picture, the true masks with their names, and what was answered.
+
+    picture: uint8 (H, W, 3); true_masks, masks: bool (Q, H, W). note: one short line, such as a score.
+    """
+
+    question: str
+    picture: np.ndarray
+    true_masks: np.ndarray
+    true_names: Sequence[str]
+    answer: str
+    masks: np.ndarray
+    phrases: Sequence[str]
+    note: str = ""
+
+
+def draw_gallery(items: Sequence[GalleryItem], *, columns: int = 2, tile: int = 224) -> np.ndarray:
+    """A sheet of answers: for each the question, then picture, truth and prediction side by side, then the answer.
+
+    columns: items side by side. tile: side in pixels of the square every picture is fitted into. Returns uint8 RGB;
+    ValueError without items.
+    """
+    if not items:
+        raise ValueError("a gallery of no answers was asked for; give at least one")
+    cards = [_draw_card(item, tile) for item in items]
+    height, width = max(card.shape[0] for card in cards), cards[0].shape[1]
+    used = min(columns, len(cards))
+    sheet = np.full((-(-len(cards) // used) * height, used * width, 3), _WHITE, dtype=np.uint8)
+    for number, card in enumerate(cards):
+        top, left = number // used * height, number % used * width
+        sheet[top : top + card.shape[0], left : left + width] = card
+    return sheet
+
+
+def _check(picture: np.ndarray, masks: np.ndarray) -> None:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"a picture to draw on is {picture.dtype} {picture.shape}; expected uint8 (height, width, 3)")
+    if masks.dtype != np.bool_ or masks.ndim != 3 or (len(masks) and masks.shape[1:] != picture.shape[:2]):
+        raise ValueError(
+            f"masks to draw are {masks.dtype} {masks.shape}; expected bool (number, {picture.shape[0]}, "
+            f"{picture.shape[1]}), the size of the picture"
+        )
+
+
+def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
+    """Every pixel becomes a square of `factor` x `factor`; always a copy."""
+    return array.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _with_margin(picture: np.ndarray) -> np.ndarray:
+    """At least _MIN_CANVAS large, white where nothing was."""
+    height, width = max(picture.shape[0], _MIN_CANVAS[0]), max(picture.shape[1], _MIN_CANVAS[1])
+    canvas = np.full((height, width, 3), _WHITE, dtype=np.uint8)
+    canvas[: picture.shape[0], : picture.shape[1]] = picture
+    return canvas
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`text`, or as much of its beginning as fits into `width` pixels with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    kept = len(text)
+    while kept and font.getlength(text[:kept].rstrip() + _ELLIPSIS) > width:
+        kept -= 1
+    return text[:kept].rstrip() + _ELLIPSIS
+
+
+def _draw_labels(picture: np.ndarray, masks: Sequence[np.ndarray], phrases: Sequence[str]) -> np.ndarray:
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    size = max(_FONT_SIZE, round(max(image.size) / 45))
+    size = min(size, image.height - 2 * _PADDING)
+    font = _font(size)
+    taken: list[tuple[int, int, int, int]] = []
+    for index, (mask, phrase) in enumerate(zip(masks, phrases, strict=False)):
+        label = _fitting(printable(phrase), font, image.width - 2 * _PADDING)
+        if not label or not mask.any():
+            continue
+        width, height = int(np.ceil(font.getlength(label))) + 2 * _PADDING, size + 2 * _PADDING
+        left, top = _free_place(mask, (width, height), image.size, taken)
+        taken.append((left, top, left + width, top + height))
+        background = target_colour(index)
+        draw.rectangle((left, top, left + width - 1, top + height - 1), fill=background)
+        draw.text((left + _PADDING, top + height / 2), label, fill=text_colour(background), font=font, anchor="lm")
+    return np.asarray(image)
+
+
+def _free_place(
+    mask: np.ndarray, label: tuple[int, int], canvas: tuple[int, int], taken: Sequence[tuple[int, int, int, int]]
+) -> tuple[int, int]:
+    """Left and top of a label near its mask and inside the canvas, off labels already drawn where possible."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    width, height = label
+    right_end, bottom_end = max(0, canvas[0] - width), max(0, canvas[1] - height)
+    above, inside, below = int(rows[0]) - height, int(rows[0]), int(rows[-1]) + 1
+    near = [above, below, inside, *range(inside, bottom_end, height), *range(above, 0, -height)]
+    middle = (int(columns[0]) + int(columns[-1]) + 1 - width) // 2
+    places = [
+        (min(max(0, left), right_end), min(max(0, top), bottom_end))
+        for top, left in product(near, (middle, int(columns[0]), int(columns[-1]) + 1 - width))
+    ]
+    for left, top in places:
+        if not any(left < x1 and x0 < left + width and top < y1 and y0 < top + height for x0, y0, x1, y1 in taken):
+            return left, top
+    return places[0]
+
+
+def _fit_tile(picture: np.ndarray, masks: np.ndarray, phrases: Sequence[str], side: int) -> np.ndarray:
+    """A picture and its masks in a white square of `side`, centred; drawn at that size, so that labels stay legible."""
+    height, width = picture.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    small_masks = [cv2.resize(m.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) for m in masks]
+    drawn = draw_overlay(
+        small, np.array(small_masks, dtype=bool).reshape(len(masks), *small.shape[:2]), phrases, min_side=1
+    )
+    drawn = drawn[:side, :side]
+    square = np.full((side, side, 3), _WHITE, dtype=np.uint8)
+    top, left = (side - drawn.shape[0]) // 2, (side - drawn.shape[1]) // 2
+    square[top : top + drawn.shape[0], left : left + drawn.shape[1]] = drawn
+    return square
+
+
+def _draw_card(item: GalleryItem, tile: int) -> np.ndarray:
+    """One gallery item as a picture of 3 tiles' width; all cards are equally wide."""
+    gap, size = 2 * _PADDING, 13
+    font, line = _font(size), size + 4
+    width = 3 * tile + 4 * gap
+    letters = max(8, int((width - 2 * gap) / font.getlength("n")))
+    above = textwrap.wrap(f"Q: {printable(item.question)}", letters) or [""]
+    answered = f"A: {printable(item.answer)}" + (f"   [{printable(item.note)}]" if item.note else "")
+    below = textwrap.wrap(answered, letters) or [""]
+    height = (len(above) + len(below) + 1) * line + tile + 5 * gap
+    image = Image.new("RGB", (width, height), _WHITE)
+    draw = ImageDraw.Draw(image)
+    for number, text in enumerate(above):
+        draw.text((gap, gap + number * line), text, fill=_BLACK, font=font)
+    top = gap + len(above) * line
+    tiles = (
+        ("picture", item.masks[:0], ()),
+        ("truth", item.true_masks, item.true_names),
+        ("prediction", item.masks, item.phrases),
+    )
+    for number, (title, masks, phrases) in enumerate(tiles):
+        left = gap + number * (tile + gap)
+        draw.text((left, top), title, fill=(110, 110, 110), font=font)
+        image.paste(Image.fromarray(_fit_tile(item.picture, masks, phrases, tile)), (left, top + line))
+    for number, text in enumerate(below):
+        draw.text((gap, top + line + tile + gap + number * line), text, fill=_BLACK, font=font)
+    draw.line((0, height - 1, width, height - 1), fill=(200, 200, 200))
+    return np.asarray(image)
