@@ -1,0 +1,151 @@
+"""Drawn answers: colours, outlines, labels and galleries, down to one pixel."""
+
+import numpy as np
+import pytest
+
+from model import overlay
+
+GREY = 200
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), GREY, dtype=np.uint8)
+
+
+def box(height: int, width: int, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def has_colour(drawn: np.ndarray, colour: overlay.Colour) -> bool:
+    return bool((drawn == np.array(colour)).all(axis=-1).any())
+
+
+def test_without_masks_the_picture_stays_as_it_is() -> None:
+    original = picture(400, 500)
+    drawn = overlay.draw_overlay(original, np.zeros((0, 400, 500), dtype=bool))
+    assert np.array_equal(drawn, original)
+    assert drawn is not original
+
+
+def test_inside_a_mask_the_colours_mix_and_outside_nothing_changes() -> None:
+    mask = box(400, 500, 100, 300, 100, 300)
+    original = picture(400, 500)
+    drawn = overlay.draw_overlay(original, mask[None])
+    colour = overlay.target_colour(0)
+    strength = overlay._FILL_STRENGTH
+    assert drawn[200, 200].tolist() == [round((1 - strength) * GREY + strength * channel) for channel in colour]
+    assert has_colour(drawn, colour)
+    assert (drawn[:90] == GREY).all() and (drawn[:, 310:] == GREY).all()
+    assert (original == GREY).all()
+
+
+def test_every_target_has_its_own_colour_in_outline_and_label() -> None:
+    masks = np.stack([box(400, 500, 50 * n, 50 * n + 30, 60 * n, 60 * n + 40) for n in range(len(overlay.PALETTE))])
+    drawn = overlay.draw_overlay(picture(400, 500), masks, [f"thing {n}" for n in range(len(masks))])
+    assert len(set(overlay.PALETTE)) == len(overlay.PALETTE)
+    assert all(has_colour(drawn, overlay.target_colour(number)) for number in range(len(masks)))
+    assert overlay.target_colour(len(overlay.PALETTE)) == overlay.target_colour(0)
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn_size"),
+    [
+        ((1, 1), (384, 384)),
+        ((112, 112), (448, 448)),
+        ((384, 10), (384, 96)),
+        ((1, 400), (24, 400)),
+        ((400, 1), (400, 96)),
+    ],
+)
+def test_small_pictures_are_enlarged_and_thin_ones_get_room(size: tuple[int, int], drawn_size: tuple[int, int]) -> None:
+    drawn = overlay.draw_overlay(picture(*size), np.ones((2, *size), dtype=bool), ["a thing", "another thing"])
+    assert drawn.shape == (*drawn_size, 3)
+    assert drawn.dtype == np.uint8
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 380), (280, 0), (280, 380)])
+@pytest.mark.parametrize("text", ["x", "a phrase of some length", "words " * 60])
+def test_labels_stay_inside_the_picture(corner: tuple[int, int], text: str) -> None:
+    top, left = corner
+    mask = box(300, 400, top, top + 20, left, left + 20)
+    before = overlay.draw_overlay(picture(300, 400), mask[None])
+    after = overlay.draw_overlay(picture(300, 400), mask[None], [text])
+    rows, columns = np.nonzero((before != after).any(axis=-1))
+    label = after[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    # All four corners of the label are its background: no side of it was cut off by the picture's edge.
+    for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        assert tuple(label[row, column]) == overlay.target_colour(0)
+
+
+def test_labels_do_not_cover_each_other_while_there_is_room() -> None:
+    masks = np.repeat(box(400, 400, 180, 220, 180, 220)[None], 4, axis=0)
+    taken: list[tuple[int, int, int, int]] = []
+    for mask in masks:
+        left, top = overlay._free_place(mask, (120, 21), (400, 400), taken)
+        taken.append((left, top, left + 120, top + 21))
+    for number, (left, top, right, bottom) in enumerate(taken):
+        assert min(left, top) >= 0 and max(right, bottom) <= 400
+        for other_left, other_top, other_right, other_bottom in taken[:number]:
+            assert left >= other_right or other_left >= right or top >= other_bottom or other_top >= bottom
+
+
+def test_an_empty_mask_has_no_label() -> None:
+    empty = np.zeros((1, 400, 400), dtype=bool)
+    assert np.array_equal(overlay.draw_overlay(picture(400, 400), empty, ["nothing"]), picture(400, 400))
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "\x1b[31mred", "\x00", "", "日本語", "a" * 500])
+def test_odd_phrases_are_drawn_all_the_same(text: str) -> None:
+    drawn = overlay.draw_overlay(picture(50, 50), np.ones((1, 50, 50), dtype=bool), [text])
+    assert drawn.shape == (400, 400, 3)
+
+
+def test_printable_has_no_control_characters() -> None:
+    assert overlay.printable(" a\x1b[31m\n b\t\x07 ") == "a [31m b"
+
+
+def test_text_is_black_on_light_and_white_on_dark() -> None:
+    assert overlay.text_colour((240, 228, 66)) == (0, 0, 0)
+    assert overlay.text_colour((0, 114, 178)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("picture_given", "masks", "said"),
+    [
+        (np.zeros((4, 4), np.uint8), np.zeros((0, 4, 4), bool), "a picture to draw on is uint8"),
+        (np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 4), bool), "a picture to draw on is float32"),
+        (np.zeros((4, 4, 3), np.uint8), np.zeros((1, 4, 5), bool), "expected bool"),
+        (np.zeros((4, 4, 3), np.uint8), np.zeros((1, 4, 4), np.uint8), "masks to draw are uint8"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(picture_given: np.ndarray, masks: np.ndarray, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        overlay.draw_overlay(picture_given, masks)
+
+
+def item(height: int, width: int, masks: int, question: str = "Where is it?") -> overlay.GalleryItem:
+    full = np.ones((masks, height, width), dtype=bool)
+    names = [f"thing {number}" for number in range(masks)]
+    return overlay.GalleryItem(
+        question, picture(height, width), full, names, "It is here.", full[:1], names[:1], "IoU 1"
+    )
+
+
+def test_gallery_is_a_grid_of_equal_cells() -> None:
+    items = [item(30, 40, 1), item(1, 1, 2), item(700, 20, 0), item(40, 30, 1, "long question " * 20), item(5, 900, 3)]
+    two, one = overlay.draw_gallery(items, columns=2, tile=120), overlay.draw_gallery(items, columns=1, tile=120)
+    assert two.shape[1] == 2 * one.shape[1]
+    assert two.shape[0] * 5 == one.shape[0] * 3
+    assert (two != 255).any()
+
+
+def test_gallery_shows_truth_and_prediction_in_their_colours() -> None:
+    truth_only = overlay.draw_gallery([item(50, 50, 2)])
+    assert has_colour(truth_only, overlay.target_colour(0)) and has_colour(truth_only, overlay.target_colour(1))
+
+
+def test_gallery_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        overlay.draw_gallery([])
