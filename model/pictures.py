@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ def open_picture(source: Any) -> np.ndarray:
 
 def _from_file(source: Any, name: str) -> np.ndarray:
     try:
-        with Image.open(source) as picture:
+        with _open_lazily(source) as picture:
             return _from_pil(picture, name)
     except PictureError:
         raise
@@ -78,6 +79,13 @@ def _from_file(source: Any, name: str) -> np.ndarray:
     except _DECODER_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PictureError(f"{name} cannot be read ({reason}): give an undamaged picture file") from error
+
+
+def _open_lazily(source: Any) -> Image.Image:
+    with warnings.catch_warnings():
+        # PIL warns of pictures that are refused below.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source)
 
 
 def _from_pil(picture: Image.Image, name: str) -> np.ndarray:

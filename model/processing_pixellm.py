@@ -106,15 +106,16 @@ class _Row:
     tokenizers glue a space to the word it precedes; before ready ids it is dropped.
     """
 
-    def __init__(self, tokenizer: Any, implies_space: bool) -> None:
+    def __init__(self, tokenizer: Any, implies_space: bool, reserved_ids: set[int]) -> None:
         self.ids: list[int] = []
         self.labels: list[int] = []
         self._tokenizer = tokenizer
         self._implies_space = implies_space
+        self._reserved_ids = reserved_ids
         self._space_before_next = False
 
     def add_text(self, text: str, *, labelled: bool = False, scaffold: bool = False, keep_end: bool = False) -> None:
-        """Append a text; only a scaffold's text can become special tokens. keep_end keeps a space at its end."""
+        """Append a text; only a scaffold can hold special tokens, and keep_end keeps a space at the end."""
         if self._space_before_next:
             text = " " + text
         kept = text if keep_end else text.rstrip(" ")
@@ -125,6 +126,9 @@ class _Row:
             ids = self._tokenizer.encode(
                 kept, add_special_tokens=False, split_special_tokens=not scaffold, verbose=False
             )
+            if not scaffold:
+                # Tokenizers of the unigram kind find their special tokens in plain text whatever they are told.
+                ids = [token for token in ids if token not in self._reserved_ids]
             self._append(ids, labelled)
 
     def add_ids(self, ids: list[int], *, labelled: bool = False) -> None:
@@ -235,7 +239,7 @@ class PixelLMProcessor(ProcessorMixin):
             int(vocabulary[name]) for name in names
         )
         unknown = self.tokenizer.unk_token_id
-        self._hidden_ids = {*self.tokenizer.all_special_ids, *(int(vocabulary[name]) for name in names)} - {unknown}
+        self._reserved_ids = {*self.tokenizer.all_special_ids, *(int(vocabulary[name]) for name in names)} - {unknown}
 
     @property
     def seg_token_ids(self) -> list[int]:
@@ -368,7 +372,7 @@ class PixelLMProcessor(ProcessorMixin):
         return "".join(parts)
 
     def _new_row(self) -> _Row:
-        return _Row(self.tokenizer, self._implies_space)
+        return _Row(self.tokenizer, self._implies_space, self._reserved_ids)
 
     def _add_question(self, row: _Row, question: str, index: int) -> None:
         scaffold = self._format
@@ -401,7 +405,7 @@ class PixelLMProcessor(ProcessorMixin):
         )
 
     def _decode_words(self, ids: list[int]) -> str:
-        return self._decode([token for token in ids if token not in self._hidden_ids])
+        return self._decode([token for token in ids if token not in self._reserved_ids])
 
     def _decode(self, ids: list[int]) -> str:
         pieces = getattr(self.tokenizer, "sp_model", None)
