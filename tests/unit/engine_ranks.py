@@ -1,0 +1,89 @@
+"""Run under a launcher by test_engine_deepspeed.py: what DeepSpeed makes of one step, for many cuts of it."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+from tests.unit.engine_toys import collate, cut, make_samples, make_toy
+from utils.engine.deepspeed_engine import DeepSpeedEngine
+from utils.engine.stepping import OptimizerSettings
+
+BETA1 = 0.9
+
+
+def make_engine(stage: int, rounds: int, precision: str = "fp32", clip: float = 0.0) -> DeepSpeedEngine:
+    settings = OptimizerSettings(betas=(BETA1, 0.95), gradient_clip=clip)
+    toy = make_toy(warm=True)
+    return DeepSpeedEngine(
+        toy, settings, precision, torch.device("cpu"), micro_batch=1, rounds=rounds, zero_stage=stage
+    )
+
+
+def state_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Gradient of the one step that was made (AdamW's first moment is (1 - beta1) of it), and the weights after it."""
+    found = {}
+    for name, parameter in sorted(engine.model.named_parameters()):
+        if parameter.requires_grad:
+            if engine.zero_stage == 0:
+                moment, weight = engine.deepspeed.optimizer.state[parameter]["exp_avg"], parameter.detach()
+            else:
+                moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+                weight = safe_get_full_fp32_param(parameter)
+            found[f"gradient/{name}"] = (moment / (1 - BETA1)).clone()
+            found[f"weight/{name}"] = weight.clone()
+    return found
+
+
+def main(out: Path) -> None:
+    samples = make_samples(8)
+    lines = {}
+    for stage, rounds, precision in ((0, 2, "fp32"), (1, 2, "fp32"), (2, 1, "fp32"), (2, 4, "fp32"), (3, 2, "fp32")):
+        engine = make_engine(stage, rounds, precision)
+        report = engine.train_step(cut(samples, engine.world_size, rounds, engine.rank), 1e-2)
+        case = f"zero{stage}-rounds{rounds}"
+        state = state_of(engine)
+        lines[case] = {"losses": report.losses, "counts": report.counts, "norm": report.gradient_norm}
+        if engine.rank == 0:
+            torch.save(state, out / f"{case}.pt")
+    lonely(lines)
+    checkpoint(out, lines)
+    if engine.rank == 0:
+        (out / "lines.json").write_text(json.dumps(lines))
+    engine.close()
+
+
+def lonely(lines: dict) -> None:
+    """Only rank 0 has targets; then nobody has any."""
+    engine = make_engine(2, 1)
+    full = (torch.ones(6), 1, torch.ones(2))
+    empty = (torch.ones(6), -100, torch.ones(0))
+    report = engine.train_step([collate([full if engine.rank == 0 else empty])], 1e-2)
+    nothing = engine.train_step([collate([empty])], 1e-2)
+    lines["lonely"] = {"counts": report.counts, "nothing": nothing.losses, "norm": nothing.gradient_norm}
+
+
+def checkpoint(out: Path, lines: dict) -> None:
+    """Two steps straight, against one step, save, load into a new engine, one step."""
+    steps = [make_samples(4, seed) for seed in (1, 2)]
+    straight = make_engine(2, 1, clip=1.0)
+    wanted = [straight.train_step(cut(s, straight.world_size, 1, straight.rank), 1e-2).total for s in steps]
+    first = make_engine(2, 1, clip=1.0)
+    first.train_step(cut(steps[0], first.world_size, 1, first.rank), 1e-2)
+    first.save(out / "checkpoint", "step1", {"step": 1})
+    second = make_engine(2, 1, clip=1.0)
+    client = second.load(out / "checkpoint")
+    resumed = second.train_step(cut(steps[1], second.world_size, 1, second.rank), 1e-2).total
+    same = all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), second.model.parameters(), strict=True))
+    lines["resume"] = {"client": client["step"], "wanted": wanted[1], "found": resumed, "same": same}
+    low = make_engine(2, 1, precision="bf16")
+    report = low.train_step(cut(steps[0], low.world_size, 1, low.rank), 1e-2)
+    dtypes = {n: str(p.dtype) for n, p in low.model.named_parameters()} | {"buffer": str(low.model.frequencies.dtype)}
+    lines["bf16"] = {"total": report.total, "dtypes": dtypes}
+    lines["gathered"] = low.gather(low.rank)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,432 @@
+"""Every command-line flag and YAML key, once: the one home of each default.
+
+The groups below are shared by the scripts; each script's class picks the groups it needs and says which of its flags
+have no effect there. Names and meanings are those of PixelLM and LISA where those have the flag. None stands for "as
+the model in --version was saved; for a new model, the default of PixelLMConfig or PixelLMProcessor".
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from utils.command_line import Arguments, option, parse
+from utils.scripts import UserError
+
+SEPARATOR = "||"
+CONVERSATION_FORMATS = ("llava_v1", "llava_llama_2", "chat_template")
+PRECISIONS = ("fp32", "bf16", "fp16")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+
+_NO_SAM = "the pixel decoder works on the vision tower's features: there is no SAM here"
+_ONE_PICTURE = "pictures are always resized by their longest side and padded to a square, so no target is cut off"
+_OWN_SIZE = "masks are compared at the picture's own size, never resized or cropped"
+_FROM_TOWER = "masks are always decoded from the vision tower's features"
+_TWO_PROJECTORS = "the language model and the pixel decoder always have a projector each"
+_WITH_MODEL = "a saved model carries this setting itself"
+_CARRIED = (
+    "vision_tower",
+    "resize_vision_tower",
+    "resize_vision_tower_size",
+    "preprocessor_config",
+    "pad_train_clip_images",
+    "vision_tower_for_mask",
+    "seg_token_num",
+    "image_feature_scale_num",
+    "separate_mm_projector",
+    "conv_type",
+    "use_mm_start_end",
+    "model_max_length",
+)
+
+
+def split_list(text: str, separator: str = SEPARATOR) -> list[str]:
+    """The parts of "a||b||c" without blanks around them; empty text gives no parts."""
+    return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def split_numbers(name: str, text: str) -> list[float]:
+    """The numbers of "2,9,2,4"; UserError names the flag `name`."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--{name} must be numbers separated by commas, found {text!r}") from None
+
+
+@dataclasses.dataclass
+class BaseArguments(Arguments):
+    """Which model, and how it computes."""
+
+    version: str = option("", "folder (or hub id) of the model: a saved PixelLM, or a language model to start from")
+    precision: str = option("bf16", "fp32, bf16 or fp16", choices=PRECISIONS)
+    attn_implementation: str = option("sdpa", "attention of the language model and the tower", choices=ATTENTIONS)
+    local_rank: int = option(0, "set by the launcher", low=-1)
+    vis_save_path: str = option("./vis_output", "folder for overlays and masks (chat)")
+
+    def check(self) -> None:
+        if not self.version:
+            raise UserError("--version is missing: give the folder of a model")
+        super().check()
+
+
+@dataclasses.dataclass
+class PictureArguments(Arguments):
+    """How a picture reaches the model."""
+
+    vision_tower: str = option("", "folder (or hub id) of a CLIP or SigLIP tower; not needed for a saved PixelLM")
+    resize_vision_tower: bool = option(False, "resize the tower's position table to --resize_vision_tower_size")
+    resize_vision_tower_size: int = option(224, "side of the picture in pixels, with --resize_vision_tower", low=1)
+    preprocessor_config: str = option("", "JSON file with the picture's side (`size` or `crop_size`)")
+    pad_train_clip_images: bool = option(True, "pad pictures to a square instead of cropping them")
+    vision_tower_for_mask: bool = option(True, "decode masks from the vision tower's features")
+    image_size: int = option(1024, "side of SAM's picture", low=1)
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if "image_size" in self.given:
+            found["image_size"] = _NO_SAM
+        if not self.pad_train_clip_images:
+            found["pad_train_clip_images"] = _ONE_PICTURE
+        if not self.vision_tower_for_mask:
+            found["vision_tower_for_mask"] = _FROM_TOWER
+        if "resize_vision_tower_size" in self.given and not self.resize_vision_tower:
+            found["resize_vision_tower_size"] = "--resize_vision_tower is not set"
+        return found
+
+    def picture_side(self) -> int | None:
+        """Side of the square a picture is put into; None for the tower's own. UserError where the flags disagree."""
+        asked = self.resize_vision_tower_size if self.resize_vision_tower else None
+        if not self.preprocessor_config:
+            return asked
+        written = preprocessor_side(Path(self.preprocessor_config))
+        if asked is not None and asked != written:
+            raise UserError(
+                f"--resize_vision_tower_size is {asked}, but {self.preprocessor_config} says {written}: "
+                "give the same side twice, or one of them"
+            )
+        return written
+
+
+def preprocessor_side(path: Path) -> int:
+    """The picture's side in a preprocessor JSON (`crop_size`, else `size`; a number, or height and width)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --preprocessor_config {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"--preprocessor_config {path} is not valid JSON") from None
+    size = content.get("crop_size", content.get("size")) if isinstance(content, dict) else None
+    sides = set(size.values()) if isinstance(size, dict) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+        raise UserError(f"--preprocessor_config {path} must hold one side as `crop_size` or `size`, found {size!r}")
+    return side
+
+
+@dataclasses.dataclass
+class CodebookArguments(Arguments):
+    """Seg tokens and the conversation they stand in."""
+
+    seg_token_num: int | None = option(None, "seg tokens per target and scale", low=1)
+    image_feature_scale_num: int | None = option(None, "feature maps of the tower, with seg tokens for each", low=1)
+    separate_mm_projector: bool = option(True, "give the pixel decoder a projector of its own")
+    conv_type: str | None = option(None, "how a conversation is written out", choices=CONVERSATION_FORMATS)
+    use_mm_start_end: bool | None = option(None, "put <im_start> and <im_end> around the picture")
+    model_max_length: int | None = option(None, "longest conversation in tokens, those of the picture included", low=8)
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if not self.separate_mm_projector:
+            found["separate_mm_projector"] = _TWO_PROJECTORS
+        return found
+
+
+@dataclasses.dataclass
+class AdapterArguments(Arguments):
+    """LoRA, and which parts exist and train."""
+
+    lora_r: int = option(8, "rank of LoRA on the language model; 0 for none", low=0)
+    lora_alpha: int = option(16, "LoRA's scale is alpha / rank", above=0)
+    lora_dropout: float = option(0.05, "dropout in front of LoRA", low=0.0, high=1.0)
+    lora_target_modules: str = option("q_proj,v_proj", "names of the layers LoRA is put on", join=",")
+    train_mask_decoder: bool = option(True, "train what predicts masks; off for training in words alone")
+    out_dim: int | None = option(None, "width of a target's embedding and of the pixel decoder", low=8)
+    vision_pretrained: str = option("PATH_TO_SAM_ViT-H", "SAM's weights")
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if "vision_pretrained" in self.given:
+            found["vision_pretrained"] = _NO_SAM
+        return found
+
+
+@dataclasses.dataclass
+class ShapeArguments(Arguments):
+    """Numbers that shape a new model and that the originals have no flag for."""
+
+    vision_feature_layers: str = option(
+        "", "hidden states of the tower, one per scale, coarse first, as -2,-11; empty: chosen by the builder", join=","
+    )
+    image_token_pool: int | None = option(None, "side of the square of patches averaged into one image token", low=1)
+    decoder_depth: int | None = option(None, "two-way blocks per scale of the pixel decoder", low=1)
+    decoder_num_heads: int | None = option(None, "attention heads of the pixel decoder", low=1)
+    decoder_mlp_dim: int | None = option(None, "width of the pixel decoder's MLPs", low=1)
+    token_fusion: str | None = option(None, "weights of the tokens of a scale", choices=("learned", "constant"))
+    scale_fusion: str | None = option(None, "weights of the masks of the scales", choices=("learned", "constant"))
+
+    def feature_layers(self) -> list[int] | None:
+        """vision_feature_layers as numbers, or None when it is empty."""
+        numbers = split_numbers("vision_feature_layers", self.vision_feature_layers)
+        if any(number != int(number) for number in numbers):
+            raise UserError(f"--vision_feature_layers must be whole numbers, found {self.vision_feature_layers!r}")
+        return [int(number) for number in numbers] or None
+
+
+@dataclasses.dataclass
+class DataArguments(Arguments):
+    """What is trained on."""
+
+    dataset_dir: str = option("./dataset", "the data root; dataset/README.md draws it")
+    dataset: str = option("sem_seg||refer_seg||vqa||multi_reason_seg", "families to mix", join=SEPARATOR)
+    sample_rates: str = option("2,9,2,4", "share of each family, in the same order", join=",")
+    sem_seg_data: str = option("ade20k||cocostuff||pascal_part||paco_lvis||mapillary", "sem_seg's sets", join=SEPARATOR)
+    refer_seg_data: str = option("refclef||refcoco||refcoco+||refcocog", "refer_seg's sets", join=SEPARATOR)
+    vqa_data: str = option("llava_instruct_150k", "vqa's sets", join=SEPARATOR)
+    reason_seg_data: str = option("ReasonSeg|train", "reason_seg's set and splits", join=SEPARATOR)
+    explanatory: float = option(0.1, "share of reason_seg's answers that explain themselves", low=0.0, high=1.0)
+    num_classes_per_sample: int = option(3, "questions (conversations) about one picture, at most", low=1)
+    num_classes_per_question: int = option(3, "targets asked for in one question, at most", low=1)
+    use_expand_question_list: bool = option(False, "ask in more varied words")
+    exclude_val: bool = option(False, "leave out training pictures that validation shows")
+    masks_process_with_clip: bool = option(False, "resize masks like the picture")
+    workers: int = option(4, "processes that load data; 0 loads in the training process", low=0)
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if self.masks_process_with_clip:
+            found["masks_process_with_clip"] = _OWN_SIZE
+        return found
+
+    def families(self) -> list[tuple[str, float]]:
+        """(family, rate) pairs; UserError when the two lists do not match."""
+        names, rates = split_list(self.dataset), split_numbers("sample_rates", self.sample_rates)
+        if not names:
+            raise UserError("--dataset names nothing to train on")
+        if len(names) != len(rates):
+            raise UserError(
+                f"--dataset names {len(names)} families ({', '.join(names)}) but --sample_rates has {len(rates)} "
+                f"numbers ({self.sample_rates}): give one rate for each"
+            )
+        if min(rates) < 0 or sum(rates) <= 0:
+            raise UserError(f"--sample_rates must not be negative nor all zero, found {self.sample_rates}")
+        return list(zip(names, rates, strict=True))
+
+
+@dataclasses.dataclass
+class OptimizationArguments(Arguments):
+    """The recipe of a training run."""
+
+    batch_size: int = option(2, "pictures per rank and accumulation round", low=1)
+    grad_accumulation_steps: int = option(10, "rounds per optimizer step", low=1)
+    epochs: int = option(10, "an epoch is --steps_per_epoch optimizer steps", low=1)
+    steps_per_epoch: int = option(500, "optimizer steps in an epoch", low=1)
+    max_steps: int = option(0, "optimizer steps in all; 0: epochs x steps_per_epoch", low=0)
+    start_epoch: int = option(0, "begin data and schedule here when nothing is resumed", low=0)
+    lr: float = option(3e-4, "highest learning rate", low=0.0)
+    mask_lr_multiplier: float = option(1.0, "times --lr for what predicts masks", low=0.0)
+    lr_schedule: str = option("linear", "after warm-up", choices=("linear", "cosine", "constant"))
+    warmup_steps: int = option(100, "optimizer steps of linear warm-up", low=0)
+    beta1: float = option(0.9, "AdamW", low=0.0, high=1.0)
+    beta2: float = option(0.95, "AdamW", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "AdamW, on matrices only", low=0.0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", low=0.0)
+    ce_loss_weight: float | None = option(None, "weight of the text loss", low=0.0)
+    bce_loss_weight: float | None = option(None, "weight of the masks' cross entropy", low=0.0)
+    dice_loss_weight: float | None = option(None, "weight of the masks' DICE loss", low=0.0)
+    refinement_alpha: float | None = option(
+        None, "weight of a pixel that two masks of a question claim; 1 for none", low=1.0
+    )
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
+    train_language_model: bool = option(False, "train all of the language model instead of LoRA")
+    train_vision_tower: bool = option(False, "train the vision tower too")
+    seed: int = option(0, "of data order, initial weights and dropout", low=0)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.max_steps or self.epochs * self.steps_per_epoch
+
+
+@dataclasses.dataclass
+class EngineArguments(Arguments):
+    """Who runs the steps, and what is written down."""
+
+    engine: str = option("auto", "auto: deepspeed under a launcher, else plain", choices=("auto", "deepspeed", "plain"))
+    zero_stage: int = option(2, "ZeRO stage of DeepSpeed", low=0, high=3)
+    deepspeed_config: str = option("", "JSON file with further settings of DeepSpeed, as configs/zero2.json")
+    exp_name: str = option("pixellm", "name of the run: its folder under --log_base_dir")
+    log_base_dir: str = option("./runs", "where runs are kept")
+    weight: str = option("", "weights to start from: file or folder with a state dict of this model")
+    resume: str = option("", "checkpoint folder to go on from")
+    auto_resume: bool = option(True, "go on from the run's own ckpt_model when there is one")
+    save_every: int = option(0, "optimizer steps between checkpoints; 0: --steps_per_epoch", low=0)
+    print_freq: int = option(1, "optimizer steps between updates of the console line", low=1)
+    load_in_8bit: bool = option(False, "hold the language model in 8 bits")
+    load_in_4bit: bool = option(False, "hold the language model in 4 bits")
+
+
+@dataclasses.dataclass
+class ValidationArguments(Arguments):
+    """Scores during training."""
+
+    val_dataset: str = option("ReasonSeg|val", "what to score on, several joined by ||", join=SEPARATOR)
+    val_batch_size: int = option(1, "pictures per batch when scoring", low=1)
+    val_limit: int = option(0, "questions to score, at most; 0: all", low=0)
+    validate_every: int = option(0, "optimizer steps between validations; 0: --steps_per_epoch", low=0)
+    max_new_tokens: int = option(512, "longest answer in tokens", low=1)
+    no_eval: bool = option(False, "never validate")
+    eval_only: bool = option(False, "validate once and stop")
+
+
+@dataclasses.dataclass
+class TrainArguments(
+    BaseArguments,
+    PictureArguments,
+    CodebookArguments,
+    AdapterArguments,
+    ShapeArguments,
+    DataArguments,
+    OptimizationArguments,
+    EngineArguments,
+    ValidationArguments,
+):
+    """train_ds.py"""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "vis_save_path": "training shows its pictures in TensorBoard",
+        "load_in_8bit": "training holds its frozen weights in --precision",
+        "load_in_4bit": "training holds its frozen weights in --precision",
+    }
+
+    def check(self) -> None:
+        super().check()
+        self.families()
+        self.feature_layers()
+        if Path(self.exp_name).name != self.exp_name or self.exp_name in {"", ".", ".."}:
+            raise UserError(f"--exp_name must be a plain folder name, found {self.exp_name!r}")
+        if self.eval_only and self.no_eval:
+            raise UserError("--eval_only and --no_eval contradict each other: drop one")
+        if self.start_epoch * self.steps_per_epoch >= self.total_steps():
+            raise UserError(
+                f"--start_epoch {self.start_epoch} begins at step {self.start_epoch * self.steps_per_epoch}, "
+                f"but the run ends at step {self.total_steps()}"
+            )
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if self.train_language_model and "lora_r" in self.given and self.lora_r:
+            found["lora_r"] = "--train_language_model trains the whole language model instead of LoRA"
+        if self.max_steps:
+            found |= {name: "--max_steps says when to end" for name in ("epochs",) if name in self.given}
+        if self.engine == "plain":
+            why = "it is DeepSpeed's and --engine is plain"
+            found |= {name: why for name in ("zero_stage", "deepspeed_config") if name in self.given}
+        if self.no_eval:
+            names = ("val_dataset", "val_batch_size", "val_limit", "validate_every", "max_new_tokens")
+            found |= {name: "--no_eval is set" for name in names if name in self.given}
+        return found
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's checkpoints, curves and card are."""
+        return Path(self.log_base_dir) / self.exp_name
+
+
+@dataclasses.dataclass
+class MergeArguments(BaseArguments, PictureArguments, CodebookArguments, AdapterArguments, ShapeArguments):
+    """merge_lora_weights_and_save_hf_model.py. What is not given is read from the run card (`fill_from`)."""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "vis_save_path": "merging draws nothing",
+        "attn_implementation": "merging computes no attention",
+        "local_rank": "merging runs in one process",
+        "lora_dropout": "merging does not train",
+        "train_mask_decoder": "all weights of the checkpoint are taken",
+    }
+
+    weight: str = option("", "what training left: pytorch_model.bin, the folder zero_to_fp32.py wrote, or ckpt_model")
+    save_path: str = option("", "folder to write the model to")
+    max_shard_size: str = option("5GB", "largest file of the saved model")
+
+    def check(self) -> None:
+        missing = [f"--{name}" for name in ("weight", "save_path") if not getattr(self, name)]
+        if missing:
+            raise UserError(f"{' and '.join(missing)} missing: say what to merge and where to write it")
+        # No super().check(): --version may be left out, the run card knows the base.
+
+
+@dataclasses.dataclass
+class ChatArguments(BaseArguments, PictureArguments, CodebookArguments):
+    """chat.py"""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(_CARRIED, _WITH_MODEL),
+        "lora_r": "a saved model has LoRA merged in",
+        "local_rank": "chat runs in one process",
+    }
+
+    lora_r: int = option(8, "rank of LoRA", low=0)
+    load_in_8bit: bool = option(False, "hold the language model in 8 bits")
+    load_in_4bit: bool = option(False, "hold the language model in 4 bits")
+    image: str = option("", "picture to ask about; without it chat asks for one")
+    prompt: str = option("", "the question; without it chat asks")
+    out: str = option("", "write the overlay to this file (one-shot)")
+    max_new_tokens: int = option(512, "longest answer in tokens", low=1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+
+
+@dataclasses.dataclass
+class EvaluateArguments(BaseArguments):
+    """evaluate.py. The model's folder may also stand first, without --version."""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "local_rank": "evaluation runs in one process",
+        "vis_save_path": "evaluation draws its gallery into --out",
+    }
+
+    dataset_dir: str = option("./dataset", "the data root; dataset/README.md draws it")
+    val_dataset: str = option("ReasonSeg|val", "what to score on, several joined by ||", join=SEPARATOR)
+    out: str = option("./runs/eval", "folder for results.json, samples.jsonl and gallery.png")
+    batch_size: int = option(16, "questions answered together", low=1)
+    limit: int = option(0, "questions to score, at most; 0: all", low=0)
+    max_new_tokens: int = option(512, "longest answer in tokens", low=1)
+    shuffled: bool = option(True, "also score each question on another picture (what guessing gets)")
+    teacher_forced: bool = option(True, "also score masks with the answer given")
+    gallery: int = option(12, "answers drawn in the gallery picture; 0: no picture", low=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+
+
+def parse_train(argv: list[str] | None = None) -> TrainArguments:
+    """The arguments of train_ds.py."""
+    return parse(TrainArguments, argv, prog="train_ds.py", description="Train a PixelLM.")
+
+
+def parse_merge(argv: list[str] | None = None) -> MergeArguments:
+    """The arguments of merge_lora_weights_and_save_hf_model.py."""
+    description = "Turn what training left into one Hugging Face folder."
+    return parse(MergeArguments, argv, prog="merge_lora_weights_and_save_hf_model.py", description=description)
+
+
+def parse_chat(argv: list[str] | None = None) -> ChatArguments:
+    """The arguments of chat.py."""
+    return parse(ChatArguments, argv, prog="chat.py", description="Ask a saved PixelLM about a picture.")
+
+
+def parse_evaluate(argv: list[str] | None = None) -> EvaluateArguments:
+    """The arguments of evaluate.py."""
+    return parse(EvaluateArguments, argv, prog="evaluate.py", description="Score a saved PixelLM.")
+
+
+def recorded_arguments(card: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in a run card, for `Arguments.fill_from`; empty when the card has none."""
+    found = card.get("arguments", {})
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,252 @@
+"""The DeepSpeed engine: ZeRO 0 to 3, one process or many. The only file that imports deepspeed."""
+
+import json
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+
+from utils.engine.checkpoints import require_tag
+from utils.engine.protocol import StepReport, TrainingBatch
+from utils.engine.stepping import (
+    DTYPES,
+    LossSums,
+    OptimizerSettings,
+    count_step,
+    evaluation_mode,
+    make_optimizer,
+    set_learning_rate,
+    to_precision,
+    trainable_parameters,
+    weighted_loss,
+)
+from utils.scripts import UserError
+
+# What the loop decides; a --deepspeed_config may not say otherwise.
+OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping") + (
+    "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "steps_per_print",
+)  # fmt: skip
+LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's own default
+
+
+def connect() -> None:
+    """Join the other processes; alone, become a world of one. Safe to call twice."""
+    if dist.is_initialized():
+        return
+    deepspeed_logger.setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.init_distributed(verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def read_user_config(path: str, zero_stage: int | None) -> dict[str, Any]:
+    """The JSON of --deepspeed_config, {} without one.
+
+    zero_stage: what --zero_stage said, None when it was not given. UserError where the file says what flags decide.
+    """
+    if not path:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --deepspeed_config {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"--deepspeed_config {path} is not valid JSON") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed_config {path} must hold a JSON object")
+    taken = [key for key in config if key in OURS and config[key] != "auto"]
+    if taken:
+        raise UserError(
+            f"--deepspeed_config {path} sets {', '.join(taken)}, which flags decide: take it out of the file"
+        )
+    stage = config.get("zero_optimization", {}).get("stage")
+    if zero_stage is not None and stage is not None and stage != zero_stage:
+        raise UserError(f"--zero_stage is {zero_stage}, but {path} says {stage}: give one of them")
+    return {key: value for key, value in config.items() if key not in OURS}
+
+
+def full_config(
+    user: dict[str, Any],
+    *,
+    zero_stage: int,
+    precision: str,
+    micro_batch: int,
+    rounds: int,
+    world_size: int,
+    clip: float,
+    numel: int,
+) -> dict[str, Any]:
+    """The configuration DeepSpeed gets: what the loop decides on top of `user`.
+
+    bf16 is autocast over float32 weights that train and bfloat16 ones that do not, with gradients summed in float32,
+    exactly as in the plain engine. Buckets are no larger than the `numel` elements that train: DeepSpeed allocates
+    them whole.
+    """
+    bucket = max(1, min(LARGEST_BUCKET, numel))
+    zero = {"stage": zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    config = user | {"zero_optimization": user.get("zero_optimization", zero) | {"stage": zero_stage}}
+    config |= {
+        "train_batch_size": micro_batch * rounds * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": rounds,
+        "gradient_clipping": clip,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True}
+    return config
+
+
+class DeepSpeedEngine:
+    """A model under ZeRO. See `protocol.Engine`."""
+
+    name = "deepspeed"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        precision: str,
+        device: torch.device,
+        *,
+        micro_batch: int,
+        rounds: int,
+        zero_stage: int = 2,
+        user_config: dict[str, Any] | None = None,
+    ) -> None:
+        connect()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device, self.precision, self.rounds = device, precision, rounds
+        if precision != "fp16":  # DeepSpeed itself halves everything then
+            to_precision(model, precision)
+        config = full_config(
+            user_config or {},
+            zero_stage=zero_stage,
+            precision=precision,
+            micro_batch=micro_batch,
+            rounds=rounds,
+            world_size=self.world_size,
+            clip=settings.gradient_clip,
+            numel=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
+        )
+        optimizer = make_optimizer(model, settings)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.model: Any = self.deepspeed.module
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed.zero_optimization_stage()
+
+    def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
+        """See `protocol.Engine.train_step`."""
+        set_learning_rate(self.deepspeed.optimizer, learning_rate)
+        losses, counts, norm = self._rounds(micro_batches)
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
+        applied = self.deepspeed.was_step_applied()
+        return StepReport(losses, total, counts, learning_rate, float(norm or 0.0), applied)
+
+    def _rounds(self, micro_batches: list[TrainingBatch]) -> tuple[dict[str, float], dict[str, float], float | None]:
+        """Every round of a step, the update included.
+
+        Returns means and counts of the losses, and the gradient's norm where stage 0 leaves it to us.
+        """
+        if len(micro_batches) != self.rounds:
+            raise ValueError(f"a step has {self.rounds} rounds, found {len(micro_batches)} micro-batches")
+        weights = self.model.loss_weights
+        counts = count_step(self.model, micro_batches, self._add)
+        sums, norm = LossSums(list(counts), self.device), None
+        dtype = DTYPES["fp16"] if self.precision == "fp16" else None
+        for number, batch in enumerate(micro_batches, start=1):
+            losses = self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
+            # DeepSpeed divides by the number of rounds and averages over ranks; the counts have already done both.
+            self.deepspeed.backward(weighted_loss(losses, weights, counts) * (self.world_size * self.rounds))
+            sums.add(losses)
+            if number == self.rounds and self.zero_stage == 0 and self.precision != "fp16":
+                gradients = [p.grad for p in trainable_parameters(self.model).values() if p.grad is not None]
+                norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.deepspeed.step()
+        self._sum(sums.values)
+        return sums.means(counts), counts, norm
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def _add(self, numbers: list[float]) -> list[float]:
+        return self._sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """See `protocol.Engine.inference`."""
+        with evaluation_mode(self.model, self.device, self.precision):
+            yield
+
+    def gather(self, value: Any) -> list[Any]:
+        """See `protocol.Engine.gather`."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        """See `protocol.Engine.barrier`."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """See `protocol.Engine.close`."""
+        if dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside it."""
+        self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """See `protocol.Engine.load`."""
+        tag = require_tag(folder)
+        self._check_ranks(folder / tag)
+        try:
+            _, client_state = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        except (ZeRORuntimeException, RuntimeError, KeyError, ValueError) as error:
+            first = " ".join(" ".join(str(error).splitlines()[:2]).split())
+            raise UserError(
+                f"the checkpoint {folder / tag} does not fit this run ({first}): use the flags and the number of "
+                "processes it was trained with, or another --exp_name"
+            ) from error
+        return client_state
+
+    def _check_ranks(self, place: Path) -> None:
+        if not list(place.glob("*model_states.pt")):
+            raise UserError(f"{place} was not written by DeepSpeed: go on with --engine plain, or leave --resume out")
+        ranks = len(list(place.glob("*optim_states.pt")))
+        if self.zero_stage > 0 and ranks and ranks != self.world_size:
+            raise UserError(
+                f"the checkpoint {place} was written by {ranks} processes, and this run has {self.world_size}: "
+                "start as many"
+            )

@@ -1,0 +1,91 @@
+"""Which process this is, on which device, and which engine runs here."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.scripts import UserError, note
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of a run. engine: "deepspeed" or "plain"."""
+
+    engine: str
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def open_runtime(engine: str, local_rank: int, precision: str) -> Runtime:
+    """Find out where this process stands, choose the engine and the device, and look after threads.
+
+    Args:
+        engine: "auto" (DeepSpeed under a launcher, else plain), "deepspeed" or "plain".
+        local_rank: what --local_rank said; the launcher's LOCAL_RANK wins.
+    """
+    launched = "WORLD_SIZE" in os.environ
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", str(max(local_rank, 0))))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this is local rank {local_rank}, but there are only {torch.cuda.device_count()} GPUs here"
+            )
+        torch.cuda.set_device(device)
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+    chosen = _choose(engine, launched, world_size, device)
+    return Runtime(chosen, int(os.environ.get("RANK", "0")), local_rank, world_size, device)
+
+
+def _share_cores(processes: int) -> None:
+    """Threads for this process, unless OMP_NUM_THREADS already says how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def _choose(engine: str, launched: bool, world_size: int, device: torch.device) -> str:
+    if engine == "plain":
+        if world_size > 1:
+            raise UserError(
+                f"--engine plain runs in one process, but the launcher started {world_size}: use --engine deepspeed"
+            )
+        return engine
+    if engine == "auto" and not launched:
+        return "plain"
+    problem = deepspeed_problem(device)
+    if problem is None:
+        return "deepspeed"
+    if engine == "deepspeed" or world_size > 1:
+        raise UserError(f"{problem}; without it, run one process with --engine plain")
+    note(f"{problem}: using the plain engine")
+    return "plain"
+
+
+def deepspeed_problem(device: torch.device) -> str | None:
+    """Why DeepSpeed cannot run here, or None. On a CPU it compiles its shared-memory communication when it starts."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed (pip install deepspeed)"
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
+        add_programs_to_path()
+        lacking = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+        if lacking:
+            return f"DeepSpeed on a CPU needs {' and '.join(lacking)}, not found on PATH"
+    return None
+
+
+def add_programs_to_path() -> None:
+    """Let the programs of this Python's environment (ninja) be found even where it was not activated."""
+    programs = str(Path(sys.executable).parent)
+    if programs not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])

@@ -1,0 +1,60 @@
+"""What every script does around its main(): turn a user's error into one sentence, speak once, look after threads."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+_said: set[str] = set()
+
+
+class UserError(ValueError):
+    """Something the person at the keyboard can put right. Its message is one sentence: found, expected, what to do.
+
+    Errors of other rooms count as this where their class sets the attribute `user_message = True`.
+    """
+
+    user_message = True
+
+
+def rank() -> int:
+    """This process's number among those of the launcher; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def note(message: str) -> None:
+    """Say `message` on stderr, once per process, on rank 0 only."""
+    if rank() == 0 and message not in _said:
+        _said.add(message)
+        sys.stderr.write(message.rstrip() + "\n")
+        sys.stderr.flush()
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence to print instead of a traceback, or None for an error that is a mistake in the program."""
+    if getattr(type(error), "user_message", False):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return (
+            f"{os.strerror(error.errno)}{where}: free some space or choose another folder, then run the command again"
+        )
+    return None
+
+
+def run_script(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
+    """Run `main(argv)` and return the exit status: its own (None counts as 0), 2 for a user's error, 130 for Ctrl-C.
+
+    An error that is not a user's passes through with its traceback.
+    """
+    try:
+        return main(argv) or 0
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"\n{str(interrupt) or 'interrupted'}\n")
+        return 130
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        sys.stderr.write(f"{os.path.basename(sys.argv[0]) or 'error'}: {sentence}\n")
+        return 2
