@@ -1,19 +1,27 @@
 """Scenes of coloured shapes: drawn, asked about, and written in the official formats of the data sets they imitate."""
 
+from .checks import Difficulty, LeakReport, check_difficulty, check_no_leak
 from .conversations import make_conversation, tokenizer_corpus
 from .drawing import Scene, Shape, draw_scene, scene_masks
+from .manifest import SceneRecord, read_scenes
+from .planning import SceneDataSettings
 from .questions import find_asks
 from .sampling import SceneSettings, sample_scenes
 from .words import category_names, named_shape
-from .writers import HELD_OUT_SPEC, SceneDataSettings, read_scenes, write_scene_data
+from .writers import HELD_OUT_SPEC, write_scene_data
 
 __all__ = [
     "HELD_OUT_SPEC",
+    "Difficulty",
+    "LeakReport",
     "Scene",
     "SceneDataSettings",
+    "SceneRecord",
     "SceneSettings",
     "Shape",
     "category_names",
+    "check_difficulty",
+    "check_no_leak",
     "draw_scene",
     "find_asks",
     "make_conversation",

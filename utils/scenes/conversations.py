@@ -1,23 +1,26 @@
 """Conversations in words about a scene: what is there, where it is, how it relates. No masks.
 
-Places are given on a grid of `grid` rows and columns counted from 1, top left first: "at row 2 column 5" holds the centre.
+Places are given on a grid of `grid` rows and columns, counted from 1 from the top left: "at row 2 column 5" is the cell
+that holds the centre of a shape.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+from utils.data.samples import SEG_MARKER
+from utils.data.templates import pick_phrasing, target_name
+
 from .drawing import Scene, Shape, shape_glyph
-from .questions import SIZE_RATIO, all_templates, directly, find_asks, names_of
+from .questions import SIZE_RATIO, Ask, directly, find_asks, names_of
 from .sampling import SceneSettings, sample_scene
-from .words import COLOURS, DIRECTIONS, FORMS, NUMBERS, SIZES, TIMES, category_names, join_list
+from .words import COLOURS, DIRECTIONS, FORMS, NUMBERS, SIZES, TIMES, capital, category_names, join_list
 
 DEFAULT_GRID = 7
-_FIND = ("Find {}.", "Point to {}.", "Show me {}.", "Where do you see {}?", "Locate {}.")
-_WHERE_IS = "Where is {}?"
 _DESCRIBE = (
     "Describe the picture.",
     "What is in the picture?",
@@ -41,11 +44,22 @@ Turn = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """What a turn is made from: the scene, the grid of places, the random source."""
+    """What turns are made from: the scene, what can be asked about it, the grid of places, and the random sources.
+
+    more_phrasings: ask for things in the readers' long list of wordings.
+    """
 
     scene: Scene
+    asks: Mapping[str, Mapping[str, list[Ask]]]
     grid: int
+    more_phrasings: bool
     rng: random.Random
+    phrasing_rng: np.random.Generator
+
+    def draw_ask(self, kind: str) -> Ask | None:
+        """One fact of a kind, each family as likely as the others; None where there is none."""
+        families = [asks for asks in self.asks[kind].values() if asks]
+        return self.rng.choice(self.rng.choice(families)) if families else None
 
     def cell(self, shape: Shape) -> tuple[int, int]:
         """(row, column) of the centre, from 1."""
@@ -66,10 +80,6 @@ def _a(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def _capital(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
-
-
 def _describe(speaker: Speaker) -> Turn:
     shapes = speaker.scene.shapes
     detailed = speaker.rng.random() < 0.5
@@ -82,24 +92,35 @@ def _all_places(speaker: Speaker) -> Turn:
     return speaker.rng.choice(_PLACES), f"From left to right: {', '.join(items)}."
 
 
-def _mask_question(kind: str) -> Callable[[Speaker], Turn | None]:
-    """The same question as one for masks, answered with a place after each name instead of a mask."""
+def _reasoning(speaker: Speaker) -> Turn | None:
+    """A reasoning question as it is asked for masks, answered with a place after each name instead of a mask."""
+    ask = speaker.draw_ask("reasoning")
+    if ask is None:
+        return None
+    phrased = ask.phrase(speaker.rng, speaker.scene, lambda shape: f"at {speaker.place(shape)}")
+    return phrased.question, phrased.answer
+
+
+def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
+    """A question for named things, in the wordings of the refer readers, answered with places instead of masks."""
 
     def turn(speaker: Speaker) -> Turn | None:
-        families = [asks for asks in find_asks(speaker.scene)[kind].values() if asks]
-        if not families:
+        ask = speaker.draw_ask(kind)
+        if ask is None:
             return None
-        ask = speaker.rng.choice(speaker.rng.choice(families))
-        phrased = ask.phrase(speaker.rng, speaker.scene, lambda shape: f"at {speaker.place(shape)}")
-        if kind == "reasoning":
-            return phrased.question, phrased.answer
-        wordings = (*_FIND, _WHERE_IS) if kind == "direct" and phrased.question.startswith("the ") else _FIND
-        return speaker.rng.choice(wordings).format(phrased.question), phrased.answer
+        asked = target_name(ask.phrase(speaker.rng, speaker.scene).question)
+        phrasing = pick_phrasing(speaker.phrasing_rng, speaker.more_phrasings)
+        if not ask.targets:
+            return phrasing.question([asked]), phrasing.denial([asked])
+        shapes = [speaker.scene.shapes[i] for i in ask.targets]
+        names = [asked] if len(shapes) == 1 else [target_name(shape.name) for shape in shapes]
+        marked = phrasing.answer([f"{name} at {speaker.place(s)}" for name, s in zip(names, shapes, strict=True)])
+        return phrasing.question([asked]), marked.replace(f" {SEG_MARKER}", "")
 
     return turn
 
 
-def _shape_at(scene: Scene, row: int, column: int, grid: int) -> Shape | None | str:
+def _shape_at(scene: Scene, row: int, column: int, grid: int) -> Shape | str | None:
     """The shape that covers the middle of a cell, None where no shape's box touches the cell, "unclear" otherwise."""
     cell = scene.side / grid
     x, y = int((column - 0.5) * cell), int((row - 0.5) * cell)
@@ -135,7 +156,7 @@ def _what_is_at(speaker: Speaker) -> Turn | None:
         return rng.choice(_COLOUR_OF).format(words), f"It is {found.colour}."
     if manner < 0.4:
         return rng.choice(_FORM_OF).format(words), f"It is a {found.form}."
-    return rng.choice(_AT).format(words), f"{_capital(_a(found.name))}."
+    return rng.choice(_AT).format(words), f"{capital(_a(found.name))}."
 
 
 def _exists(speaker: Speaker) -> Turn:
@@ -234,11 +255,9 @@ def _neighbours(speaker: Speaker) -> Turn | None:
     if target is None:
         return None
     here, there = speaker.scene.shapes[index], speaker.scene.shapes[target]
-    question = f"Look at the {here.name}. What is directly {_IS_WHERE[direction]} it?"
-    return (
-        question,
-        f"The {here.name} is at {speaker.place(here)}. {_capital(_IS_WHERE[direction])} it is the {there.name} at {speaker.place(there)}.",
-    )
+    where = _IS_WHERE[direction]
+    answer = f"The {here.name} is at {speaker.place(here)}. {capital(where)} it is the {there.name}"
+    return f"Look at the {here.name}. What is directly {where} it?", f"{answer} at {speaker.place(there)}."
 
 
 def _outermost(speaker: Speaker) -> Turn | None:
@@ -257,10 +276,10 @@ def _outermost(speaker: Speaker) -> Turn | None:
 
 # (weight, turn): what a conversation is mixed from. About half are the questions that will be asked for masks.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
-    (3.0, _mask_question("direct")),
-    (3.0, _mask_question("several")),
-    (5.0, _mask_question("reasoning")),
-    (1.2, _mask_question("no_target")),
+    (3.0, _referring("direct")),
+    (3.0, _referring("several")),
+    (5.0, _reasoning),
+    (1.2, _referring("no_target")),
     (1.0, _describe),
     (1.5, _all_places),
     (2.0, _what_is_at),
@@ -274,40 +293,47 @@ _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
 )
 
 
-def make_conversation(scene: Scene, rng: random.Random, turns: int, grid: int = DEFAULT_GRID) -> list[Turn]:
-    """`turns` different (question, answer) pairs in words about a scene."""
-    speaker = Speaker(scene, grid, rng)
-    weights, makers = zip(*_TURNS, strict=True)
+_WEIGHTS, _MAKERS = zip(*_TURNS, strict=True)
+_CORPUS_TURNS = 8
+
+
+def make_conversation(
+    scene: Scene,
+    rng: random.Random,
+    turns: int,
+    grid: int = DEFAULT_GRID,
+    more_phrasings: bool = False,
+    asks: Mapping[str, Mapping[str, list[Ask]]] | None = None,
+) -> list[Turn]:
+    """`turns` different (question, answer) pairs in words about a scene.
+
+    `asks` is find_asks(scene) where that is known already.
+    """
+    phrasing_rng = np.random.default_rng(rng.getrandbits(64))
+    speaker = Speaker(scene, asks or find_asks(scene), grid, more_phrasings, rng, phrasing_rng)
     conversation: list[Turn] = []
     while len(conversation) < turns:
-        turn = rng.choices(makers, weights)[0](speaker)
+        turn = rng.choices(_MAKERS, _WEIGHTS)[0](speaker)
         if turn is not None and turn[0] not in {question for question, _ in conversation}:
             conversation.append(turn)
     return conversation
 
 
-def tokenizer_corpus(grid: int = DEFAULT_GRID, scenes: int = 400) -> list[str]:
-    """Text to train a tokenizer on: every word of the closed vocabulary, every template, and what is said about some scenes.
+def tokenizer_corpus(grid: int = DEFAULT_GRID, scenes: int = 500) -> list[str]:
+    """Text to train a tokenizer on: every word of the closed vocabulary and what is said about some scenes.
 
-    Deterministic. The scenes are no part of any data set.
+    Deterministic; holds the wordings of the readers' questions and answers too. The scenes are no part of any data set.
     """
-    corpus = [
-        *category_names(),
-        *FORMS.values(),
-        *SIZES,
-        *NUMBERS,
-        *TIMES.values(),
-        *_IS_WHERE.values(),
-        *_OUTERMOST.values(),
-    ]
+    corpus = [*category_names(), *FORMS.values(), *SIZES, *NUMBERS, *TIMES.values()]
+    corpus += [*_IS_WHERE.values(), *_OUTERMOST.values()]
     corpus += [cell_words(row, column) for row in range(1, grid + 1) for column in range(1, grid + 1)]
     rng = random.Random("tokenizer corpus")
-    for _ in range(scenes):
+    for number in range(scenes):
         scene = sample_scene(rng, SceneSettings())
-        for question, answer in make_conversation(scene, rng, 8, grid):
+        for question, answer in make_conversation(scene, rng, _CORPUS_TURNS, grid, more_phrasings=number % 2 == 1):
             corpus += [question, answer]
         for families in find_asks(scene).values():
             for ask in [rng.choice(asks) for asks in families.values() if asks]:
-                phrased = ask.phrase(rng, scene, lambda shape: "")
-                corpus += [phrased.question, phrased.answer.replace(" .", ".").replace(" ,", ",").replace("  ", " ")]
-    return corpus
+                phrased = ask.phrase(rng, scene)
+                corpus += [phrased.question, phrased.answer.replace(f" {SEG_MARKER}", "")]
+    return [text for text in corpus if text]

@@ -1,7 +1,7 @@
 """Shapes, scenes and how they look.
 
-Drawing uses hard edges: a pixel belongs to a shape or to the background, so that the mask of a shape is exactly the set of pixels
-that bear its colour.  Axes: H W pixels of the picture, N shapes, h w pixels of a shape's box.
+Drawing uses hard edges: a pixel belongs to a shape or to the background, so that the mask of a shape is exactly the set
+of pixels that bear its colour. Axes: H W pixels of the picture, N shapes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from .words import FORMS
 
-# The side of a form's box for a shape whose nominal size is 1: it brings the areas of all forms close together (0.64 to 0.81 of
-# the square of the nominal size), so that "larger" means the same by area and to the eye.
+# The side of a form's box for a shape whose nominal size is 1: it brings the areas of all forms close together (0.64 to
+# 0.81 of the square of the nominal size), so that "larger" means the same by area and to the eye.
 FORM_SCALE = {"circle": 1.0, "square": 0.9, "triangle": 1.15, "star": 1.25, "cross": 1.08}
 _CROSS_ARM = 0.4  # width of an arm as a share of the box
 _STAR_INNER = 0.5  # inner radius as a share of the outer one
@@ -73,8 +73,10 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """Hash of what is where: forms, colours, sizes and places. Shades and background are left out, so that two scenes that
-        differ in nothing else count as the same one."""
+        """Hash of what is where: forms, colours, sizes and places.
+
+        Shades and background are left out: two scenes that differ in nothing else count as the same one.
+        """
         content = (self.side, sorted((s.form, s.colour, s.side, s.left, s.top) for s in self.shapes))
         return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
 
@@ -106,7 +108,7 @@ def _star_points() -> list[tuple[float, float]]:
 
 @functools.lru_cache(maxsize=4096)
 def shape_glyph(form: str, side: int) -> NDArray[np.bool_]:
-    """The mask of a form inside its own box, (side, side) bool, read-only. ValueError for an unknown form or an empty box."""
+    """The mask of a form inside its own box, (side, side) bool, read-only. ValueError for an unknown form or no box."""
     if form not in FORMS or side < 1:
         raise ValueError(
             f"cannot draw a {form!r} of {side} pixels: expected one of {', '.join(FORMS)} and at least 1 pixel"

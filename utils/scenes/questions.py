@@ -1,26 +1,30 @@
 """What can be asked about a scene, and how it is put into words.
 
-`find_asks` lists every fact of a scene worth asking about; an `Ask` turns itself into a question and an answer in one of several
-wordings. Every condition that keeps a question honest (a distractor, no doubt which shape is meant) is checked here.
+`find_asks` lists every fact of a scene worth asking about; an `Ask` becomes a question and an answer in one of several
+wordings. Every condition that keeps a question honest (a distractor, no doubt which shape is meant) is here.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from utils.data.samples import SEG_MARKER
 
 from .drawing import Scene, Shape
-from .words import COLOURS, FORMS, NUMBERS, SEG_MARKER, TIMES, join_list
+from .words import COLOURS, FORMS, NUMBERS, TIMES, capital, join_list
 
 # The largest (smallest) shape has at least this many times the area of the next one, wherever it is asked for.
 SIZE_RATIO = 1.3
-# Relations: the meant shape lies within _NARROW (across / along) of the direction; another shape within _WIDE of it must be at
-# least _FARTHER times as far away.
+# Relations: the meant shape lies within _NARROW (across / along) of the direction; another one within _WIDE of it must
+# be at least _FARTHER times as far away.
 _NARROW, _WIDE, _FARTHER = 0.6, 1.25, 1.4
 _MOST_EXCLUSION_TARGETS = 3
+_MOST_TIMES = 3  # how often the colour or form of a count question occurs at most
 
 # kind -> its families
 FAMILIES: Mapping[str, tuple[str, ...]] = {
@@ -30,6 +34,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "no_target": ("absent_name", "absent_half", "absent_colour", "absent_form"),
 }
 
+# Referring expressions: what the refer files hold. Their answers are the readers' business.
 _NAME = (
     "the {colour} {form}",
     "the {colour} {form}",
@@ -54,43 +59,43 @@ _COLOUR_GROUP = (
     "all shapes that are {colour}",
 )
 _DOUBLE = ("all the {colour} {forms}", "the {colour} {forms}", "every {colour} {form}", "all {forms} that are {colour}")
-
-_ONE_ANSWER = ("The {named}.", "It is the {named}.", "That is the {named}.", "Here is the {named}.")
-_MANY_ANSWERS = ("{Listed}.", "They are {listed}.", "These are {listed}.", "Here are {listed}.")
-
-_RELATION = (
-    "Which shape is directly {where} the {reference}?",
-    "What is directly {where} the {reference}?",
-    "Find the shape directly {where} the {reference}.",
-    "Which shape comes first {where} the {reference}?",
-    "What is the nearest shape {where} the {reference}?",
+_PAIR = (
+    "the {first} and the {second}",
+    "the {second} and the {first}",
+    "{first} and {second}",
+    "{second} and {first}",
+    "both the {first} and the {second}",
 )
-_RELATION_ANSWER = (
-    "The shape {where} the {reference} is the {named}.",
-    "The {named} is directly {where} the {reference}.",
-)
+
+# Questions to be reasoned about, each with the answer that goes with it: who reads the question knows how the answer
+# begins.
+_RELATION = {
+    "Which shape is directly {where} the {reference}?": "The shape directly {where} the {reference} is the {named}.",
+    "What is directly {where} the {reference}?": "It is the {named}.",
+    "Find the shape directly {where} the {reference}.": "Here is the {named}.",
+    "Which shape comes first {where} the {reference}?": "The first shape {where} the {reference} is the {named}.",
+    "What is the nearest shape {where} the {reference}?": "The nearest shape {where} the {reference} is the {named}.",
+}
 _WHERE = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
+_SIZE = {
+    "Which {thing} is the {extreme}?": "The {extreme} {thing} is the {named}.",
+    "What is the {extreme} {thing}?": "It is the {named}.",
+    "Find the {extreme} {thing}.": "Here is the {named}.",
+    "Which is the {extreme} {thing} in the picture?": "That is the {named}.",
+    "Show me the {extreme} {thing}.": "The {extreme} {thing} is the {named}.",
+}
 _EXTREME = {"largest": ("largest", "biggest"), "smallest": ("smallest", "tiniest")}
-_SIZE = (
-    "Which {thing} is the {extreme}?",
-    "What is the {extreme} {thing}?",
-    "Find the {extreme} {thing}.",
-    "Which is the {extreme} {thing} in the picture?",
-    "Show me the {extreme} {thing}.",
-)
-_SIZE_ANSWER = ("The {extreme} {thing} is the {named}.", "The {named} is the {extreme} {thing}.")
-_COUNT = (
-    "Which shapes have the {attribute} that occurs exactly {times}?",
-    "Find the shapes of the {attribute} that appears exactly {times}.",
-    "One {attribute} occurs {times}: show its shapes.",
-    "Which {attribute} is there exactly {times}? Show every shape of it.",
-)
-_COUNT_ANSWER = ("The {attribute} that occurs {times} is {value}: {listed}.", "It is {value}: {listed}.")
+_COUNT = {
+    "Which shapes have the {attribute} that occurs exactly {times}?": "The {attribute} is {value}: {listed}.",
+    "Find the shapes of the {attribute} that appears exactly {times}.": "It is {value}: {listed}.",
+    "One {attribute} occurs {times}: show its shapes.": "The {attribute} that occurs {times} is {value}: {listed}.",
+    "Which {attribute} is there exactly {times}? Show every shape of it.": "{Value}: {listed}.",
+}
 _EXCEPT = {
     "form": (
         "Find all {forms} except the {colour} {one}.",
@@ -120,42 +125,60 @@ _EXCEPT = {
         "Show everything except the {forms}.",
     ),
 }
-_NO_NAME = ("There is no {colour} {form} in the picture.", "There is no {colour} {form}.", "I see no {colour} {form}.")
-_NO_COLOUR = ("There is nothing {colour} in the picture.", "There are no {colour} shapes.", "I see nothing {colour}.")
-_NO_FORM = ("There are no {forms} in the picture.", "There are no {forms}.", "I see no {forms}.")
+_EXCEPT_ANSWERS = ("Here: {listed}.", "Only {listed}.", "{Listed}.", "Left over: {listed}.")
+# Which shapes each manner of exclusion keeps: (shape, colour, form) -> bool.
+_KEEPS: Mapping[str, Callable[[Shape, str, str], bool]] = {
+    "form": lambda shape, colour, form: shape.form == form and shape.colour != colour,
+    "colour": lambda shape, colour, form: shape.colour == colour and shape.form != form,
+    "neither": lambda shape, colour, form: shape.colour != colour and shape.form != form,
+    "not_colour": lambda shape, colour, form: shape.colour != colour,
+    "not_form": lambda shape, colour, form: shape.form != form,
+}
+
+
+# What fills a template: words, or several of which one is drawn.
+Fields = Mapping[str, str | tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Phrased:
-    """One wording. `question`: a full question for reasoning, a referring expression ("the red circle") otherwise. In `answer`
-    every target is named right before its mark."""
+    """One wording. `question`: a full question for reasoning, a referring expression ("the red circle") otherwise.
+
+    `answer`: for reasoning, every target named right before its mark; "" for a referring expression.
+    """
 
     question: str
     answer: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ask:
-    """One fact worth asking about. `targets` are indices into scene.shapes in reading order; templates take `fields`, of which
-    those with several choices are given as tuples."""
+    """One fact worth asking about.
+
+    `targets` are indices into scene.shapes, in reading order. `answers` are empty or go with `questions` one to one.
+    Both are templates that take `fields`; a field with several choices is a tuple. Asks are told apart by identity.
+    """
 
     kind: str
     family: str
     targets: tuple[int, ...]
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    fields: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
+    fields: Fields
 
     def phrase(
         self, rng: random.Random, scene: Scene, mark: Callable[[Shape], str] = lambda shape: SEG_MARKER
     ) -> Phrased:
         """Word it. `mark` gives what follows the name of each target: the seg marker, or words that say where it is."""
         fields = {k: v if isinstance(v, str) else rng.choice(v) for k, v in self.fields.items()}
+        wording = rng.randrange(len(self.questions))
+        question = self.questions[wording].format(**fields)
+        if not self.answers:
+            return Phrased(question, "")
         named = [f"{scene.shapes[i].name} {mark(scene.shapes[i])}" for i in self.targets]
-        if named:
-            listed = join_list([f"the {item}" for item in named])
-            fields |= {"named": named[0], "listed": listed, "Listed": listed[0].upper() + listed[1:]}
-        return Phrased(rng.choice(self.questions).format(**fields), rng.choice(self.answers).format(**fields))
+        listed = join_list([f"the {item}" for item in named])
+        fields |= {"named": named[0], "listed": listed, "Listed": capital(listed)}
+        return Phrased(question, self.answers[wording].format(**fields))
 
 
 def names_of(scene: Scene) -> Counter[str]:
@@ -173,49 +196,45 @@ def _words(colour: str, form: str) -> dict[str, str | tuple[str, ...]]:
     return {"colour": colour, "form": form, "forms": FORMS[form]}
 
 
+def _reasoning(family: str, targets: tuple[int, ...], wordings: Mapping[str, str], fields: Fields) -> Ask:
+    return Ask("reasoning", family, targets, tuple(wordings), tuple(wordings.values()), fields)
+
+
 def _ask_direct(scene: Scene) -> list[Ask]:
     counts = names_of(scene)
     return [
-        Ask("direct", "name", (i,), _NAME, _ONE_ANSWER, _words(shape.colour, shape.form))
+        Ask("direct", "name", (i,), _NAME, (), _words(shape.colour, shape.form))
         for i, shape in enumerate(scene.shapes)
         if counts[shape.name] == 1 and has_distractor(scene, i)
     ]
 
 
-def _number_phrases(count: int, template: str) -> tuple[str, ...]:
+def _number_of(count: int, things: str) -> str:
     """ "both circles" for two, "the three circles" for three to six."""
-    return (template.format("both" if count == 2 else f"the {NUMBERS[count]}"),)
+    return f"both {things}" if count == 2 else f"the {NUMBERS[count]} {things}"
 
 
 def _ask_several(scene: Scene) -> list[Ask]:
-    asks = []
-    for form, count in Counter(s.form for s in scene.shapes).items():
+    shapes, counts = scene.shapes, names_of(scene)
+    asks, wordings = [], tuple[str, ...]()
+    for form, count in Counter(s.form for s in shapes).items():
         if count > 1:
-            targets = tuple(i for i, s in enumerate(scene.shapes) if s.form == form)
-            questions = _FORM_GROUP + _number_phrases(count, "{} {{forms}}")
-            asks.append(Ask("several", "form", targets, questions, _MANY_ANSWERS, {"form": form, "forms": FORMS[form]}))
-    for colour, count in Counter(s.colour for s in scene.shapes).items():
+            targets = tuple(i for i, s in enumerate(shapes) if s.form == form)
+            wordings = (*_FORM_GROUP, _number_of(count, "{forms}"))
+            asks.append(Ask("several", "form", targets, wordings, (), {"form": form, "forms": FORMS[form]}))
+    for colour, count in Counter(s.colour for s in shapes).items():
         if count > 1:
-            targets = tuple(i for i, s in enumerate(scene.shapes) if s.colour == colour)
-            questions = _COLOUR_GROUP + _number_phrases(count, "{} {{colour}} shapes")
-            asks.append(Ask("several", "colour", targets, questions, _MANY_ANSWERS, {"colour": colour}))
-    counts = names_of(scene)
+            targets = tuple(i for i, s in enumerate(shapes) if s.colour == colour)
+            wordings = (*_COLOUR_GROUP, _number_of(count, "{colour} shapes"))
+            asks.append(Ask("several", "colour", targets, wordings, (), {"colour": colour}))
     for name, count in counts.items():
         if count > 1:
-            targets = tuple(i for i, s in enumerate(scene.shapes) if s.name == name)
-            questions = _DOUBLE + _number_phrases(count, "{} {{colour}} {{forms}}")
-            asks.append(Ask("several", "double", targets, questions, _MANY_ANSWERS, _words(*name.split())))
-    single = [i for i, s in enumerate(scene.shapes) if counts[s.name] == 1]
-    for position, i in enumerate(single):
-        for j in single[position + 1 :]:
-            first, second = scene.shapes[i].name, scene.shapes[j].name
-            questions = (
-                f"the {first} and the {second}",
-                f"the {second} and the {first}",
-                f"{first} and {second}",
-                f"{second} and {first}",
-            )
-            asks.append(Ask("several", "pair", (i, j), questions, _MANY_ANSWERS))
+            targets = tuple(i for i, s in enumerate(shapes) if s.name == name)
+            wordings = (*_DOUBLE, _number_of(count, "{colour} {forms}"))
+            asks.append(Ask("several", "double", targets, wordings, (), _words(*name.split())))
+    single = [i for i, s in enumerate(shapes) if counts[s.name] == 1]
+    for i, j in itertools.combinations(single, 2):
+        asks.append(Ask("several", "pair", (i, j), _PAIR, (), {"first": shapes[i].name, "second": shapes[j].name}))
     return asks
 
 
@@ -224,22 +243,20 @@ def _ask_absent(scene: Scene) -> list[Ask]:
     asks = []
     for colour in COLOURS:
         if colour not in colours:
-            asks.append(Ask("no_target", "absent_colour", (), _COLOUR_GROUP, _NO_COLOUR, {"colour": colour}))
+            asks.append(Ask("no_target", "absent_colour", (), _COLOUR_GROUP, (), {"colour": colour}))
         for form in FORMS:
             present = (colour in colours) + (form in forms)
             if present and f"{colour} {form}" not in names:
                 family = "absent_name" if present == 2 else "absent_half"
-                asks.append(Ask("no_target", family, (), _NAME, _NO_NAME, _words(colour, form)))
+                asks.append(Ask("no_target", family, (), _NAME, (), _words(colour, form)))
     for form in FORMS:
         if form not in forms:
-            asks.append(
-                Ask("no_target", "absent_form", (), _FORM_GROUP, _NO_FORM, {"form": form, "forms": FORMS[form]})
-            )
+            asks.append(Ask("no_target", "absent_form", (), _FORM_GROUP, (), {"form": form, "forms": FORMS[form]}))
     return asks
 
 
 def directly(scene: Scene, index: int, direction: str) -> int | None:
-    """The shape directly left of, right of, above or below shape `index`, or None where there is none or it could be disputed."""
+    """The shape directly left of, right of, above or below shape `index`; None where there is none or in doubt."""
     here = scene.shapes[index]
     candidates = []
     for j, other in enumerate(scene.shapes):
@@ -266,14 +283,13 @@ def _ask_relation(scene: Scene) -> list[Ask]:
         for direction, where in _WHERE.items():
             target = directly(scene, i, direction)
             if target is not None:
-                fields: dict[str, str | tuple[str, ...]] = {"where": where, "reference": shape.name}
-                answers = _RELATION_ANSWER + _ONE_ANSWER[1:3]
-                asks.append(Ask("reasoning", "relation", (target,), _RELATION, answers, fields))
+                fields: Fields = {"where": where, "reference": shape.name}
+                asks.append(_reasoning("relation", (target,), _RELATION, fields))
     return asks
 
 
 def extreme_shape(scene: Scene, indices: list[int], largest: bool) -> int | None:
-    """Which of these shapes is the largest (smallest) by at least SIZE_RATIO in area, and by its extent too; None where disputed."""
+    """Which of these shapes is the largest (smallest), by SIZE_RATIO in area and by extent too; None if in doubt."""
     ranked = sorted(indices, key=lambda i: scene.shapes[i].area, reverse=largest)
     first, second = scene.shapes[ranked[0]], scene.shapes[ranked[1]]
     if max(first.area, second.area) < SIZE_RATIO * min(first.area, second.area):
@@ -295,8 +311,8 @@ def _ask_size(scene: Scene) -> list[Ask]:
         for extreme, words in _EXTREME.items():
             target = extreme_shape(scene, indices, extreme == "largest")
             if target is not None:
-                answers = _SIZE_ANSWER + _ONE_ANSWER[1:3]
-                asks.append(Ask("reasoning", "size", (target,), _SIZE, answers, {"thing": thing, "extreme": words}))
+                fields: Fields = {"thing": thing, "extreme": words}
+                asks.append(_reasoning("size", (target,), _SIZE, fields))
     return asks
 
 
@@ -304,48 +320,37 @@ def _ask_count(scene: Scene) -> list[Ask]:
     asks = []
     for attribute, values in (("colour", [s.colour for s in scene.shapes]), ("form", [s.form for s in scene.shapes])):
         how_many = Counter(values)
-        for times, times_word in TIMES.items():
+        for times in range(1, _MOST_TIMES + 1):
             matching = [value for value, count in how_many.items() if count == times]
-            if len(matching) != 1 or len(how_many) == 1 or times > MAX_COUNT:
+            if len(matching) != 1 or len(how_many) == 1:
                 continue
-            value = matching[0]
-            targets = tuple(i for i, v in enumerate(values) if v == value)
-            word = value if attribute == "colour" else f"the {value}"
-            fields: dict[str, str | tuple[str, ...]] = {"attribute": attribute, "times": times_word, "value": word}
-            asks.append(Ask("reasoning", "count", targets, _COUNT, _COUNT_ANSWER, fields))
+            targets = tuple(i for i, v in enumerate(values) if v == matching[0])
+            word = matching[0] if attribute == "colour" else f"the {matching[0]}"
+            fields = {"attribute": attribute, "times": TIMES[times], "value": word, "Value": capital(word)}
+            asks.append(_reasoning("count", targets, _COUNT, fields))
     return asks
 
 
 def _ask_exclusion(scene: Scene) -> list[Ask]:
-    shapes, asks = scene.shapes, []
-
-    def add(manner: str, keep: Callable[[Shape], bool], fields: dict[str, str | tuple[str, ...]]) -> None:
-        targets = tuple(i for i, s in enumerate(shapes) if keep(s))
-        if 1 <= len(targets) <= _MOST_EXCLUSION_TARGETS:
-            answers = _MANY_ANSWERS if len(targets) > 1 else _ONE_ANSWER
-            asks.append(Ask("reasoning", "exclusion", targets, _EXCEPT[manner], answers, fields))
-
     counts = names_of(scene)
-    for name, count in counts.items():
-        colour, form = name.split()
-        words = _words(colour, form)
-        words |= {"one": "one" if count == 1 else "ones", "form_or_forms": form if count == 1 else FORMS[form]}
-        add("form", lambda s, c=colour, f=form: s.form == f and s.colour != c, words)  # type: ignore[misc]
-        add("colour", lambda s, c=colour, f=form: s.colour == c and s.form != f, words)  # type: ignore[misc]
-    colours, forms = sorted({s.colour for s in shapes}), sorted({s.form for s in shapes})
-    for colour in colours:
-        add("not_colour", lambda s, c=colour: s.colour != c, {"colour": colour})  # type: ignore[misc]
-        for form in forms:
-            if {i for i, s in enumerate(shapes) if s.colour == colour} != {
-                i for i, s in enumerate(shapes) if s.form == form
-            }:
-                add("neither", lambda s, c=colour, f=form: s.colour != c and s.form != f, _words(colour, form))  # type: ignore[misc]
-    for form in forms:
-        add("not_form", lambda s, f=form: s.form != f, {"form": form, "forms": FORMS[form]})  # type: ignore[misc]
+    colours, forms = sorted({s.colour for s in scene.shapes}), sorted({s.form for s in scene.shapes})
+    manners = [("not_colour", colour, forms[0]) for colour in colours]
+    manners += [("not_form", colours[0], form) for form in forms]
+    for colour, form in itertools.product(colours, forms):
+        if counts[f"{colour} {form}"]:
+            manners += [("form", colour, form), ("colour", colour, form)]
+        if {s for s in scene.shapes if s.colour == colour} != {s for s in scene.shapes if s.form == form}:
+            manners.append(("neither", colour, form))
+    asks = []
+    for manner, colour, form in manners:
+        targets = tuple(i for i, s in enumerate(scene.shapes) if _KEEPS[manner](s, colour, form))
+        if 1 <= len(targets) <= _MOST_EXCLUSION_TARGETS:
+            single = counts[f"{colour} {form}"] == 1
+            fields = _words(colour, form)
+            fields |= {"one": "one" if single else "ones", "form_or_forms": form if single else FORMS[form]}
+            wordings = dict(zip(_EXCEPT[manner], _EXCEPT_ANSWERS, strict=False))
+            asks.append(_reasoning("exclusion", targets, wordings, fields))
     return asks
-
-
-MAX_COUNT = 3
 
 
 def find_asks(scene: Scene) -> dict[str, dict[str, list[Ask]]]:
@@ -357,20 +362,3 @@ def find_asks(scene: Scene) -> dict[str, dict[str, list[Ask]]]:
         for ask in finder(scene):
             found[ask.kind][ask.family].append(ask)
     return found
-
-
-def all_templates() -> list[str]:
-    """Every template string of this module, fields unfilled."""
-    single = (
-        *_NAME,
-        *_FORM_GROUP,
-        *_COLOUR_GROUP,
-        *_DOUBLE,
-        *_ONE_ANSWER,
-        *_MANY_ANSWERS,
-        *_RELATION,
-        *_RELATION_ANSWER,
-    )
-    rest = (*_SIZE, *_SIZE_ANSWER, *_COUNT, *_COUNT_ANSWER, *_NO_NAME, *_NO_COLOUR, *_NO_FORM)
-    nested = [t for group in (*_EXCEPT.values(), *_WHERE.values(), *_EXTREME.values()) for t in group]
-    return [*single, *rest, *nested, "both", *(f"the {number}" for number in NUMBERS[2:])]

@@ -11,12 +11,12 @@ from .words import COLOURS, FORMS
 
 MIN_SHAPES, MAX_SHAPES = 3, 6
 _REFERENCE_SIDE = 112
-# Nominal sizes (pixels of a circle's diameter in a picture of _REFERENCE_SIDE); the gaps between them keep the words clear.
+# Nominal sizes: pixels of a circle's diameter in a picture of _REFERENCE_SIDE. Gaps between them keep the words clear.
 _SIZE_RANGES = {"small": (18.0, 19.5), "medium": (24.0, 26.0), "large": (31.5, 34.0)}
 _SMALLEST_PICTURE = 48
 _PLACING_TRIES = 60
 _SHADE_JITTER = 14
-# A second shape of the same colour and form is drawn again this often: pairs of equal shapes exist, but stay the exception.
+# A second shape of the same colour and form is drawn again this often: equal shapes exist, but stay the exception.
 _REDRAW_DOUBLES = 0.75
 
 
@@ -24,8 +24,8 @@ _REDRAW_DOUBLES = 0.75
 class SceneSettings:
     """What scenes look like: `side` pixels of the square picture, at least 48; lengths below scale with it.
 
-    gap: least distance in pixels between the boxes of two shapes; reading_gap: least difference of their centres in x, so that
-    "left to right" is never in doubt. Both are for a picture of 112 pixels.
+    gap: least distance in pixels between the boxes of two shapes; reading_gap: least difference of their centres in x,
+    so that "left to right" is never in doubt. Both are for a picture of 112 pixels.
     """
 
     side: int = _REFERENCE_SIDE
@@ -109,8 +109,8 @@ def _apart(left: int, top: int, side: int, left2: int, top2: int, side2: int, ga
 
 def sample_scene(rng: random.Random, settings: SceneSettings) -> Scene:
     """Draw one scene of 3 to 6 shapes; tries again until everything has found its place."""
+    count = rng.randint(MIN_SHAPES, MAX_SHAPES)
     while True:
-        count = rng.randint(MIN_SHAPES, MAX_SHAPES)
         names, sizes = _draw_names(rng, count), _draw_sizes(rng, count)
         nominal = [rng.uniform(*_SIZE_RANGES[size]) * settings.scale for size in sizes]
         sides = [max(round(n * FORM_SCALE[form]), 3) for n, (form, _) in zip(nominal, names, strict=True)]
@@ -126,7 +126,7 @@ def sample_scene(rng: random.Random, settings: SceneSettings) -> Scene:
 
 
 def sample_scenes(settings: SceneSettings, seed: int, split: str, taken: set[str]) -> Iterator[Scene]:
-    """Endless scenes of a split. A scene whose key is in `taken` is passed over; the keys of those given out are added to it."""
+    """Endless scenes of a split. One whose key is in `taken` is passed over; the keys of those given out are added."""
     number = 0
     while True:
         scene = sample_scene(random.Random(f"scene/{seed}/{split}/{number}"), settings)

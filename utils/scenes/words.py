@@ -24,8 +24,6 @@ FORMS = MappingProxyType(
 SIZES = ("small", "medium", "large")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 TIMES = MappingProxyType({1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times", 6: "six times"})
-# How official MUSE files mark, in an answer, the place of a mask: right after the words that name the target.
-SEG_MARKER = "{seg}"
 DIRECTIONS = ("left", "right", "above", "below")
 
 _SHAPE_NAME = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(FORMS)})\b")
@@ -43,6 +41,11 @@ def join_list(items: Sequence[str]) -> str:
     if len(items) < 2:
         return "".join(items)
     return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def capital(sentence: str) -> str:
+    """With a capital first letter."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 def named_shape(phrase: str) -> str | None:
