@@ -42,8 +42,8 @@ class LeakReport:
 def check_no_leak(root: str | Path) -> LeakReport:
     """Compare the pictures that training files name with those that held-out questions name, as they lie on the disk.
 
-    DataError, naming the culprit, when a held-out scene or picture (by pixels) occurs in what the base or the mask stage is
-    trained on, when a scene occurs twice, or when a picture does not show the scene that scenes.json says it does.
+    DataError, naming the culprit, when a held-out scene or picture (by pixels) occurs in what the base or the mask stage
+    is trained on, when a scene occurs twice, or when a held-out picture is not the one that scenes.json describes.
     """
     root = Path(root)
     trained, held_out = _pictures_named(root)
@@ -76,7 +76,7 @@ def _refuse_repeated_scenes(records: Iterable[SceneRecord]) -> None:
 
 
 def _pictures_named(root: Path) -> tuple[set[Path], set[Path]]:
-    """Paths of the pictures that are trained on and of those that held-out questions are about, as the files name them."""
+    """Paths of the pictures that are trained on, and of those that held-out questions are about, by all files."""
     named: dict[str, set[Path]] = {TRAIN: set(), HELD_OUT: set()}
     refs = load_plain_pickle((root / REFCOCO_REFS).read_bytes(), str(root / REFCOCO_REFS))
     instances = _read_json(root / REFCOCO_REFS.parent / "instances.json")
@@ -102,7 +102,7 @@ def _read_picture(path: Path) -> NDArray[np.uint8]:
 
 
 def _record_of(path: Path, records: dict[str, SceneRecord]) -> SceneRecord:
-    """What scenes.json says of a picture; those of the conversations in words bear the same number under another name."""
+    """What scenes.json says of a picture; the one for conversations in words bears the same number in its name."""
     name = path.name if path.name in records else f"COCO_train2014_{path.name}"
     if name not in records:
         raise DataError(f"the picture {path} is not among the drawn scenes: make the data again")
@@ -111,9 +111,11 @@ def _record_of(path: Path, records: dict[str, SceneRecord]) -> SceneRecord:
 
 @dataclass(frozen=True, slots=True)
 class Difficulty:
-    """What the held-out questions are like: how many, shares of kinds, shapes per scene, gIoU of answering without looking.
+    """What the held-out questions are like.
 
-    baselines: "mask everything" (the whole picture), "every shape" (all shapes of the picture), "largest shape".
+    n: how many; shares: of each kind; shapes: questions about scenes of so many shapes; baselines: gIoU of three answers
+    that do not read the question:
+    "mask everything" (the whole picture), "every shape" (all shapes of the picture) and "largest shape".
     """
 
     n: int
@@ -126,17 +128,17 @@ def check_difficulty(root: str | Path, samples: Iterable[Sample], least_question
     """Measure the held-out questions and refuse easy ones.
 
     samples: the held-out questions as the readers give them (HELD_OUT_SPEC). DataError when there are fewer than
-    `least_questions`, when the share of a kind is more than 0.02 off KIND_SHARES, when a scene has not 3 to 6 shapes, when a
-    direct question has no distractor of the same colour or form, or when a baseline reaches HIGHEST_BASELINE.
+    `least_questions`, when the share of a kind is more than 0.02 off KIND_SHARES, when a scene has not 3 to 6 shapes,
+    when a direct question has no distractor of the same colour or form, or when a baseline reaches HIGHEST_BASELINE.
     """
     records = {record.file_name: record for record in read_scenes(root)}
     kinds, shapes, scores = Counter[str](), Counter[int](), dict[str, list[float]]()
     for sample in samples:
         name = Path(sample.image_path).name
         scene = _record_of(Path(sample.image_path), records).scene
-        shapes[len(scene.shapes)] += 1
         for turn in (turn for conversation in sample.conversations for turn in conversation):
             kinds[turn.kind] += 1
+            shapes[len(scene.shapes)] += 1
             if turn.kind == "direct":
                 _require_distractor(name, scene, turn)
             for baseline, score in _baseline_scores(scene, turn).items():

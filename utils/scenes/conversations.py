@@ -31,7 +31,7 @@ _DESCRIBE = (
 _PLACES = ("Where is everything?", "Give the place of every shape.", "List all shapes and where they are.")
 _AT = ("What is at {}?", "Which shape is at {}?", "Name the shape at {}.")
 _NOTHING = ("Nothing is at {}.", "There is nothing at {}.")
-_EXISTS = ("Is there a {} in the picture?", "Do you see a {}?", "Does the picture show a {}?")
+_EXISTS = ("Is there {} in the picture?", "Do you see {}?", "Does the picture show {}?")
 _HOW_MANY = ("How many {} are there?", "Count the {}.")
 _HOW_LARGE = ("What size is the {}?", "How large is the {}?")
 _COLOUR_OF = ("What colour is the shape at {}?", "Which colour is at {}?")
@@ -166,7 +166,7 @@ def _exists(speaker: Speaker) -> Turn:
         name = rng.choice(list(counts))
     else:
         name = rng.choice([absent for absent in category_names() if absent not in counts])
-    question = rng.choice(_EXISTS).format(name)
+    question = rng.choice(_EXISTS).format(_a(name))
     if counts[name] == 0:
         return question, f"No, there is no {name}."
     places = join_list([f"at {speaker.place(s)}" for s in scene.shapes if s.name == name])

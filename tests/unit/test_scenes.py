@@ -1,0 +1,242 @@
+"""Scenes: drawn exactly, never repeated, asked about without ambiguity, spoken of in a closed vocabulary."""
+
+import itertools
+import random
+import re
+
+import numpy as np
+import pytest
+
+from utils.data.samples import SEG_MARKER
+from utils.scenes import (
+    Scene,
+    SceneSettings,
+    draw_scene,
+    find_asks,
+    make_conversation,
+    named_shape,
+    sample_scenes,
+    scene_masks,
+    tokenizer_corpus,
+)
+from utils.scenes.drawing import Background, Shape, shape_glyph
+from utils.scenes.planning import SceneDataSettings, plan_held_out, split_exactly
+from utils.scenes.questions import FAMILIES, SIZE_RATIO, directly, extreme_shape, has_distractor
+from utils.scenes.words import COLOURS, FORMS, join_list
+
+GREY = Background(200, (0, 0, 0), 0, 0)
+
+
+def take(count: int, side: int = 112, seed: int = 0, split: str = "train") -> list[Scene]:
+    return list(itertools.islice(sample_scenes(SceneSettings(side), seed, split, set()), count))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return take(200)
+
+
+def shape(name: str, left: int, top: int, side: int = 20) -> Shape:
+    colour, form = name.split()
+    return Shape(form, colour, "medium", left, top, side, COLOURS[colour])
+
+
+def scene_of(*shapes: Shape) -> Scene:
+    return Scene(112, tuple(sorted(shapes, key=lambda s: s.centre_x)), GREY)
+
+
+@pytest.mark.parametrize("side", [48, 112, 224])
+def test_masks_are_the_pixels_of_the_shapes(side: int) -> None:
+    for scene in take(20, side):
+        picture, masks = draw_scene(scene), scene_masks(scene)
+        assert picture.shape == (side, side, 3) and picture.dtype == np.uint8
+        assert masks.sum(axis=0).max() == 1, "shapes overlap"
+        for one, mask in zip(scene.shapes, masks, strict=True):
+            assert mask.sum() == one.area > 0
+            assert (picture[mask > 0] == one.shade).all()
+        colourless = np.ptp(picture[masks.sum(axis=0) == 0].astype(int), axis=1).max()
+        assert colourless < 40, "the background has a colour"
+
+
+def test_shapes_keep_their_distance(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        assert 3 <= len(scene.shapes) <= 6
+        centres = [s.centre_x for s in scene.shapes]
+        assert min(np.diff(centres)) >= 4, "reading order is in doubt"
+        for a, b in itertools.combinations(scene.shapes, 2):
+            gap_x = max(a.left, b.left) - min(a.left + a.side, b.left + b.side)
+            gap_y = max(a.top, b.top) - min(a.top + a.side, b.top + b.side)
+            assert max(gap_x, gap_y) >= 3
+
+
+def test_scenes_follow_from_the_seed_and_never_repeat(scenes: list[Scene]) -> None:
+    assert take(200) == scenes
+    assert take(20, seed=1) != scenes[:20] and take(20, split="val") != scenes[:20]
+    taken = {scene.key for scene in scenes}
+    again = next(sample_scenes(SceneSettings(), 0, "train", taken))
+    assert again.key not in {scene.key for scene in scenes}
+
+
+def test_key_leaves_out_what_does_not_make_another_scene() -> None:
+    scene = scene_of(shape("red circle", 5, 5), shape("blue star", 50, 50))
+    other_light = Scene(scene.side, scene.shapes, Background(220, (1, 2, 3), 5, 5))
+    moved = scene_of(shape("red circle", 6, 5), shape("blue star", 50, 50))
+    assert scene.key == other_light.key != moved.key
+
+
+def test_impossible_requests_are_refused() -> None:
+    with pytest.raises(ValueError, match="40 pixels"):
+        SceneSettings(40)
+    with pytest.raises(ValueError, match="hexagon"):
+        shape_glyph("hexagon", 10)
+    with pytest.raises(ValueError, match="heldout is 0"):
+        SceneDataSettings(heldout=0)
+    with pytest.raises(ValueError, match="ask for more held-out scenes"):
+        plan_held_out(take(2), SceneDataSettings(questions=1000))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_fill_their_box(form: str) -> None:
+    glyph = shape_glyph(form, 24)
+    assert glyph.any(axis=0).all() and glyph.any(axis=1).all()
+    assert (glyph == glyph[:, ::-1]).mean() > 0.97, "left and right differ"
+
+
+def test_every_family_is_asked_and_ends_in_names(scenes: list[Scene]) -> None:
+    rng, seen = random.Random(0), set()
+    for scene in scenes:
+        for kind, families in find_asks(scene).items():
+            for family, asks in families.items():
+                for ask in asks:
+                    seen.add((kind, family))
+                    assert list(ask.targets) == sorted(set(ask.targets)), "not in reading order"
+                    assert {
+                        "direct": len(ask.targets) == 1,
+                        "several": len(ask.targets) > 1,
+                        "no_target": not ask.targets,
+                    }.get(kind, bool(ask.targets))
+                    phrased = ask.phrase(rng, scene)
+                    assert not re.search(r"[{}]", phrased.question)
+                    if kind != "reasoning":
+                        continue
+                    pieces = phrased.answer.split(SEG_MARKER)
+                    names = [named_shape(words) for words in pieces[:-1]]
+                    assert names == [scene.shapes[i].name for i in ask.targets]
+                    assert not re.search(r"[{}]", "".join(pieces))
+    assert seen == {(kind, family) for kind, families in FAMILIES.items() for family in families}
+
+
+def test_direct_questions_have_one_meaning_and_a_distractor(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        for ask in find_asks(scene)["direct"]["name"]:
+            (target,) = ask.targets
+            assert [s.name for s in scene.shapes].count(scene.shapes[target].name) == 1
+            assert has_distractor(scene, target)
+    lonely = scene_of(shape("red circle", 5, 5), shape("blue star", 50, 50), shape("green cross", 80, 5))
+    assert not find_asks(lonely)["direct"]["name"]
+
+
+def test_what_is_absent_is_absent(scenes: list[Scene]) -> None:
+    rng = random.Random(0)
+    for scene in scenes[:50]:
+        names = {s.name for s in scene.shapes}
+        colours, forms = {s.colour for s in scene.shapes}, {s.form for s in scene.shapes}
+        asks = find_asks(scene)["no_target"]
+        for ask in asks["absent_name"] + asks["absent_half"]:
+            assert named_shape(ask.phrase(rng, scene).question) not in names
+        for ask in asks["absent_colour"]:
+            assert not any(colour in ask.phrase(rng, scene).question.split() for colour in colours)
+        for ask in asks["absent_form"]:
+            words = ask.phrase(rng, scene).question.split()
+            assert not any(form in words or FORMS[form] in words for form in forms)
+
+
+def test_relations() -> None:
+    scene = scene_of(shape("red circle", 46, 46), shape("blue star", 5, 50), shape("green cross", 90, 40))
+    red = next(i for i, s in enumerate(scene.shapes) if s.name == "red circle")
+    named = {d: directly(scene, red, d) for d in ("left", "right", "above", "below")}
+    assert {d: i if i is None else scene.shapes[i].name for d, i in named.items()} == {
+        "left": "blue star",
+        "right": "green cross",
+        "above": None,
+        "below": None,
+    }
+    askew = scene_of(shape("red circle", 46, 46), shape("blue star", 5, 90))
+    assert directly(askew, 1, "left") is None, "neither left nor below"
+    rivals = scene_of(shape("red circle", 80, 46), shape("blue star", 5, 30), shape("green cross", 10, 60))
+    assert directly(rivals, 2, "left") is None, "two are about as near"
+
+
+def test_largest_is_clearly_largest(scenes: list[Scene]) -> None:
+    close = scene_of(shape("red circle", 5, 5, 20), shape("blue circle", 40, 40, 22), shape("green circle", 80, 80, 12))
+    assert extreme_shape(close, [0, 1, 2], largest=True) is None
+    assert extreme_shape(close, [0, 1, 2], largest=False) == 2
+    for scene in scenes:
+        everything = list(range(len(scene.shapes)))
+        largest = extreme_shape(scene, everything, largest=True)
+        if largest is not None:
+            others = [s.area for i, s in enumerate(scene.shapes) if i != largest]
+            assert scene.shapes[largest].area >= SIZE_RATIO * max(others)
+
+
+def test_counts_and_exclusions_mean_what_they_say() -> None:
+    scene = scene_of(shape("red circle", 5, 5), shape("red star", 40, 40), shape("blue circle", 80, 80))
+    found = find_asks(scene)["reasoning"]
+    asked = {ask.phrase(random.Random(i), scene): ask for ask in found["count"] + found["exclusion"] for i in range(30)}
+    targets = {p.question: {scene.shapes[i].name for i in ask.targets} for p, ask in asked.items()}
+    assert targets["Find the shapes of the colour that appears exactly twice."] == {"red circle", "red star"}
+    assert targets["Find the shapes of the form that appears exactly once."] == {"red star"}
+    assert targets["Find all circles except the red one."] == {"blue circle"}
+    assert targets["Which red shapes are not circles?"] == {"red star"}
+    assert targets["Which shapes are not red?"] == {"blue circle"}
+    assert "Which shapes are neither red nor circles?" not in targets, "nothing is left"
+
+
+def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
+    place = re.compile(r"the (\w+ \w+) at row (\d) column (\d)")
+    checked = 0
+    for number, scene in enumerate(scenes):
+        for _, answer in make_conversation(scene, random.Random(number), 5):
+            for name, row, column in place.findall(answer):
+                cells = {(s.name, int(s.centre_y // 16) + 1, int(s.centre_x // 16) + 1) for s in scene.shapes}
+                if name.split()[1] in FORMS:
+                    checked += 1
+                    assert (name, int(row), int(column)) in cells
+    assert checked > 300
+
+
+def test_turns_are_short_and_differ(scenes: list[Scene]) -> None:
+    for number, scene in enumerate(scenes):
+        turns = make_conversation(scene, random.Random(number), 6)
+        assert len({question for question, _ in turns}) == 6
+        assert max(len(answer.split()) for _, answer in turns) <= 50
+
+
+def test_corpus_holds_every_word() -> None:
+    words = re.compile(r"\w+|[^\w\s]")
+    corpus = tokenizer_corpus()
+    known = {word for text in corpus for word in words.findall(text)}
+    assert corpus == tokenizer_corpus() and SEG_MARKER not in " ".join(corpus)
+    assert len(known) < 300
+    for number, scene in enumerate(take(150, seed=7)):
+        rng = random.Random(number)
+        said = [text for turn in make_conversation(scene, rng, 8, more_phrasings=number % 2 == 0) for text in turn]
+        asks = [ask for families in find_asks(scene).values() for asks in families.values() for ask in asks]
+        said += [
+            text.replace(SEG_MARKER, "")
+            for p in (a.phrase(rng, scene) for a in asks)
+            for text in (p.question, p.answer)
+        ]
+        assert {word for text in said for word in words.findall(text)} <= known
+
+
+def test_words() -> None:
+    assert join_list(["a"]) == "a" and join_list(["a", "b"]) == "a and b" and join_list(["a", "b", "c"]) == "a, b and c"
+    assert named_shape("the shape left of the blue star is the red circle") == "red circle"
+    assert named_shape("the circle that is red") == "red circle"
+    assert named_shape("everything") is None
+
+
+def test_split_exactly() -> None:
+    assert split_exactly(10, {"a": 0.35, "b": 0.27, "c": 0.28, "d": 0.10}) == {"a": 3, "b": 3, "c": 3, "d": 1}
+    assert split_exactly(1000, {"a": 0.35, "b": 0.27, "c": 0.28, "d": 0.10}) == {"a": 350, "b": 270, "c": 280, "d": 100}
