@@ -19,6 +19,11 @@ RELEASE_FINE_LAYER = -11
 RELEASE_IMAGE_TOKEN_POOL = 2
 RELEASE_DECODER = {"decoder_depth": 2, "decoder_num_heads": 8, "decoder_mlp_dim": 2048, "decoder_num_mask_tokens": 4}
 
+# The release normalises its pictures with SAM's statistics, per channel in units of 0..255, and pads with zeros after that
+# (fact P1).
+RELEASE_IMAGE_MEAN = (123.675, 116.28, 103.53)
+RELEASE_IMAGE_STD = (58.395, 57.12, 57.375)
+
 # Fields of a published config that mean the same in a Llama config of transformers.
 LLAMA_FIELDS = (
     "vocab_size",
@@ -51,8 +56,14 @@ PIXELLM_NAMES: tuple[tuple[str, str | None], ...] = (
     (r"model\.prompt_encoder\.(?:point_embeddings|not_a_point_embed|mask_downscaling)\..*", None),
     (r"model\.prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", r"pixel_decoder.positions.0.frequencies"),
     (r"model\.mask_decoder\.pe(\d+)\.positional_encoding_gaussian_matrix", r"pixel_decoder.positions.\1.frequencies"),
-    (r"model\.mask_decoder\.transformer\.(\d+\.layers\.\d+\.mlp)\.lin1\.(.*)", r"pixel_decoder.transformers.\1.layers.0.\2"),
-    (r"model\.mask_decoder\.transformer\.(\d+\.layers\.\d+\.mlp)\.lin2\.(.*)", r"pixel_decoder.transformers.\1.layers.1.\2"),
+    (
+        r"model\.mask_decoder\.transformer\.(\d+\.layers\.\d+\.mlp)\.lin1\.(.*)",
+        r"pixel_decoder.transformers.\1.layers.0.\2",
+    ),
+    (
+        r"model\.mask_decoder\.transformer\.(\d+\.layers\.\d+\.mlp)\.lin2\.(.*)",
+        r"pixel_decoder.transformers.\1.layers.1.\2",
+    ),
     (r"model\.mask_decoder\.transformer\.(.*)", r"pixel_decoder.transformers.\1"),
     (r"model\.mask_decoder\.(iou_token|mask_tokens|level_embed|output_upscaling)\.(.*)", r"pixel_decoder.\1.\2"),
     (r"model\.mask_decoder\.upsample_2x\.(.*)", r"pixel_decoder.map_upscaling.\1"),
@@ -91,9 +102,7 @@ def name_from_clip(published: str) -> str | None:
     return _translate(published, CLIP_NAMES, "a stand-alone CLIP vision tower")
 
 
-def _renamed(
-    tensors: Mapping[str, torch.Tensor], translate: Callable[[str], str | None]
-) -> dict[str, torch.Tensor]:
+def _renamed(tensors: Mapping[str, torch.Tensor], translate: Callable[[str], str | None]) -> dict[str, torch.Tensor]:
     named = ((translate(name), tensor) for name, tensor in tensors.items())
     return {name: tensor for name, tensor in named if name is not None}
 

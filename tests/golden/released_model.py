@@ -1,0 +1,47 @@
+"""The released PixelLM of the golden set, in our model: recipe weights under our names, release numerics."""
+
+import functools
+
+import torch
+
+from model import PixelLMForCausalLM
+from model.build.released_checkpoints import config_from_release, state_dict_from_release
+from tests.golden import recipe, vectors
+
+
+@functools.cache
+def build() -> PixelLMForCausalLM:
+    """The model in float32, everything but the vision tower trainable, refinement off as in the release's training.
+
+    Shared between tests: a test that changes it must bring it back.
+    """
+    weights = vectors.read_json("weights")
+    dims = weights["model_dims"]
+    config = config_from_release(
+        vectors.read_json("published_config"),
+        weights["clip_dims"],
+        seg_token_ids=dims["seg_token_idx"],
+        image_token_id=dims[
+            "vocab_size"
+        ],  # the release's placeholder is negative; ours is any id that is never embedded
+        refinement_alpha=1.0,
+    )
+    state = state_dict_from_release(
+        recipe.make_tensors(weights["seed"], weights["model_tensors"]),
+        recipe.make_tensors(weights["seed"], weights["clip_tensors"]),
+        config,
+    )
+    model = PixelLMForCausalLM(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected, f"no place in our model for {unexpected}"
+    constants = {"codebook.token_weights", "pixel_decoder.scale_weights"}
+    assert set(missing) == constants, f"the released weights do not fill {sorted(set(missing) - constants)}"
+    model.requires_grad_(True)
+    model.vision_tower.requires_grad_(False)
+    return model
+
+
+def input_ids(ids: torch.Tensor) -> torch.Tensor:
+    """Recorded ids with our placeholder for the picture in place of the release's."""
+    placeholder = vectors.read_json("weights")["model_dims"]["image_token_index"]
+    return torch.where(ids == placeholder, build().config.image_token_id, ids)
