@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from .geometry import restore_masks
 from .losses import IGNORE_TOKEN
@@ -112,7 +113,7 @@ class Predictor:
                 output_loading_info=True,
             )
             model = model.to(device)
-        except (OSError, ValueError, RuntimeError, ImportError, AssertionError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
             # AssertionError is what torch raises for a device it was not compiled for.
             reason = " ".join(str(error).split())
             raise ModelFolderError(f"cannot load the model in {folder} on {device}: {reason}") from error

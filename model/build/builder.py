@@ -465,7 +465,9 @@ def merge_lora(model: nn.Module) -> int:
     return len(layers)
 
 
-def save_model(model: PixelLMForCausalLM, processor: PixelLMProcessor, folder: str | Path) -> None:
+def save_model(
+    model: PixelLMForCausalLM, processor: PixelLMProcessor, folder: str | Path, max_shard_size: str = "5GB"
+) -> None:
     """One Hugging Face folder: safetensors, config, processor, and the code that both need."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)

@@ -1,0 +1,68 @@
+"""A PixelLM of a few thousand random weights, made in no time, and a way to make it say what a test wants."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.build.builder import BuiltModel
+from model.build.tiny import TinyShape, make_tiny
+
+TEXTS = (
+    "where is the red circle? it is the red circle.",
+    "which shapes are there? the blue square and the green star.",
+)
+SHAPE = TinyShape(
+    image_size=32,
+    patch_size=8,
+    vision_width=16,
+    vision_layers=4,
+    width=16,
+    layers=2,
+    num_heads=2,
+    mlp_width=24,
+    vocab_size=300,
+    embedding_dim=16,
+    decoder_num_heads=2,
+    decoder_mlp_dim=16,
+    model_max_length=256,
+)
+
+
+def make_model(seed: int = 0) -> BuiltModel:
+    """A tiny model with random weights and the processor that belongs to it."""
+    return make_tiny(TEXTS, SHAPE, seed)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of random pixels."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@contextmanager
+def saying(built: BuiltModel, answers: Sequence[str]) -> Iterator[None]:
+    """Inside, the language model's head chooses the tokens of `answers` ("{seg}" for a group), row by row of a batch,
+    whatever it sees; masks still come from the model's own states."""
+    rows = [_answer_ids(built.processor, answer) for answer in answers]
+    head, step = built.model.get_output_embeddings(), -1
+
+    def choose(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        nonlocal step
+        step += 1
+        logits = torch.zeros_like(output)
+        for number, row in enumerate(rows):
+            logits[number, row[min(step, len(row) - 1)]] = 1.0
+        return logits
+
+    handle = head.register_forward_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _answer_ids(processor: Any, answer: str) -> list[int]:
+    encoded = processor.encode_conversation([("?", answer)])
+    return encoded.input_ids[encoded.labels != -100].tolist()
