@@ -24,6 +24,7 @@ from utils.scenes.planning import SceneDataSettings, plan_held_out, split_exactl
 from utils.scenes.questions import FAMILIES, SIZE_RATIO, directly, extreme_shape, has_distractor
 from utils.scenes.words import COLOURS, FORMS, join_list
 
+COUNTS = {"direct": {1}, "several": {2, 3, 4, 5, 6}, "reasoning": {1, 2, 3}, "no_target": {0}}
 GREY = Background(200, (0, 0, 0), 0, 0)
 
 
@@ -98,7 +99,7 @@ def test_impossible_requests_are_refused() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_fill_their_box(form: str) -> None:
     glyph = shape_glyph(form, 24)
-    assert glyph.any(axis=0).all() and glyph.any(axis=1).all()
+    assert glyph.any(axis=0).sum() >= 22 and glyph.any(axis=1).sum() >= 22, "all but the tips reach the edges"
     assert (glyph == glyph[:, ::-1]).mean() > 0.97, "left and right differ"
 
 
@@ -110,11 +111,7 @@ def test_every_family_is_asked_and_ends_in_names(scenes: list[Scene]) -> None:
                 for ask in asks:
                     seen.add((kind, family))
                     assert list(ask.targets) == sorted(set(ask.targets)), "not in reading order"
-                    assert {
-                        "direct": len(ask.targets) == 1,
-                        "several": len(ask.targets) > 1,
-                        "no_target": not ask.targets,
-                    }.get(kind, bool(ask.targets))
+                    assert len(ask.targets) in COUNTS[kind]
                     phrased = ask.phrase(rng, scene)
                     assert not re.search(r"[{}]", phrased.question)
                     if kind != "reasoning":
@@ -222,11 +219,8 @@ def test_corpus_holds_every_word() -> None:
         rng = random.Random(number)
         said = [text for turn in make_conversation(scene, rng, 8, more_phrasings=number % 2 == 0) for text in turn]
         asks = [ask for families in find_asks(scene).values() for asks in families.values() for ask in asks]
-        said += [
-            text.replace(SEG_MARKER, "")
-            for p in (a.phrase(rng, scene) for a in asks)
-            for text in (p.question, p.answer)
-        ]
+        for phrased in (ask.phrase(rng, scene) for ask in asks):
+            said += [phrased.question, phrased.answer.replace(SEG_MARKER, "")]
         assert {word for text in said for word in words.findall(text)} <= known
 
 

@@ -42,8 +42,8 @@ class LeakReport:
 def check_no_leak(root: str | Path) -> LeakReport:
     """Compare the pictures that training files name with those that held-out questions name, as they lie on the disk.
 
-    DataError, naming the culprit, when a held-out scene or picture (by pixels) occurs in what the base or the mask stage
-    is trained on, when a scene occurs twice, or when a held-out picture is not the one that scenes.json describes.
+    DataError, naming the culprit, when a held-out scene or picture (by pixels) occurs in what the base or the masks are
+    trained on, when a scene occurs twice, or when a held-out picture is not the one that scenes.json describes.
     """
     root = Path(root)
     trained, held_out = _pictures_named(root)
@@ -113,9 +113,9 @@ def _record_of(path: Path, records: dict[str, SceneRecord]) -> SceneRecord:
 class Difficulty:
     """What the held-out questions are like.
 
-    n: how many; shares: of each kind; shapes: questions about scenes of so many shapes; baselines: gIoU of three answers
-    that do not read the question:
-    "mask everything" (the whole picture), "every shape" (all shapes of the picture) and "largest shape".
+    n: how many; shares: of each kind; shapes: questions about scenes of so many shapes; baselines: gIoU of answers that
+    do not read the question, "mask everything" (the whole picture), "every shape" (all of the picture's) and "largest
+    shape".
     """
 
     n: int

@@ -23,7 +23,7 @@ _FAMILY_SHARES = {
 }
 # Facts asked for about each training picture, and how many wordings of each are given.
 _TRAIN_ASKS = {"direct": 4, "several": 3, "reasoning": 6, "no_target": 2}
-_TRAIN_WORDINGS = {"direct": 2, "several": 2, "reasoning": 1, "no_target": 2}
+_TRAIN_WORDINGS = {"direct": 2, "several": 2, "reasoning": 1, "no_target": 1}
 
 Question = tuple[Ask, Phrased]
 

@@ -50,6 +50,7 @@ GREFCOCO_REFS = Path("refer_seg/grefcoco/grefs(unc).json")
 INSTANCES = Path("instances.json")
 MUSE_FILES = {TRAIN: Path("muse/muse_train.json"), HELD_OUT: Path("muse/muse_val.json")}
 WORDS_FILE = Path("llava_dataset/llava_instruct_150k.json")
+_FILES = (SCENES_FILE, REFCOCO_REFS, GREFCOCO_REFS, *MUSE_FILES.values(), WORDS_FILE)
 # How the held-out questions are named on a command line (--val_dataset).
 HELD_OUT_SPEC = "refcoco|unc|val||grefcoco|unc|val||MultiReasonSeg|val"
 _PNG_LEVEL = 1  # of 9: fast
@@ -248,14 +249,11 @@ def _no_progress(scenes: Iterable[PlacedScene], total: int, what: str) -> Iterab
     return scenes
 
 
-def _make_folders(root: Path) -> None:
-    """The folders of the layout. FileExistsError when data is there already."""
-    files = (SCENES_FILE, REFCOCO_REFS, GREFCOCO_REFS, *MUSE_FILES.values(), WORDS_FILE)
-    for path in (*files, PICTURE_FOLDER, WORDS_PICTURE_FOLDER):
+def _refuse_old_data(root: Path) -> None:
+    """FileExistsError when anything that is about to be written is there already."""
+    for path in (*_FILES, PICTURE_FOLDER, WORDS_PICTURE_FOLDER):
         if (root / path).exists():
             raise FileExistsError(f"{root / path} is there already: name a new folder, or remove the old data first")
-    for folder in {path.parent for path in files} | {PICTURE_FOLDER, WORDS_PICTURE_FOLDER}:
-        (root / folder).mkdir(parents=True, exist_ok=True)
 
 
 def write_scene_data(
@@ -267,11 +265,13 @@ def write_scene_data(
     settings that cannot be met; OSError where a file cannot be written.
     """
     root = Path(root)
+    _refuse_old_data(root)
     total = settings.train + settings.heldout
     scenes = list(progress(place_scenes(settings), total, "scenes"))
     held_out = [placed for placed in scenes if placed.split == HELD_OUT]
     asked = dict(zip(held_out, plan_held_out([placed.scene for placed in held_out], settings), strict=True))
-    _make_folders(root)
+    for folder in {path.parent for path in _FILES} | {PICTURE_FOLDER, WORDS_PICTURE_FOLDER}:
+        (root / folder).mkdir(parents=True, exist_ok=True)
     files, counts = _Files(), Counter[str]()
     for placed in progress(scenes, total, "pictures and questions"):
         picture = draw_scene(placed.scene)
