@@ -26,6 +26,8 @@ _QUESTION, _ANSWER, _NEXT_QUESTION = "FIRSTQUESTION", "FIRSTANSWER", "NEXTQUESTI
 class ConversationFormatError(ValueError):
     """A tokenizer and a conversation format do not go together; the message is one sentence."""
 
+    user_message = True
+
 
 @dataclass(frozen=True)
 class ConversationFormat:

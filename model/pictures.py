@@ -25,6 +25,8 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zli
 class PictureError(ValueError):
     """A picture cannot be opened; the message is one sentence that names it."""
 
+    user_message = True
+
 
 @dataclass(frozen=True)
 class Picture:

@@ -46,17 +46,25 @@ _DIM, _HIGHLIGHT, _PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
 class ProcessorError(ValueError):
     """A processor cannot be made from what it was given, or its tokenizer breaks groups; one sentence."""
 
+    user_message = True
+
 
 class ConversationError(ValueError):
     """A conversation is malformed; one sentence."""
+
+    user_message = True
 
 
 class ConversationTooLong(ValueError):
     """Not even the first turn of a conversation fits into the maximal length; one sentence."""
 
+    user_message = True
+
 
 class PromptError(ValueError):
     """A user's text is empty or holds reserved tokens; one sentence."""
+
+    user_message = True
 
 
 @dataclass(frozen=True)
