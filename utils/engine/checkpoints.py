@@ -2,12 +2,16 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.scripts import UserError
 
 LATEST = "latest"
 TAG_PREFIX = "step"
+# How torch's own writer words what the operating system refused; it raises RuntimeError instead of OSError.
+TORCH_WRITER = ("iostream error", "PytorchStreamWriter", "inline_container")
 
 
 def tag_of(step: int) -> str:
@@ -47,6 +51,23 @@ def remove_others(folder: Path) -> None:
     for other in folder.iterdir():
         if other.is_dir() and other.name != keep and other.name.startswith(TAG_PREFIX):
             shutil.rmtree(other)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Around writing a checkpoint folder `place`: where the system refuses, removes it and says why as UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITER):
+            raise
+        shutil.rmtree(place, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or "the disk took only part of it"
+        free = shutil.disk_usage(place.parent if place.parent.is_dir() else Path.cwd()).free
+        raise UserError(
+            f"cannot write the checkpoint {place}: {reason} ({free / 2**30:.1f} GiB are free there); an earlier one is "
+            "kept: make room, then the same command goes on"
+        ) from error
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from utils.engine.checkpoints import require_tag
+from utils.engine.checkpoints import require_tag, writing
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.stepping import (
     DTYPES,
@@ -225,7 +225,8 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside it."""
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state)
+        with writing(folder / tag):
+            self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """See `protocol.Engine.load`."""

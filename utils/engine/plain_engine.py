@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.engine.checkpoints import point_to, require_tag
+from utils.engine.checkpoints import point_to, require_tag, writing
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.stepping import (
     LossSums,
@@ -94,11 +94,12 @@ class PlainEngine:
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. The weights, frozen ones included, are a file that merging reads as it is."""
-        (folder / tag).mkdir(parents=True, exist_ok=True)
-        torch.save(self.model.state_dict(), folder / tag / WEIGHTS)
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "client": client_state}
-        torch.save(state, folder / tag / STATE)
-        point_to(folder, tag)
+        with writing(folder / tag):
+            (folder / tag).mkdir(parents=True, exist_ok=True)
+            torch.save(self.model.state_dict(), folder / tag / WEIGHTS)
+            torch.save(state, folder / tag / STATE)
+            point_to(folder, tag)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """See `protocol.Engine.load`."""

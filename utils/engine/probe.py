@@ -29,7 +29,8 @@ def find_probe_batch(model: Any, batches: Iterable[TrainingBatch], wanted: Seque
     never = [name for name in wanted if not seen.get(name)]
     raise GradientError(
         f"none of the first {LONGEST_SEARCH} batches has something to learn for the loss of "
-        f"{', '.join(never or wanted)}: mix in data with answers and targets, or freeze what cannot learn (--no-train_mask_decoder)"
+        f"{', '.join(never or wanted)}: mix in data with answers and targets, "
+        "or freeze what cannot learn (--no-train_mask_decoder)"
     )
 
 
