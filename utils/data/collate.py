@@ -1,0 +1,129 @@
+"""Examples of single pictures into one Batch, whose fields are the names of the model's forward arguments.
+
+Axes: B pictures, C conversations, T tokens, Q targets, P side of the square picture, H W pixels.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+PICTURE_KEY = "vision_tower"
+"""What the prepared picture is keyed by: the tower it is for."""
+
+IGNORED_TOKEN = -100
+"""Label of tokens that are no part of an answer."""
+
+
+@dataclass(slots=True)
+class EncodedRow:
+    """One conversation: input_ids (T,) and labels (T,) long; target_turns: for each of its targets, in order, its
+    turn.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    target_turns: list[int]
+
+
+@dataclass(slots=True)
+class Example:
+    """One picture with its conversations, ready to be put into a batch.
+
+    pixel_values (3, P, P) float32; sizes (height, width) after resizing and of the picture itself; masks (Q, H, W)
+    uint8 of 0, 1 and 255 in the order of the rows' targets; info: what people and logs want to know.
+    """
+
+    pixel_values: torch.Tensor
+    resized_size: tuple[int, int]
+    original_size: tuple[int, int]
+    rows: list[EncodedRow]
+    masks: torch.Tensor
+    info: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows are right-padded and ordered by picture; targets by picture, row, and place in the text.
+
+    input_ids (C, T) long; attention_mask (C, T) bool; labels (C, T) long, IGNORED_TOKEN outside answers
+    pixel_values: (B, 3, P, P) float32 by tower; resized_sizes, original_sizes (B, 2) long, height first
+    image_index (C,) long, never falling: the picture of each row
+    masks: for each picture (Q_b, H_b, W_b) uint8 of 0, 1 and 255
+    target_questions (Q,) long: the question (row and turn) each target belongs to, a number unique in the batch
+    info: one dictionary per picture; no argument of forward
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    pixel_values: dict[str, torch.Tensor]
+    resized_sizes: torch.Tensor
+    original_sizes: torch.Tensor
+    image_index: torch.Tensor
+    masks: list[torch.Tensor]
+    target_questions: torch.Tensor
+    info: list[dict[str, Any]] = field(default_factory=list)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
+        """A copy on `device`; `dtype`, if given, is that of the pictures only."""
+        moved = self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        if dtype is not None:
+            moved.pixel_values = {key: value.to(dtype) for key, value in moved.pixel_values.items()}
+        return moved
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory, as DataLoader asks for it."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """The arguments of forward."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "info"}
+
+    def _mapped(self, change: Any) -> "Batch":
+        changed: dict[str, Any] = {}
+        for name, value in self.as_kwargs().items():
+            if isinstance(value, dict):
+                changed[name] = {key: change(tensor) for key, tensor in value.items()}
+            elif isinstance(value, list):
+                changed[name] = [change(tensor) for tensor in value]
+            else:
+                changed[name] = change(value)
+        return replace(self, **changed)
+
+
+def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
+    """One Batch of at least one example, each with at least one row; `pad_token_id` fills short rows, unlabelled."""
+    rows = [row for example in examples for row in example.rows]
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    labels = torch.full(shape, IGNORED_TOKEN, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        length = len(row.input_ids)
+        input_ids[number, :length] = row.input_ids
+        labels[number, :length] = row.labels
+        attention_mask[number, :length] = True
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        pixel_values={PICTURE_KEY: torch.stack([example.pixel_values for example in examples])},
+        resized_sizes=torch.tensor([example.resized_size for example in examples], dtype=torch.long),
+        original_sizes=torch.tensor([example.original_size for example in examples], dtype=torch.long),
+        image_index=torch.tensor([b for b, example in enumerate(examples) for _ in example.rows], dtype=torch.long),
+        masks=[example.masks for example in examples],
+        target_questions=_numbered_questions(rows),
+        info=[example.info for example in examples],
+    )
+
+
+def _numbered_questions(rows: list[EncodedRow]) -> torch.Tensor:
+    """(Q,) long: targets of the same row and turn share a number, others do not; numbers rise from 0."""
+    numbers: dict[tuple[int, int], int] = {}
+    questions = [
+        numbers.setdefault((row_number, turn), len(numbers))
+        for row_number, row in enumerate(rows)
+        for turn in row.target_turns
+    ]
+    return torch.tensor(questions, dtype=torch.long)

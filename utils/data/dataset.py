@@ -1,0 +1,194 @@
+"""Samples into tensors, in an order that depends on neither ranks nor workers."""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.data.collate import EncodedRow, Example, collate
+from utils.data.errors import DataError
+from utils.data.mixture import Mixture
+from utils.data.samples import Conversation, Sample, Target
+
+_STAND_INS = 8
+"""Most samples tried in place of one whose conversations are all too long."""
+
+
+class Picture(Protocol):
+    """A picture as the model takes it."""
+
+    pixel_values: torch.Tensor
+    resized_size: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+class EncodedConversation(Protocol):
+    """A conversation as the model takes it; `group_turns` names the turn of every seg group that was kept."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    group_turns: list[int]
+    kept_turns: int
+    dropped_turns: int
+
+
+class Processor(Protocol):
+    """What is needed of the processor that is handed in."""
+
+    def open_picture(self, source: Any) -> np.ndarray: ...
+
+    def encode_picture(self, array: np.ndarray) -> Picture: ...
+
+    def encode_conversation(self, turns: list[tuple[str, str]]) -> EncodedConversation: ...
+
+
+class TrainingDataset(Dataset):
+    """Example i is a function of the mixture and i alone.
+
+    processor: opens and encodes pictures and conversations. length: how many examples a run may ask for.
+    too_long_errors: what the processor raises when not even the first turn of a conversation fits; such conversations
+    are left out. A sample that loses all of them is replaced by another, which follows from i as well. What was lost
+    is counted in Example.info: dropped_turns, dropped_targets, dropped_conversations, replaced_samples.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        processor: Processor,
+        length: int,
+        too_long_errors: tuple[type[Exception], ...] = (),
+    ) -> None:
+        self.mixture = mixture
+        self.processor = processor
+        self.length = length
+        self.too_long_errors = too_long_errors
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> Example:
+        lost: Counter[str] = Counter()
+        for attempt in range(_STAND_INS + 1):
+            sample = self.mixture[i + attempt * self.length]
+            encoded = self._encode_conversations(sample, lost)
+            if encoded:
+                lost["replaced_samples"] = attempt
+                return self._example(sample, encoded, lost)
+        raise DataError(
+            f"{_STAND_INS + 1} samples in a row, {sample.sample_id} the last, have no conversation that fits into "
+            f"the model's "
+            "text length: raise --model_max_length"
+        )
+
+    def _encode_conversations(
+        self, sample: Sample, lost: Counter[str]
+    ) -> list[tuple[Conversation, EncodedConversation]]:
+        encoded = []
+        for conversation in sample.conversations:
+            turns = [(turn.question, turn.answer) for turn in conversation]
+            try:
+                encoded.append((conversation, self.processor.encode_conversation(turns)))
+            except self.too_long_errors:
+                lost["dropped_conversations"] += 1
+                lost["dropped_turns"] += len(conversation)
+                lost["dropped_targets"] += sum(len(turn.targets) for turn in conversation)
+        return encoded
+
+    def _example(
+        self, sample: Sample, encoded: list[tuple[Conversation, EncodedConversation]], lost: Counter[str]
+    ) -> Example:
+        picture = self.processor.encode_picture(self.processor.open_picture(sample.image_path))
+        rows, targets = [], []
+        for conversation, tokens in encoded:
+            kept = conversation[: tokens.kept_turns]
+            target_turns = [number for number, turn in enumerate(kept) for _ in turn.targets]
+            if target_turns != list(tokens.group_turns):
+                raise DataError(
+                    f"the processor made seg groups for turns {list(tokens.group_turns)} of {sample.sample_id}, "
+                    f"whose targets "
+                    f"belong to turns {target_turns}; they must be the same"
+                )
+            rows.append(EncodedRow(tokens.input_ids, tokens.labels, target_turns))
+            targets += [target for turn in kept for target in turn.targets]
+            lost["dropped_turns"] += len(conversation) - len(kept)
+            lost["dropped_targets"] += sum(len(turn.targets) for turn in conversation[tokens.kept_turns :])
+        info = {
+            "sample_id": sample.sample_id,
+            "dataset": sample.dataset,
+            "image_path": sample.image_path,
+            "kinds": [turn.kind for conversation, tokens in encoded for turn in conversation[: tokens.kept_turns]],
+            **{name: lost[name] for name in _LOSSES},
+        }
+        masks = decode_masks(targets, picture.original_size, sample)
+        return Example(picture.pixel_values, picture.resized_size, picture.original_size, rows, masks, info)
+
+
+_LOSSES = ("dropped_turns", "dropped_targets", "dropped_conversations", "replaced_samples")
+
+
+def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -> torch.Tensor:
+    """(Q, H, W) uint8 of 0, 1 and 255. DataError when a mask has another size than the picture."""
+    masks = np.zeros((len(targets), *size), dtype=np.uint8)
+    for number, target in enumerate(targets):
+        mask = target.decode()
+        if mask.shape != tuple(size):
+            raise DataError(
+                f"the mask of {target.name!r} in {sample.sample_id} has {mask.shape[0]}×{mask.shape[1]} pixels, its "
+                f"picture "
+                f"{sample.image_path} {size[0]}×{size[1]}: the annotations belong to another edition of the picture"
+            )
+        masks[number] = mask
+    return torch.from_numpy(masks)
+
+
+class RankBatches(Sampler[list[int]]):
+    """The samples of one rank, a list per micro batch.
+
+    Micro batch m of rank r of R holds samples (m·R + r)·B … (m·R + r)·B + B − 1, so that all ranks together walk
+    through 0, 1, 2, … however many they are. `first` and `stop` count samples over all ranks and must be multiples of
+    R·B.
+    """
+
+    def __init__(self, rank: int, world_size: int, batch_size: int, stop: int, first: int = 0) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} ranks")
+        together = world_size * batch_size
+        if first % together or stop % together:
+            raise ValueError(f"samples {first} to {stop} do not part into batches of {world_size} ranks × {batch_size}")
+        self._starts = range(first + rank * batch_size, stop, together)
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(start, start + self._batch_size)) for start in self._starts)
+
+
+def build_loader(
+    dataset: TrainingDataset,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    pad_token_id: int,
+    workers: int,
+    first: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches of this rank from sample `first` to the end of the dataset; `batch_size` is that of one rank.
+
+    `first` and the dataset's length are multiples of world_size · batch_size. The order does not depend on `workers`.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=RankBatches(rank, world_size, batch_size, stop=len(dataset), first=first),
+        collate_fn=partial(collate, pad_token_id=pad_token_id),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )

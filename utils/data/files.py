@@ -1,0 +1,191 @@
+"""Finding and reading a data set's files without trusting them: every failure is one sentence that names the file."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from utils.data.errors import DataError
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+_EXIF_ORIENTATION = 0x0112
+_EXIF_TURNED_SIDEWAYS = (5, 6, 7, 8)
+
+FieldType = TypeVar("FieldType")
+
+
+class DataRoot:
+    """The folder that holds all data sets.
+
+    Folders the project names may be links (a mounted coco, say); names found inside annotation files may neither climb
+    out nor be absolute, and where links take them must lie in the folder they were looked up in or in the root.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(folder)
+        if not os.path.isdir(self.path):
+            raise DataError(
+                f"there is no data root {self.path}; expected a folder laid out as in dataset/README.md: set "
+                f"--dataset_dir"
+            )
+        self._real_root = os.path.realpath(self.path)
+        self._real_folders: dict[str, str] = {}
+
+    def file(self, *parts: str) -> str:
+        """Path of a file of the official layout. DataError when it is not there."""
+        path = os.path.join(self.path, *parts)
+        if not os.path.isfile(path):
+            raise DataError(
+                f"{path} is missing; put the file there as dataset/README.md draws it, or set --dataset_dir"
+            )
+        return path
+
+    def folder(self, *parts: str) -> str:
+        """Path of a folder of the official layout. DataError when it is not there."""
+        path = os.path.join(self.path, *parts)
+        if not os.path.isdir(path):
+            raise DataError(
+                f"the folder {path} is missing; put it there as dataset/README.md draws it, or set --dataset_dir"
+            )
+        return path
+
+    def picture(self, folder: str, name: str, named_by: str) -> str:
+        """Path of the picture an annotation file calls `name`, inside `folder`.
+
+        DataError when the name leaves the folder (absolute, "..", a link out of the root) or nothing is there;
+        `named_by` is the annotation file, for the message.
+        """
+        if not name or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
+            raise DataError(f"{named_by} names the picture {name!r}; expected a path inside {folder}: correct the file")
+        path = os.path.join(folder, name)
+        real = os.path.realpath(path)
+        if not (_is_below(real, self._real_folder(folder)) or _is_below(real, self._real_root)):
+            raise DataError(
+                f"{path}, named by {named_by}, is a link to {real}, outside the data root {self.path}: put a copy in "
+                f"its place"
+            )
+        if not os.path.isfile(real):
+            raise DataError(f"the picture {path}, named by {named_by}, is missing; add it or take its entries out")
+        return path
+
+    def _real_folder(self, folder: str) -> str:
+        known = self._real_folders.get(folder)
+        if known is None:
+            known = self._real_folders[folder] = os.path.realpath(folder)
+        return known
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(folder + os.sep)
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file. DataError when it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); make it a readable file") from error
+
+
+def digest(content: bytes) -> str:
+    """A short content hash, for fingerprints."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def parse_json(content: bytes, path: str, encodings: tuple[str, ...] = ("utf-8-sig",)) -> Any:
+    """`content` of the file `path` as JSON, in the first of `encodings` that fits; a byte order mark is no harm."""
+    text = _decode(content, path, encodings)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); it may have been "
+            f"cut "
+            "short: fetch it again"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{path} nests deeper than any annotation file does: fetch it again") from error
+
+
+def _decode(content: bytes, path: str, encodings: tuple[str, ...]) -> str:
+    for encoding in encodings:
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise DataError(f"{path} is not text in {' or '.join(encodings)}: store it in UTF-8")
+
+
+def expect(value: Any, kind: type[FieldType], where: str) -> FieldType:
+    """`value` if it is a `kind`, else a DataError that says so; `where` names the file and the place in it."""
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise DataError(f"{where} is {_described(value)}; expected {_KIND_NAMES.get(kind, 'a value')}: correct the file")
+
+
+def field(record: Any, key: str, kind: type[FieldType], where: str) -> FieldType:
+    """`record[key]`, which must be there and be a `kind`; `where` names the file and the record."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is {_described(record)}; expected an object with {key!r}: correct the file")
+    if key not in record:
+        raise DataError(f"{where} has no {key!r}; expected {_KIND_NAMES.get(kind, 'a value')}: correct the file")
+    value = record[key]
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    return expect(value, kind, f"{key!r} of {where}")
+
+
+_KIND_NAMES: dict[type, str] = {list: "a list", dict: "an object", str: "text", int: "a whole number"}
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    for kind, name in _KIND_NAMES.items():
+        if isinstance(value, kind):
+            return name
+    return "null" if value is None else type(value).__name__
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """(height, width) a picture has once its EXIF rotation is applied, from its header. DataError if it is no
+    picture.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED_SIDEWAYS:
+                return width, height
+            return height, width
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is not a picture that can be opened ({error}): replace it") from error
+
+
+def read_label_map(path: str) -> np.ndarray:
+    """A PNG of class numbers as uint8 (H, W). DataError unless it has one 8-bit channel (a palette's indices are
+    kept).
+    """
+    try:
+        with Image.open(path) as image:
+            labels = np.asarray(image)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is not a picture that can be opened ({error}): replace it") from error
+    if labels.ndim != 2 or labels.dtype != np.uint8:
+        raise DataError(
+            f"{path} holds {labels.dtype} of shape {labels.shape}; expected one class number of 8 bits per pixel: it "
+            f"may "
+            "belong to another edition of the data set"
+        )
+    return labels
+
+
+def list_pictures(folder: str) -> list[str]:
+    """Names of the pictures that lie directly in `folder`, sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.name.lower().endswith(PICTURE_SUFFIXES))

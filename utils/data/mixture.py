@@ -1,0 +1,152 @@
+"""Which sample is number i: a function of (seed, i) alone, whatever the ranks, workers and restarts."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from utils.data.errors import DataError
+from utils.data.reader import Reader, ReaderOptions
+from utils.data.readers import JOIN, build_training_readers
+from utils.data.samples import Sample
+
+_BLOCK = 1024
+_CHOICE, _ORDER, _WORDS = range(3)
+"""What a stream of random numbers is for; streams of different use never meet."""
+
+
+class Mixture:
+    """An endless row of samples drawn from `readers` with probabilities proportional to `rates`.
+
+    Which reader is asked is drawn independently for every i. Within a reader pictures come in a seeded permutation, a
+    new one per epoch of its own: each once before any twice.
+    """
+
+    def __init__(self, readers: list[Reader], rates: list[float], seed: int) -> None:
+        if len(readers) != len(rates) or not readers:
+            raise DataError(f"{len(rates)} rates are given for {len(readers)} data sets; expected one rate each")
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates) or not sum(rates) > 0:
+            raise DataError(f"the sample rates are {rates}; expected numbers of 0 or more, not all 0")
+        self.readers = readers
+        self.shares = np.asarray(rates, dtype=np.float64) / sum(rates)
+        self.seed = seed
+        # Row b: how often each reader was asked before block b.
+        self._asked_before = [np.zeros(len(readers), dtype=np.int64)]
+        self._block = _Block(-1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+        self._order = lru_cache(maxsize=2 * len(readers))(self._shuffled)
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(reader, picture) of sample i."""
+        block, place = divmod(i, _BLOCK)
+        if self._block.number != block:
+            self._block = self._counted(block)
+        which = int(self._block.choices[place])
+        epoch, position = divmod(int(self._block.turns[place]), len(self.readers[which]))
+        return which, int(self._order(which, epoch)[position])
+
+    def __getitem__(self, i: int) -> Sample:
+        """Sample i. DataError if its files cannot be read."""
+        which, picture = self.locate(i)
+        return self.readers[which].read(picture, np.random.default_rng((self.seed, _WORDS, i)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any annotation file that was read does."""
+        return "; ".join(f"{reader.name}|{reader.split} {len(reader)} {reader.fingerprint}" for reader in self.readers)
+
+    def describe(self) -> str:
+        """One line per data set: its share of the samples, its pictures, and what was left out and why."""
+        lines = []
+        for reader, share in zip(self.readers, self.shares, strict=True):
+            skipped = "".join(
+                f"; left out: {count} × {cause}" for cause, count in sorted(reader.skipped.items()) if count
+            )
+            lines.append(f"{reader.name} ({reader.split}): {share:.1%} of samples, {len(reader)} pictures{skipped}")
+        return "\n".join(lines)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._order = lru_cache(maxsize=2 * len(self.readers))(self._shuffled)
+
+    def _choices(self, block: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, _CHOICE, block))
+        return rng.choice(len(self.readers), size=_BLOCK, p=self.shares)
+
+    def _counted(self, block: int) -> "_Block":
+        while len(self._asked_before) <= block:
+            done = np.bincount(self._choices(len(self._asked_before) - 1), minlength=len(self.readers))
+            self._asked_before.append(self._asked_before[-1] + done)
+        choices = self._choices(block)
+        turns = np.empty(_BLOCK, dtype=np.int64)
+        for which, before in enumerate(self._asked_before[block]):
+            places = np.flatnonzero(choices == which)
+            turns[places] = before + np.arange(len(places))
+        return _Block(block, choices, turns)
+
+    def _shuffled(self, which: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, _ORDER, which, epoch)).permutation(len(self.readers[which]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """For each place of a block of samples: which reader is asked, and how often it was asked before."""
+
+    number: int
+    choices: np.ndarray
+    turns: np.ndarray
+
+
+def build_mixture(
+    dataset: str,
+    sample_rates: str,
+    dataset_dir: str,
+    *,
+    sem_seg_data: str,
+    refer_seg_data: str,
+    vqa_data: str,
+    reason_seg_data: str,
+    options: ReaderOptions,
+    seed: int,
+) -> Mixture:
+    """The mixture the command line asks for: the families of --dataset by --sample_rates, a family's sets equally
+    often.
+
+    DataError in one sentence when rates and families do not match or a data set cannot be read.
+    """
+    families = [family.strip() for family in dataset.split(JOIN)]
+    rates = _parsed_rates(sample_rates)
+    if len(families) != len(rates):
+        raise DataError(
+            f"--sample_rates {sample_rates} has {len(rates)} numbers, --dataset {dataset} has {len(families)} "
+            f"families; "
+            "expected one number each"
+        )
+    names = {
+        "sem_seg": sem_seg_data,
+        "refer_seg": refer_seg_data,
+        "vqa": vqa_data,
+        "reason_seg": reason_seg_data,
+    }
+    readers: list[Reader] = []
+    shares: list[float] = []
+    for family, rate in zip(families, rates, strict=True):
+        found = build_training_readers(family, names.get(family, ""), dataset_dir, options)
+        readers += found
+        shares += [rate / len(found)] * len(found)
+    return Mixture(readers, shares, seed)
+
+
+def _parsed_rates(sample_rates: str) -> list[float]:
+    try:
+        rates = [float(part) for part in sample_rates.split(",")]
+    except ValueError as error:
+        raise DataError(
+            f"--sample_rates is {sample_rates!r}; expected numbers joined by commas, such as 2,9,2,4"
+        ) from error
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates) or not sum(rates) > 0:
+        raise DataError(f"--sample_rates is {sample_rates!r}; expected numbers of 0 or more, not all 0")
+    return rates

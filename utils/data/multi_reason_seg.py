@@ -1,0 +1,130 @@
+"""MUSE: questions that need thought and whose answers name several targets.
+
+Layout: muse/muse_{train,val,test_less,test_many}.json over
+refer_seg/images/mscoco/images/{train2014,train2017,val2017}.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from utils.data.errors import DataError
+from utils.data.files import DataRoot, digest, expect, field, parse_json, read_bytes
+from utils.data.masks import coco_mask
+from utils.data.reader import Reader, ReaderOptions, draw
+from utils.data.samples import NO_TARGET, REASONING, SEG_MARKER, Conversation, Sample, Target, Turn
+from utils.data.templates import named_answer, nothing_fits, target_name
+
+MUSE_SPLITS = ("train", "val", "test_less", "test_many")
+
+_PICTURES = ("refer_seg", "images", "mscoco", "images")
+_URL_FOLDERS = ("train2014", "train2017", "val2017")
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    folder: str
+    file_name: str
+    record_id: str
+    conversations: tuple[Conversation, ...]
+
+
+class MultiReasonSegReader(Reader):
+    """One split of MUSE; a record is a picture, and each of its questions a conversation of one turn."""
+
+    def __init__(self, name: str, root: DataRoot, split: str, options: ReaderOptions) -> None:
+        super().__init__(name, split, options)
+        if split not in MUSE_SPLITS:
+            raise DataError(f"MUSE has no split {split!r}; it has {', '.join(MUSE_SPLITS)}: name one of these")
+        self._root = root
+        self._path = root.file("muse", f"muse_{split}.json")
+        content = read_bytes(self._path)
+        self.fingerprint = digest(content)
+        self._pictures: list[_Picture] = []
+        for number, record in enumerate(expect(parse_json(content, self._path), list, self._path)):
+            picture = self._picture(record, f"record {number} of {self._path}", number)
+            if picture is not None:
+                self._pictures.append(picture)
+        self._refuse_if_empty(self._pictures, self._path)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def read(self, index: int, rng: np.random.Generator) -> Sample:
+        picture = self._pictures[index]
+        return self._sample(picture, tuple(draw(rng, picture.conversations, self.options.num_classes_per_sample)))
+
+    def read_all(self, index: int, rng: np.random.Generator) -> Sample:
+        picture = self._pictures[index]
+        return self._sample(picture, picture.conversations)
+
+    def _sample(self, picture: _Picture, conversations: tuple[Conversation, ...]) -> Sample:
+        folder = self._root.folder(*_PICTURES, picture.folder)
+        path = self._root.picture(folder, picture.file_name, self._path)
+        return Sample(path, conversations, self.name, f"{self.name}/{self.split}/{picture.record_id}")
+
+    def _picture(self, record: Any, where: str, number: int) -> _Picture | None:
+        """The record's questions, or None when it has no usable one (counted)."""
+        if not expect(record, dict, where).get("questions"):
+            self.skipped["record without questions"] += 1
+            return None
+        questions = field(record, "questions", list, where)
+        answers = field(record, "answers", list, where)
+        texts = expect(record.get("text_answers") or [None] * len(questions), list, f"'text_answers' of {where}")
+        if not len(questions) == len(answers) == len(texts):
+            self.skipped["record with unequal numbers of questions and answers"] += 1
+            return None
+        size = (field(record, "height", int, where), field(record, "width", int, where))
+        conversations = []
+        for asked, instances, text in zip(questions, answers, texts, strict=True):
+            turn = self._turn(asked, instances, text, size, where)
+            if turn is not None:
+                conversations.append((turn,))
+        folder, file_name = _where_the_picture_is(record, where)
+        record_id = f"{number}-{record.get('id', record.get('image_id', file_name))}"
+        return _Picture(folder, file_name, record_id, tuple(conversations)) if conversations else None
+
+    def _turn(self, asked: Any, instances: Any, text: Any, size: tuple[int, int], where: str) -> Turn | None:
+        question = expect(asked, str, f"a question of {where}").strip()
+        if not question or SEG_MARKER in question:
+            self.skipped["question that is empty or holds a marker"] += 1
+            return None
+        if text is not None and not isinstance(text, str):
+            expect(text, str, f"a text answer of {where}")
+        targets = self._targets(expect(instances, list, f"an answer of {where}"), size, where)
+        if targets is None:
+            return None
+        if text and text.count(SEG_MARKER) != len(targets):
+            self.skipped["question whose text answer marks another number of targets than it has"] += 1
+            return None
+        if not targets:
+            return Turn(question, text or nothing_fits(), (), NO_TARGET)
+        return Turn(question, text or named_answer([target.name for target in targets]), targets, REASONING)
+
+    def _targets(self, instances: list[Any], size: tuple[int, int], where: str) -> tuple[Target, ...] | None:
+        """The targets of one answer, or None when one of them cannot be used (counted)."""
+        targets = []
+        for instance in instances:
+            spot = f"an instance of {where}"
+            source = coco_mask(field(instance, "segmentation", object, spot), *size, spot)
+            if source is None or instance.get("iscrowd"):
+                self.skipped["question with a target that is a crowd or has no inside"] += 1
+                return None
+            name = instance.get("rephrased_name") or field(instance, "category_name", str, spot)
+            targets.append(Target(target_name(expect(name, str, f"the name of {spot}")) or "the target", source))
+        return tuple(targets)
+
+
+def _where_the_picture_is(record: dict[str, Any], where: str) -> tuple[str, str]:
+    """(folder below the COCO pictures, file name) from `file_name`, which is of train2014, or from `coco_url`."""
+    if record.get("file_name"):
+        return "train2014", field(record, "file_name", str, where)
+    parts = urlsplit(field(record, "coco_url", str, where)).path.split("/")
+    if len(parts) < 2 or parts[-2] not in _URL_FOLDERS:
+        raise DataError(
+            f"'coco_url' of {where} is {record['coco_url']!r}; expected …/{{{','.join(_URL_FOLDERS)}}}/NAME.jpg: "
+            f"correct it"
+        )
+    return parts[-2], parts[-1]

@@ -1,0 +1,86 @@
+"""What every data set reader is, and the settings readers share."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from utils.data.errors import DataError
+from utils.data.samples import Sample
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderOptions:
+    """Settings of all readers; the names are those of the command line.
+
+    num_classes_per_sample: most conversations taken from one picture.
+    num_classes_per_question: most classes or descriptions one question asks for.
+    use_expand_question_list: draw questions from the longer list of phrasings.
+    explanatory: share of text-only answers among ReasonSeg's pictures that have an explanation; negative: no
+    explanations. exclude_val: leave out of referring training every picture that a val or test split of any referring
+    set uses.
+    """
+
+    num_classes_per_sample: int = 3
+    num_classes_per_question: int = 1
+    use_expand_question_list: bool = False
+    explanatory: float = 0.1
+    exclude_val: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes_per_sample", "num_classes_per_question"):
+            if getattr(self, name) < 1:
+                raise DataError(f"--{name} is {getattr(self, name)}; expected 1 or more")
+        if self.explanatory > 1:
+            raise DataError(
+                f"--explanatory is {self.explanatory}; expected a share up to 1, or a negative number for none"
+            )
+
+
+class Reader(ABC):
+    """One split of one data set, indexed by picture when it is made; each file is parsed once.
+
+    name, split: which data set and split; skipped: what was left out, counted by cause; fingerprint: changes when the
+    annotation files do. Readers are picklable and read only.
+    """
+
+    def __init__(self, name: str, split: str, options: ReaderOptions) -> None:
+        self.name = name
+        self.split = split
+        self.options = options
+        self.skipped: Counter[str] = Counter()
+        self.fingerprint = ""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of pictures."""
+
+    @abstractmethod
+    def read(self, index: int, rng: np.random.Generator) -> Sample:
+        """Picture `index` with up to `num_classes_per_sample` of its conversations, drawn by `rng`. DataError if it
+        cannot.
+        """
+
+    @abstractmethod
+    def read_all(self, index: int, rng: np.random.Generator) -> Sample:
+        """Picture `index` with every question about it as a conversation of its own; `rng` draws the phrasing only."""
+
+    def _refuse_if_empty(self, found: Sequence, source: str) -> None:
+        """DataError, with the causes, when nothing usable was found in `source`."""
+        if not found:
+            causes = ", ".join(f"{count} × {cause}" for cause, count in self.skipped.items()) or "it is empty"
+            raise DataError(
+                f"{source} holds nothing usable for {self.name}, split {self.split!r} ({causes}): check the files"
+            )
+
+
+def draw(rng: np.random.Generator, items: Sequence[Item], most: int) -> list[Item]:
+    """Up to `most` different items in random order."""
+    if len(items) == 1:
+        return [items[0]]
+    return [items[index] for index in rng.permutation(len(items))[:most]]

@@ -1,0 +1,248 @@
+"""RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO and RefClef: a phrase refers to one object, to several, or to none.
+
+Layout: refer_seg/<set>/{instances.json, refs(<split_by>).p or grefs(unc).json} over refer_seg/images/….
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from utils.data.errors import DataError
+from utils.data.files import DataRoot, digest, expect, parse_json, read_bytes
+from utils.data.files import field as json_field
+from utils.data.masks import CocoMask, coco_mask
+from utils.data.pickles import load_plain_pickle
+from utils.data.reader import Reader, ReaderOptions, draw
+from utils.data.samples import SEG_MARKER, Conversation, Sample, Target
+from utils.data.templates import pick_phrasing, target_name
+
+_FOLDER = "refer_seg"
+_TRAIN2014 = ("images", "mscoco", "images", "train2014")
+_TRAIN_SPLIT = "train"
+_NO_ANNOTATION = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where a referring set lies: its ways of being split, the default first; its refs files; its pictures."""
+
+    split_by: tuple[str, ...]
+    refs: tuple[str, ...] = ("refs({}).p",)
+    pictures: tuple[str, ...] = _TRAIN2014
+
+
+REFER_SETS = {
+    "refcoco": _Layout(("unc", "google")),
+    "refcoco+": _Layout(("unc",)),
+    "refcocog": _Layout(("umd", "google")),
+    "grefcoco": _Layout(("unc",), refs=("grefs({}).json", "grefs({}).p")),
+    "refclef": _Layout(("unc", "berkeley"), pictures=("images", "saiapr_tc-12")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A phrase about a picture and the targets it refers to."""
+
+    phrase: str
+    targets: tuple[Target, ...]
+
+
+@dataclass(slots=True)
+class _Picture:
+    """A picture listed in instances.json and what is asked about it."""
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    asked: list[_Asked] = field(default_factory=list)
+
+
+class ReferSegReader(Reader):
+    """One split of a referring set, grouped by picture. `split_by` names the authors of the split (unc, umd,
+    google).
+    """
+
+    def __init__(
+        self, name: str, root: DataRoot, split: str, options: ReaderOptions, split_by: str | None = None
+    ) -> None:
+        super().__init__(name, split, options)
+        layout = REFER_SETS[name]
+        refs_path, refs, refs_digest = _read_refs(root, name, split_by or layout.split_by[0])
+        instances_path = root.file(_FOLDER, name, "instances.json")
+        content = read_bytes(instances_path)
+        instances = parse_json(content, instances_path)
+        self.fingerprint = f"{refs_digest} {digest(content)}"
+        self._root = root
+        self._folder = root.folder(_FOLDER, *layout.pictures)
+        self._instances_path = instances_path
+        chosen = [ref for ref in refs if json_field(ref, "split", str, f"a ref of {refs_path}") == split]
+        if not chosen:
+            found = ", ".join(sorted({ref["split"] for ref in refs})) or "none"
+            raise DataError(f"{refs_path} has no split {split!r}; it has {found}: name one of these")
+        if options.exclude_val and split == _TRAIN_SPLIT:
+            chosen = self._without_held_out(chosen, root)
+        self._pictures = self._index(chosen, refs_path, instances)
+        self._refuse_if_empty(self._pictures, refs_path)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def read(self, index: int, rng: np.random.Generator) -> Sample:
+        picture = self._pictures[index]
+        options = self.options
+        waiting = draw(rng, picture.asked, options.num_classes_per_sample * options.num_classes_per_question)[::-1]
+        conversations: list[Conversation] = []
+        while waiting and len(conversations) < options.num_classes_per_sample:
+            together = [waiting.pop()]
+            if options.num_classes_per_question > 1 and len(together[0].targets) == 1:
+                wanted = int(rng.integers(1, options.num_classes_per_question + 1))
+                while waiting and len(together) < wanted and _may_join(waiting[-1], together):
+                    together.append(waiting.pop())
+            conversations.append(self._conversation(together, rng))
+        return self._sample(picture, conversations)
+
+    def read_all(self, index: int, rng: np.random.Generator) -> Sample:
+        picture = self._pictures[index]
+        return self._sample(picture, [self._conversation([asked], rng) for asked in picture.asked])
+
+    def _conversation(self, together: list[_Asked], rng: np.random.Generator) -> Conversation:
+        phrasing = pick_phrasing(rng, self.options.use_expand_question_list)
+        targets = tuple(target for asked in together for target in asked.targets)
+        return (phrasing.turn([asked.phrase for asked in together], targets),)
+
+    def _sample(self, picture: _Picture, conversations: list[Conversation]) -> Sample:
+        path = self._root.picture(self._folder, picture.file_name, self._instances_path)
+        return Sample(path, tuple(conversations), self.name, f"{self.name}/{self.split}/{picture.image_id}")
+
+    def _without_held_out(self, refs: list[dict[str, Any]], root: DataRoot) -> list[dict[str, Any]]:
+        held_out = _held_out_pictures(root, self.name)
+        kept = [ref for ref in refs if ref.get("image_id") not in held_out]
+        self.skipped["ref about a picture of a val or test split"] += len(refs) - len(kept)
+        return kept
+
+    def _index(self, refs: list[dict[str, Any]], refs_path: str, instances: Any) -> list[_Picture]:
+        path = self._instances_path
+        wanted = {json_field(ref, "image_id", int, f"a ref of {refs_path}") for ref in refs}
+        pictures = _index_pictures(instances, path, wanted)
+        names = _index_categories(instances, path)
+        annotations = _index_annotations(instances, path, wanted)
+        masks: dict[int, CocoMask | None] = {}
+        for ref in refs:
+            picture = pictures.get(ref["image_id"])
+            if picture is None:
+                self.skipped["ref about a picture instances.json does not list"] += 1
+                continue
+            ids = _annotation_ids(ref, refs_path)
+            unknown = [number for number in ids if number not in annotations]
+            if unknown:
+                self.skipped["ref to an annotation instances.json does not hold"] += 1
+                continue
+            if any(annotations[number].get("iscrowd") for number in ids):
+                self.skipped["ref to a crowd"] += 1
+                continue
+            for number in ids:
+                if number not in masks:
+                    where = f"annotation {number} of {path}"
+                    segmentation = json_field(annotations[number], "segmentation", object, where)
+                    masks[number] = coco_mask(segmentation, picture.height, picture.width, where)
+            sources = [mask for number in ids if (mask := masks[number]) is not None]
+            if len(sources) < len(ids):
+                self.skipped["ref to an annotation without a polygon that has an inside"] += 1
+                continue
+            labels = [names.get(annotations[number].get("category_id"), "thing") for number in ids]
+            picture.asked += self._asked(ref, refs_path, sources, labels)
+        return [picture for picture in pictures.values() if picture.asked]
+
+    def _asked(
+        self, ref: dict[str, Any], refs_path: str, sources: list[CocoMask], labels: list[str]
+    ) -> Iterator[_Asked]:
+        where = f"ref {ref.get('ref_id')} of {refs_path}"
+        for sentence in json_field(ref, "sentences", list, where):
+            text = json_field(sentence, "sent", str, f"a sentence of {where}")
+            phrase = target_name(text)
+            if not phrase or SEG_MARKER in phrase:
+                self.skipped["sentence that is empty or holds a marker"] += 1
+                continue
+            names = [phrase] if len(sources) == 1 else [target_name(label) for label in labels]
+            yield _Asked(phrase, tuple(Target(name, mask) for name, mask in zip(names, sources, strict=True)))
+
+
+def _may_join(candidate: _Asked, together: list[_Asked]) -> bool:
+    """Whether a question that asks for `together` may ask for `candidate` too: another thing, and just one."""
+    return len(candidate.targets) == 1 and all(
+        candidate.targets[0].decode is not asked.targets[0].decode and candidate.phrase != asked.phrase
+        for asked in together
+    )
+
+
+def _read_refs(root: DataRoot, name: str, split_by: str) -> tuple[str, list[dict[str, Any]], str]:
+    """Path of the refs file, its refs, its content hash."""
+    layout = REFER_SETS[name]
+    if split_by not in layout.split_by:
+        raise DataError(f"{name} is split by {' or '.join(layout.split_by)}, not by {split_by!r}: name one of these")
+    candidates = [os.path.join(_FOLDER, name, pattern.format(split_by)) for pattern in layout.refs]
+    present = [part for part in candidates if os.path.isfile(os.path.join(root.path, part))]
+    path = root.file((present or candidates)[0])
+    content = read_bytes(path)
+    loaded = parse_json(content, path) if path.endswith(".json") else load_plain_pickle(content, path)
+    refs = expect(loaded, list, path)
+    for ref in refs:
+        expect(ref, dict, f"a ref of {path}")
+    return path, refs, digest(content)
+
+
+def _held_out_pictures(root: DataRoot, name: str) -> set[Any]:
+    """Picture ids of the val and test splits of every referring set in the root that shares `name`'s pictures."""
+    held_out: set[Any] = set()
+    for other, layout in REFER_SETS.items():
+        if layout.pictures != REFER_SETS[name].pictures:
+            continue
+        for split_by in layout.split_by:
+            if any(os.path.isfile(os.path.join(root.path, _FOLDER, other, p.format(split_by))) for p in layout.refs):
+                _, refs, _ = _read_refs(root, other, split_by)
+                held_out |= {ref.get("image_id") for ref in refs if ref.get("split") != _TRAIN_SPLIT}
+    return held_out
+
+
+def _index_pictures(instances: Any, path: str, wanted: set[int]) -> dict[int, _Picture]:
+    pictures = {}
+    for image in json_field(instances, "images", list, path):
+        number = json_field(image, "id", int, f"a picture of {path}")
+        if number in wanted:
+            where = f"picture {number} of {path}"
+            name = json_field(image, "file_name", str, where)
+            height, width = (json_field(image, side, int, where) for side in ("height", "width"))
+            pictures[number] = _Picture(number, name, height, width)
+    return pictures
+
+
+def _index_categories(instances: Any, path: str) -> dict[Any, str]:
+    """Names by id; ids need not be contiguous."""
+    categories = json_field(instances, "categories", list, path)
+    where = f"a category of {path}"
+    return {json_field(entry, "id", int, where): json_field(entry, "name", str, where) for entry in categories}
+
+
+def _index_annotations(instances: Any, path: str, wanted: set[int]) -> dict[int, dict[str, Any]]:
+    """Annotations of the wanted pictures by id; those of pictures that are not listed (real files have them) do no
+    harm.
+    """
+    where = f"an annotation of {path}"
+    return {
+        json_field(annotation, "id", int, where): annotation
+        for annotation in json_field(instances, "annotations", list, path)
+        if json_field(annotation, "image_id", int, where) in wanted
+    }
+
+
+def _annotation_ids(ref: dict[str, Any], refs_path: str) -> list[int]:
+    """The annotations a ref refers to: none for −1, one, or several."""
+    where = f"ref {ref.get('ref_id')} of {refs_path}"
+    found = json_field(ref, "ann_id", object, where)
+    ids = [expect(number, int, f"'ann_id' of {where}") for number in (found if isinstance(found, list) else [found])]
+    return [number for number in ids if number != _NO_ANNOTATION]
