@@ -56,7 +56,7 @@ def compare(scores: Mapping[str, Any], shown: Sequence[str | Bar]) -> list[Row]:
 def missed(rows: Sequence[Row]) -> list[str]:
     """A sentence for every bar that was not reached."""
     return [
-        f"{row.path} is {_number(row.score)}, not {row.bar.relation} {_number(row.bar.value)}"
+        f"{row.path} is {_number(row.score, 4)}, not {row.bar.relation} {_number(row.bar.value, 4)}"
         for row in rows
         if row.bar is not None and not row.reached
     ]
@@ -74,8 +74,8 @@ def table(rows: Sequence[Row], with_bars: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if math.isfinite(value) and abs(value) > 1 and value == int(value) else f"{value:.3f}"
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) and abs(value) > 1 and value == int(value) else f"{value:.{digits}f}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

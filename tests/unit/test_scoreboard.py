@@ -22,8 +22,8 @@ def test_bars_hold_at_their_value_where_they_say_so() -> None:
     rows = compare(SCORES, bars)
     assert [row.reached for row in rows] == [True, True, False, False, True]
     assert missed(rows) == [
-        "giou_by_kind.direct is 0.849, not >= 0.850",
-        "baselines.everything is 0.400, not < 0.400",
+        "giou_by_kind.direct is 0.8490, not >= 0.8500",
+        "baselines.everything is 0.4000, not < 0.4000",
     ]
 
 

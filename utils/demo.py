@@ -1,0 +1,159 @@
+"""The demo: which stages lead from nothing to a scored model that answers, and what its scores are held to."""
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.data.readers import build_eval_reader
+from utils.data.samples import SEVERAL
+from utils.scenes import HELD_OUT_SPEC, Difficulty, LeakReport, check_difficulty, check_no_leak
+from utils.scoreboard import Bar
+from utils.stages import Stage
+
+RANKS = 2
+# What the summary takes over from the scores that evaluate.py writes.
+SCORES = ("giou", "ciou", "giou_teacher_forced", "giou_by_kind", "giou_shuffled")
+SCORES += ("target_count_accuracy", "text_accuracy", "n")
+BARS: tuple[str | Bar, ...] = (
+    Bar("giou", ">=", 0.78),
+    Bar("giou_by_kind.direct", ">=", 0.85),
+    Bar("giou_by_kind.several", ">=", 0.75),
+    Bar("giou_by_kind.reasoning", ">=", 0.50),
+    Bar("giou_by_kind.no_target", ">=", 0.90),
+    Bar("target_count_accuracy", ">=", 0.95),
+    "text_accuracy",
+    "ciou",
+    "giou_teacher_forced",
+    Bar("giou_shuffled", "<=", 0.40),
+    Bar("baselines.mask everything", "<", 0.40),
+    Bar("baselines.largest shape", "<", 0.40),
+    Bar("n", ">=", 1000),
+    Bar("seconds.total", "<=", 900),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a demo is.
+
+    data, base, train: flags for these stages. questions: how many held-out ones. held_to_bars: missing a bar fails it.
+    """
+
+    data: tuple[str, ...]
+    base: tuple[str, ...]
+    train: tuple[str, ...]
+    questions: int
+    held_to_bars: bool
+
+
+SIZES = {
+    "full": Size(("--train", "6000", "--heldout", "600"), (), (), questions=1000, held_to_bars=True),
+    "smoke": Size(
+        data=("--train", "60", "--heldout", "50"),
+        base=("--smoke",),
+        train=("--max_steps", "6", "--warmup_steps", "2", "--val_limit", "8"),
+        questions=100,
+        held_to_bars=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demo. repository: where the scripts are. out: the folder everything is written to. engine: who trains."""
+
+    size: Size
+    repository: Path
+    out: Path
+    engine: str
+
+    @property
+    def dataset_dir(self) -> Path:
+        """The data root that is drawn."""
+        return self.out / "dataset"
+
+    @property
+    def model(self) -> Path:
+        """The exported folder."""
+        return self.out / "model"
+
+    @property
+    def scores(self) -> Path:
+        """Where evaluation writes what it found."""
+        return self.out / "scores.json"
+
+    def stage(self, name: str, title: str, *command: str, threads: int = RANKS, cwd: Path | None = None) -> Stage:
+        """A stage that runs a script of the repository (of `cwd` where given), or a program named by its full path."""
+        program = command if os.path.isabs(command[0]) else (sys.executable, *command)
+        return Stage(name, title, program, cwd or self.repository, {"OMP_NUM_THREADS": str(threads)})
+
+    def stages(self) -> Iterator[Stage | str]:
+        """The stages in order, each reading only what those before it left under `out`; "check" stands for `check`."""
+        size, data, base, model = self.size, str(self.dataset_dir), str(self.out / "base"), str(self.model)
+        run, ranks = self.out / "pixellm", RANKS if self.engine == "deepspeed" else 1
+        questions = ("--dataset_dir", data, "--val_dataset", HELD_OUT_SPEC)
+        draw = ("tools/make_scenes.py", "--out", data, "--questions", str(size.questions), *size.data)
+        yield self.stage("data", "draw scenes and ask about them", *draw)
+        yield "check"
+        make_base = ("tools/make_base.py", "--dataset_dir", data, "--out", base, "--engine", self.engine, *size.base)
+        yield self.stage("base", "teach a new model such scenes in words", *make_base, threads=RANKS // ranks)
+        train = ("train_ds.py", "--config", "configs/tiny.yaml", "--version", base, *questions, *size.train)
+        where = ("--log_base_dir", str(self.out), "--exp_name", run.name, "--engine", self.engine)
+        # One process takes both ranks' pictures of a step, one after the other.
+        rounds = () if ranks == RANKS else ("--grad_accumulation_steps", str(RANKS))
+        launched = (*self.launcher(), *train, *where, *rounds)
+        yield self.stage("train", "train a PixelLM on that base", *launched, threads=RANKS // ranks)
+        weight = run / "ckpt_model"
+        if self.engine == "deepspeed":
+            collect = ("zero_to_fp32.py", ".", "../pytorch_model.bin")
+            yield self.stage("zero_to_fp32", "collect the ranks' parts of the weights", *collect, cwd=weight)
+            weight = run / "pytorch_model.bin"
+        merge = ("merge_lora_weights_and_save_hf_model.py", "--version", base, "--weight", str(weight))
+        yield self.stage("merge", "write one Hugging Face folder", *merge, "--save_path", model)
+        evaluate = ("evaluate.py", "--version", model, *questions, "--val_batch_size", "32", "--precision", "fp32")
+        scores = ("--shuffled", "--out", str(self.scores))
+        yield self.stage("evaluate", "ask about pictures it never saw", *evaluate, *scores)
+        picture, prompt = self.question()
+        chat = ("chat.py", "--version", model, "--precision", "fp32", "--image", picture, "--prompt", prompt)
+        yield self.stage("chat", "ask one question", *chat, "--out", str(self.out / "answer.png"))
+        gallery = ("tools/gallery.py", "--version", model, *questions, "--out", str(self.out / "gallery.png"))
+        yield self.stage("gallery", "draw some answers", *gallery)
+
+    def count(self) -> int:
+        """How many stages there are."""
+        return 9 if self.engine == "deepspeed" else 8
+
+    def launcher(self) -> tuple[str, ...]:
+        """What stands in front of a training command; DeepSpeed's ranks meet on a free port."""
+        if self.engine == "plain":
+            return ()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        program = str(Path(sys.executable).with_name("deepspeed"))
+        return program, "--num_gpus", str(RANKS), "--master_port", str(port)
+
+    def check(self) -> tuple[LeakReport, Difficulty]:
+        """Refuse (DataError) drawn data whose held-out pictures are trained on, or whose questions are too easy."""
+        samples = build_eval_reader(HELD_OUT_SPEC, self.dataset_dir)
+        return check_no_leak(self.dataset_dir), check_difficulty(self.dataset_dir, samples, self.size.questions)
+
+    def question(self) -> tuple[str, str]:
+        """(picture, question) of the first held-out question with several targets."""
+        for sample in build_eval_reader(HELD_OUT_SPEC, self.dataset_dir):
+            for (turn,) in sample.conversations:
+                if turn.kind == SEVERAL:
+                    return sample.image_path, turn.question
+        raise LookupError("the held-out questions hold none with several targets")
+
+    def clear(self) -> None:
+        """Remove what an earlier demo left, and nothing else."""
+        for name in ("dataset", "base", "pixellm", "model"):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+        for name in ("scores.json", "summary.json", "gallery.png"):
+            (self.out / name).unlink(missing_ok=True)
+        for picture in self.out.glob("answer*.png"):
+            picture.unlink()
