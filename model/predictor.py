@@ -81,7 +81,9 @@ class Predictor:
         """model: a PixelLMForCausalLM, put into eval mode here while it answers. processor: its PixelLMProcessor."""
         self.model = model
         self.processor = processor
-        self._picture: Any = None
+        self.picture: np.ndarray | None = None
+        """What `set_image` chose, uint8 RGB (H, W, 3), turned the way it is viewed."""
+        self._encoded: Any = None
 
     @classmethod
     def from_pretrained(
@@ -127,13 +129,14 @@ class Predictor:
 
     def set_image(self, picture: Any) -> None:
         """Choose the picture `ask` is about: path, bytes, PIL image, array (H, W, 3) uint8 or tensor."""
-        self._picture = self._encode([picture])[0]
+        array = self.processor.open_picture(picture)
+        self.picture, self._encoded = array, self.processor.encode_picture(array)
 
     def ask(self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
         """Answer one question about the picture of `set_image`; RuntimeError when there is none."""
-        if self._picture is None:
+        if self._encoded is None:
             raise RuntimeError("No picture is set; call set_image(picture) before ask(question).")
-        return self._answer([self._picture], [question], [0], max_new_tokens)[0]
+        return self._answer([self._encoded], [question], [0], max_new_tokens)[0]
 
     def answer(
         self,

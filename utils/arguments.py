@@ -372,6 +372,8 @@ class ChatArguments(BaseArguments, PictureArguments, CodebookArguments):
         **dict.fromkeys(_CARRIED, _WITH_MODEL),
         "lora_r": "a saved model has LoRA merged in",
         "local_rank": "chat runs in one process",
+        "load_in_8bit": "weights are held in --precision",
+        "load_in_4bit": "weights are held in --precision",
     }
 
     lora_r: int = option(8, "rank of LoRA", low=0)

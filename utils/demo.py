@@ -84,7 +84,7 @@ class Demo:
     @property
     def scores(self) -> Path:
         """Where evaluation writes what it found."""
-        return self.out / "scores.json"
+        return self.out / "evaluation" / "results.json"
 
     def stage(self, name: str, title: str, *command: str, threads: int = RANKS, cwd: Path | None = None) -> Stage:
         """A stage that runs a script of the repository (of `cwd` where given), or a program named by its full path."""
@@ -114,8 +114,8 @@ class Demo:
             weight = run / "pytorch_model.bin"
         merge = ("merge_lora_weights_and_save_hf_model.py", "--version", base, "--weight", str(weight))
         yield self.stage("merge", "write one Hugging Face folder", *merge, "--save_path", model)
-        evaluate = ("evaluate.py", "--version", model, *questions, "--val_batch_size", "32", "--precision", "fp32")
-        scores = ("--shuffled", "--out", str(self.scores))
+        evaluate = ("evaluate.py", "--version", model, *questions, "--batch_size", "32", "--precision", "fp32")
+        scores = ("--gallery", "0", "--out", str(self.scores.parent))
         yield self.stage("evaluate", "ask about pictures it never saw", *evaluate, *scores)
         picture, prompt = self.question()
         chat = ("chat.py", "--version", model, "--precision", "fp32", "--image", picture, "--prompt", prompt)
@@ -151,9 +151,9 @@ class Demo:
 
     def clear(self) -> None:
         """Remove what an earlier demo left, and nothing else."""
-        for name in ("dataset", "base", "pixellm", "model"):
+        for name in ("dataset", "base", "pixellm", "model", "evaluation"):
             shutil.rmtree(self.out / name, ignore_errors=True)
-        for name in ("scores.json", "summary.json", "gallery.png"):
+        for name in ("summary.json", "gallery.png"):
             (self.out / name).unlink(missing_ok=True)
         for picture in self.out.glob("answer*.png"):
             picture.unlink()

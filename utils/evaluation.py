@@ -33,13 +33,20 @@ MAX_NEW_TOKENS = 256
 class Answered(Protocol):
     """What is read of an answer: its words, and a bool mask (Q, H, W) for every group."""
 
-    text: str
-    marked_text: str
-    phrases: list[str]
-    masks: np.ndarray
-    scores: list[float]
-    boxes: list[tuple[int, int, int, int]]
-    num_broken: int
+    @property
+    def text(self) -> str: ...
+    @property
+    def marked_text(self) -> str: ...
+    @property
+    def phrases(self) -> list[str]: ...
+    @property
+    def masks(self) -> np.ndarray: ...
+    @property
+    def scores(self) -> list[float]: ...
+    @property
+    def boxes(self) -> list[tuple[int, int, int, int]]: ...
+    @property
+    def num_broken(self) -> int: ...
 
 
 class Asked(Protocol):

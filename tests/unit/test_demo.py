@@ -1,4 +1,4 @@
-"""The demo: its stages under both engines, the keys of its summary, its exit status, and what it does without DeepSpeed."""
+"""The demo: its stages under both engines, the keys of its summary, its exit status, and DeepSpeed lacking."""
 
 import json
 import sys
@@ -64,6 +64,7 @@ def test_the_summary_has_its_keys(drawn: Path, repository: Path, monkeypatch: py
     def pretend(stages: Stages, stage: Stage) -> None:
         with stages.timed(stage.name, stage.title):
             if stage.name == "evaluate":
+                demo.scores.parent.mkdir(exist_ok=True)
                 demo.scores.write_text(json.dumps(scores(0.5)))
 
     monkeypatch.setattr(Stages, "run", pretend)
