@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from utils.scenes import (
 from utils.scenes.drawing import Background, Shape, shape_glyph
 from utils.scenes.planning import SceneDataSettings, plan_held_out, split_exactly
 from utils.scenes.questions import FAMILIES, SIZE_RATIO, directly, extreme_shape, has_distractor
-from utils.scenes.words import COLOURS, FORMS, join_list
+from utils.scenes.words import COLOURS, FORMS, NUMBERS, join_list
 
 COUNTS = {"direct": {1}, "several": {2, 3, 4, 5, 6}, "reasoning": {1, 2, 3}, "no_target": {0}}
 GREY = Background(200, (0, 0, 0), 0, 0)
@@ -200,6 +201,52 @@ def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
                     checked += 1
                     assert (name, int(row), int(column)) in cells
     assert checked > 300
+
+
+def covering(scene: Scene, row: int, column: int) -> list[Shape]:
+    """The shapes that have pixels in a cell of the grid."""
+    rows, columns = slice(16 * (row - 1), 16 * row), slice(16 * (column - 1), 16 * column)
+    return [s for s, mask in zip(scene.shapes, scene_masks(scene), strict=True) if mask[rows, columns].any()]
+
+
+def test_conversations_tell_the_truth_about_what_is_there(scenes: list[Scene]) -> None:
+    there = re.compile(r"(?:What|Which|Name).* at row (\d) column (\d)[.?]$")
+    exists = re.compile(r"(?:Is there|Do you see|Does the picture show) an? (\w+ \w+)(?: in the picture)?\?$")
+    compares = re.compile(r"Is the (\w+ \w+) (larger|smaller|left of|right of|above|below) (?:than )?the (.*)\?$")
+    checked = Counter[str]()
+    for number, scene in enumerate(scenes):
+        for question, answer in make_conversation(scene, random.Random(number), 8):
+            if found := there.match(question):
+                shapes = covering(scene, int(found[1]), int(found[2]))
+                if "othing" in answer:
+                    checked["nothing there"] += 1
+                    assert not shapes
+                else:
+                    checked["there"] += 1
+                    assert any({s.colour, s.form} & set(re.findall(r"\w+", answer.lower())) for s in shapes)
+            elif found := exists.match(question):
+                checked["exists"] += 1
+                assert answer.startswith("Yes") == (found[1] in {s.name for s in scene.shapes})
+            elif found := re.match(
+                r"Is the (\w+ \w+) (larger|smaller|left of|right of|above|below) (?:than )?the (.*)\?", question
+            ):
+                checked[found[2]] += 1
+                first, second = (next(s for s in scene.shapes if s.name == found[i]) for i in (1, 3))
+                truth = {
+                    "larger": first.area > second.area,
+                    "smaller": first.area < second.area,
+                    "left of": first.centre_x < second.centre_x,
+                    "right of": first.centre_x > second.centre_x,
+                    "above": first.centre_y < second.centre_y,
+                    "below": first.centre_y > second.centre_y,
+                }
+                assert answer.startswith("Yes") == truth[found[2]]
+            elif found := re.match(r"(?:How many|Count the) (\w+)( shapes)?(?: are there\?|\.)$", question):
+                checked["how many"] += 1
+                shape_words = [(s.colour, FORMS[s.form], "shapes") for s in scene.shapes]
+                count = sum(found[1] in words for words in shape_words)
+                assert f" {NUMBERS[count] if count else 'no'} " in answer
+    assert len(checked) == 10 and min(checked.values()) > 3
 
 
 def test_turns_are_short_and_differ(scenes: list[Scene]) -> None:

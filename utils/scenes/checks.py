@@ -49,7 +49,7 @@ def check_no_leak(root: str | Path) -> LeakReport:
     trained, held_out = _pictures_named(root)
     records = {record.file_name: record for record in read_scenes(root)}
     _refuse_repeated_scenes(records.values())
-    by_hash = {hash_picture(_read_picture(path)): path for path in sorted(trained)}
+    by_hash = {hash_picture(_read_picture(path)): path for path in _different_files(trained)}
     scenes_trained = {_record_of(path, records).scene.key: path for path in sorted(trained)}
     for path in sorted(held_out):
         record, found = _record_of(path, records), hash_picture(_read_picture(path))
@@ -87,6 +87,18 @@ def _pictures_named(root: Path) -> tuple[set[Path], set[Path]]:
         named[split] |= {root / PICTURE_FOLDER / record["file_name"] for record in _read_json(root / path)}
     named[TRAIN] |= {root / WORDS_PICTURE_FOLDER / entry["image"] for entry in _read_json(root / WORDS_FILE)}
     return named[TRAIN], named[HELD_OUT]
+
+
+def _different_files(paths: Iterable[Path]) -> list[Path]:
+    """The paths without those that lead to a file already listed: pictures lie under two names, often as hard links."""
+    by_file: dict[tuple[int, int], Path] = {}
+    for path in sorted(paths):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"the picture {path} cannot be read ({error.strerror}): make the data again") from error
+        by_file.setdefault((status.st_dev, status.st_ino), path)
+    return list(by_file.values())
 
 
 def _read_json(path: Path) -> Any:

@@ -50,7 +50,7 @@ class Shape:
     @property
     def area(self) -> int:
         """Number of pixels of the mask."""
-        return int(np.count_nonzero(shape_glyph(self.form, self.side)))
+        return _glyph_area(self.form, self.side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,11 @@ def shape_glyph(form: str, side: int) -> NDArray[np.bool_]:
     glyph = np.ascontiguousarray(np.broadcast_to(glyph, (side, side)))
     glyph.setflags(write=False)
     return glyph
+
+
+@functools.lru_cache(maxsize=4096)
+def _glyph_area(form: str, side: int) -> int:
+    return int(np.count_nonzero(shape_glyph(form, side)))
 
 
 def shape_mask(shape: Shape, side: int) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from utils.data.errors import DataError
 from .drawing import Background, Scene, Shape
 
 SCENES_FILE = Path("scenes.json")
+_SHAPE_FIELDS = tuple(field.name for field in dataclasses.fields(Shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,13 @@ class SceneRecord:
     scene: Scene
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"scene_key": self.scene.key}
+        scene = {
+            "side": self.scene.side,
+            "shapes": [{name: getattr(shape, name) for name in _SHAPE_FIELDS} for shape in self.scene.shapes],
+            "background": dataclasses.asdict(self.scene.background),
+        }
+        names = {"file_name": self.file_name, "split": self.split, "picture_hash": self.picture_hash}
+        return names | {"scene_key": self.scene.key, "scene": scene}
 
 
 def hash_picture(picture: NDArray[np.uint8]) -> str:

@@ -12,7 +12,7 @@ from .words import COLOURS, FORMS
 MIN_SHAPES, MAX_SHAPES = 3, 6
 _REFERENCE_SIDE = 112
 # Nominal sizes: pixels of a circle's diameter in a picture of _REFERENCE_SIDE. Gaps between them keep the words clear.
-_SIZE_RANGES = {"small": (18.0, 19.5), "medium": (24.0, 26.0), "large": (31.5, 34.0)}
+_SIZE_RANGES = {"small": (21.0, 23.0), "medium": (29.0, 31.0), "large": (38.0, 41.0)}
 _SMALLEST_PICTURE = 48
 _PLACING_TRIES = 60
 _SHADE_JITTER = 14
