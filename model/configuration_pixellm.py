@@ -106,7 +106,8 @@ class PixelLMConfig(PretrainedConfig):
             problems.append(f"position_resize must be one of {POSITION_RESIZES}, found {self.position_resize!r}")
         if len(self.vision_feature_layers) != self.num_scales:
             problems.append(
-                f"vision_feature_layers must name one layer per scale ({self.num_scales}), found {self.vision_feature_layers}"
+                f"vision_feature_layers must name one layer per scale ({self.num_scales}), found "
+                f"{self.vision_feature_layers}"
             )
         if self.seg_token_ids and len(self.seg_token_ids) != self.group_size:
             problems.append(f"seg_token_ids must hold {self.group_size} ids, found {len(self.seg_token_ids)}")
@@ -117,7 +118,8 @@ class PixelLMConfig(PretrainedConfig):
             )
         if self.embedding_dim % (2 * self.decoder_num_heads) or self.embedding_dim % 8:
             problems.append(
-                f"embedding_dim {self.embedding_dim} must be a multiple of 8 and of 2 x decoder_num_heads ({self.decoder_num_heads})"
+                f"embedding_dim {self.embedding_dim} must be a multiple of 8 and of 2 x decoder_num_heads "
+                f"({self.decoder_num_heads})"
             )
         if self.refinement_alpha < 1:
             problems.append(f"refinement_alpha must be at least 1 (1 is off), found {self.refinement_alpha}")

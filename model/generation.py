@@ -85,7 +85,7 @@ def _decode_tokens(
     end_token_id: int,
     max_new_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C, n) chosen tokens and (C, n, H) the states that chose them; rows go on past their end token until all have one."""
+    """(C, n) chosen tokens and (C, n, H) the states that chose them; rows run on until all have their end token."""
     decoder, head = model.language_model.get_decoder(), model.get_output_embeddings()
     inputs, mask, positions = _left_padded(model, pictures, prompts, image_index)
     cache = DynamicCache(config=model.config.text_config)

@@ -15,7 +15,9 @@ def resized_shape(height: int, width: int, side: int) -> tuple[int, int]:
     is at least 1, so that every picture can be encoded.
     """
     if min(height, width, side) < 1:
-        raise ValueError(f"cannot resize a picture of {height}x{width} pixels to a longest side of {side}: all must be at least 1")
+        raise ValueError(
+            f"cannot resize a picture of {height}x{width} pixels to a longest side of {side}: all must be at least 1"
+        )
     scale = side / max(height, width)
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -36,7 +38,9 @@ def valid_cells(resized_sizes: torch.Tensor, grid: int, cell: int) -> torch.Tens
     return (rows_BR[:, :, None] & columns_BC[:, None, :]).flatten(1)
 
 
-def restore_masks(mask_logits: torch.Tensor, resized_size: tuple[int, int], original_size: tuple[int, int]) -> torch.Tensor:
+def restore_masks(
+    mask_logits: torch.Tensor, resized_size: tuple[int, int], original_size: tuple[int, int]
+) -> torch.Tensor:
     """Bring mask logits from the decoder's square to the picture's own pixels (golden fact M11).
 
     Args:

@@ -1,4 +1,4 @@
-"""Losses as pure functions that return a sum and a count, so that whoever steps the optimizer can normalise over all of it.
+"""Losses as pure functions that return a sum and a count, so that the engine can normalise over a whole step.
 
 Axes: Q targets, H W pixels. A pixel labelled IGNORE takes no part in any mask loss.
 """
@@ -18,7 +18,7 @@ class LossTerm(NamedTuple):
     """A loss before normalisation: `sum` over `count` items (labelled tokens, or masks with a labelled pixel)."""
 
     sum: torch.Tensor
-    count: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]  # a tuple's own count() is not missed
 
 
 def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> LossTerm:

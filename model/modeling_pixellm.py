@@ -125,7 +125,7 @@ class PixelLMForCausalLM(PreTrainedModel):
         )
         for part in (self.projector, *self.mask_parts()):
             for module in part.modules():
-                module._is_own_part = True
+                module._is_own_part = True  # type: ignore[assignment]
         self.post_init()
 
     def mask_parts(self) -> tuple[nn.Module, ...]:
@@ -139,12 +139,13 @@ class PixelLMForCausalLM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Our own parts start as torch would start them; the language model and the tower as their own classes say."""
         if getattr(module, "_is_own_part", False):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         else:
             super()._init_weights(module)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -165,7 +166,7 @@ class PixelLMForCausalLM(PreTrainedModel):
     def count_losses(
         self, labels: torch.Tensor | None = None, masks: list[torch.Tensor] | None = None, **_: Any
     ) -> dict[str, float]:
-        """The counts `forward` would return for a batch, from the batch alone: what a sum over a whole step is divided by."""
+        """The counts `forward` would return for a batch, from the batch alone: what a step's sums are divided by."""
         tokens = 0.0 if labels is None else float((labels[:, 1:] != IGNORE_TOKEN).sum())
         targets = 0.0 if masks is None else float(sum(count_masks(picture_masks) for picture_masks in masks))
         return {"ce": tokens, "bce": targets, "dice": targets}
@@ -269,8 +270,8 @@ class PixelLMForCausalLM(PreTrainedModel):
             input_ids, attention_mask, labels: (C, T), right-padded; labels are -100 where nothing is to be learned.
             pixel_values: (B, 3, P, P) under the tower's key. resized_sizes, original_sizes: (B, 2).
             image_index: (C,) non-decreasing, the picture of each row.
-            masks: per picture (Q, height, width) uint8 of 0, 1 and 255 (ignored) at the picture's own size, ordered by row
-                and by place in the text. target_questions: (Q,) number of the question each target belongs to.
+            masks: per picture (Q, height, width) uint8 of 0, 1 and 255 (ignored) at the picture's own size, ordered by
+                row and by place in the text. target_questions: (Q,) number of the question each target belongs to.
 
         Raises:
             ValueError: seg groups are broken, or masks and groups disagree in number.
@@ -306,11 +307,18 @@ class PixelLMForCausalLM(PreTrainedModel):
         """(C, P, H) states of the language model after its final norm."""
         positions = torch.arange(rows.ids.shape[1], device=rows.ids.device)[None]
         return self.language_model.get_decoder()(
-            inputs_embeds=rows.embeddings, attention_mask=rows.attention_mask.long(), position_ids=positions, use_cache=False
+            inputs_embeds=rows.embeddings,
+            attention_mask=rows.attention_mask.long(),
+            position_ids=positions,
+            use_cache=False,
         ).last_hidden_state
 
     def _decode_or_touch(
-        self, group_states: torch.Tensor, hidden: torch.Tensor, pictures: EncodedPictures, picture_of_target: torch.Tensor
+        self,
+        group_states: torch.Tensor,
+        hidden: torch.Tensor,
+        pictures: EncodedPictures,
+        picture_of_target: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Decode the targets: embeddings, logits over the square, and a zero that belongs in the mask losses.
 
@@ -353,7 +361,8 @@ class PixelLMForCausalLM(PreTrainedModel):
         found, expected = [tuple(m.shape) for m in masks], [tuple(m.shape) for m in mask_logits]
         if found != expected:
             raise ValueError(
-                f"masks of shapes {found} were given, but the answers hold seg groups for {expected}: every group needs one mask "
+                f"masks of shapes {found} were given, but the answers hold seg groups for {expected}: every group "
+                "needs one mask "
                 "at its picture's own size"
             )
 
@@ -377,7 +386,9 @@ class PixelLMForCausalLM(PreTrainedModel):
             truth = torch.cat([masks[index] for index in members])
             weights = None
             if self.config.refinement_alpha != 1:
-                weights = refinement_weights(logits, torch.cat([questions[i] for i in members]), self.config.refinement_alpha)
+                weights = refinement_weights(
+                    logits, torch.cat([questions[i] for i in members]), self.config.refinement_alpha
+                )
             bce = LossTerm(*(a + b for a, b in zip(bce, bce_loss(logits, truth, weights), strict=True)))
             dice = LossTerm(*(a + b for a, b in zip(dice, dice_loss(logits, truth), strict=True)))
         return {"bce": bce, "dice": dice}

@@ -5,6 +5,7 @@ Axes: B pictures, Q targets, S scales, D decoder width, N map positions, T decod
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class MLP(nn.Module):
     def __init__(self, in_width: int, width: int, out_width: int, depth: int) -> None:
         super().__init__()
         widths = [in_width] + [width] * (depth - 1) + [out_width]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]:
@@ -40,8 +41,11 @@ class MLP(nn.Module):
 class FourierPositions(nn.Module):
     """Positions of a square grid through random frequencies: (x, y) -> (sin, cos) of D / 2 of them.
 
-    The frequencies are a buffer and part of the checkpoint, because a decoder only works with those it was trained with.
+    The frequencies are a buffer and part of the checkpoint, because a decoder only works with those it was trained
+    with.
     """
+
+    frequencies: torch.Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -121,11 +125,15 @@ class TwoWayTransformer(nn.Module):
 
     def __init__(self, depth: int, width: int, num_heads: int, mlp_width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(TwoWayLayer(width, num_heads, mlp_width, first=index == 0) for index in range(depth))
+        self.layers = nn.ModuleList(
+            TwoWayLayer(width, num_heads, mlp_width, first=index == 0) for index in range(depth)
+        )
         self.final_attn_token_to_image = Attention(width, num_heads, shrink=2)
         self.norm_final_attn = nn.LayerNorm(width)
 
-    def forward(self, tokens: torch.Tensor, maps: torch.Tensor, map_positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, tokens: torch.Tensor, maps: torch.Tensor, map_positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(Q, T, D) tokens, (Q, N, D) maps, (N, D) positions -> the same shapes."""
         token_positions = tokens
         for layer in self.layers:
@@ -172,9 +180,13 @@ class PixelDecoder(nn.Module):
         self.level_embed = nn.Embedding(num_scales, width)
         self.iou_token = nn.Embedding(1, width)
         self.mask_tokens = nn.Embedding(num_mask_tokens, width)
-        self.transformers = nn.ModuleList(TwoWayTransformer(depth, width, num_heads, mlp_width) for _ in range(num_scales))
+        self.transformers = nn.ModuleList(
+            TwoWayTransformer(depth, width, num_heads, mlp_width) for _ in range(num_scales)
+        )
         self.map_upscaling = nn.Sequential(nn.ConvTranspose2d(width, width, 2, stride=2), LayerNorm2d(width), nn.GELU())
-        self.output_upscaling = nn.Sequential(nn.ConvTranspose2d(width, width // 8, 2, stride=2), LayerNorm2d(width // 8), nn.GELU())
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(width, width // 8, 2, stride=2), LayerNorm2d(width // 8), nn.GELU()
+        )
         self.hypernetworks = nn.ModuleList(MLP(width, width, width // 8, depth=3) for _ in range(num_mask_tokens))
         self.iou_head = MLP(width, width, num_mask_tokens, depth=3)
         weights = torch.full((num_scales,), scale_value)
@@ -191,7 +203,7 @@ class PixelDecoder(nn.Module):
         return [self.iou_head, *self.hypernetworks[1:]]
 
     def scale_map(self, maps: torch.Tensor, scale: int) -> torch.Tensor:
-        """(B, language width, h, w) -> (B, D, h * 2^scale, w * 2^scale): the neck, then one upscaling per finer scale."""
+        """(B, language width, h, w) -> (B, D, h * 2^scale, w * 2^scale): the neck, an upscaling per finer scale."""
         maps = self.neck(maps)
         for _ in range(scale):
             maps = self.map_upscaling(maps)
@@ -207,10 +219,13 @@ class PixelDecoder(nn.Module):
             num_masks: how many of the mask tokens to turn into masks.
 
         Returns:
-            (Q, num_masks, 2h, 2w) logits, and the (Q, T, D) tokens after the transformer: IoU token, mask tokens, target.
+            (Q, num_masks, 2h, 2w) logits, and the (Q, T, D) tokens after the transformer: IoU token, mask tokens,
+            target.
         """
         learned = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([learned.expand(len(embeddings_QD), -1, -1), embeddings_QD[:, None].to(learned.dtype)], dim=1)
+        tokens = torch.cat(
+            [learned.expand(len(embeddings_QD), -1, -1), embeddings_QD[:, None].to(learned.dtype)], dim=1
+        )
         tokens = tokens + self.level_embed.weight[scale]
         side = maps_QDhw.shape[-1]
         states = (maps_QDhw + self.no_mask_embed.weight[0, :, None, None]).flatten(2).transpose(1, 2)
@@ -228,11 +243,14 @@ class PixelDecoder(nn.Module):
             fused = fused + resized.to(mask.dtype) * weight
         return fused
 
-    def forward(self, embeddings: torch.Tensor, maps: list[torch.Tensor], picture_of_target: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, embeddings: torch.Tensor, maps: list[torch.Tensor], picture_of_target: torch.Tensor
+    ) -> torch.Tensor:
         """Decode all targets of all pictures together.
 
         Args:
-            embeddings: (Q, S, D). maps: S maps (B, language width, h, w), all of one size. picture_of_target: (Q,) long.
+            embeddings: (Q, S, D). maps: S maps (B, language width, h, w), all of one size. picture_of_target: (Q,)
+                long.
 
         Returns:
             (Q, h * 2^S, w * 2^S) mask logits over the whole square.

@@ -12,12 +12,19 @@ class SegCodebook(nn.Module):
 
     Args:
         language_width: H. embedding_dim: D. num_scales: S. tokens_per_scale: K.
-        fusion_value: where the S x K fusion weights start (or what they are). learned: whether they train (paper) or are
-            constants (release).
+        fusion_value: where the S x K fusion weights start (or what they are). learned: whether they train (paper) or
+            are constants (release).
     """
 
     def __init__(
-        self, language_width: int, embedding_dim: int, num_scales: int, tokens_per_scale: int, *, fusion_value: float, learned: bool
+        self,
+        language_width: int,
+        embedding_dim: int,
+        num_scales: int,
+        tokens_per_scale: int,
+        *,
+        fusion_value: float,
+        learned: bool,
     ) -> None:
         super().__init__()
         self.num_scales, self.tokens_per_scale = num_scales, tokens_per_scale
@@ -63,7 +70,8 @@ def group_positions(ids: torch.Tensor, seg_token_ids: list[int]) -> tuple[torch.
             return rows_QG[:, 0], columns_QG
     counts = is_seg.sum(dim=1).tolist()
     raise ValueError(
-        f"seg tokens per row are {counts}, not whole groups of {size} adjacent tokens: a group was cut or broken before it "
+        f"seg tokens per row are {counts}, not whole groups of {size} adjacent tokens: a group was cut or broken "
+        "before it "
         "reached the model"
     )
 
@@ -76,7 +84,8 @@ def whole_groups(ids: list[int], seg_token_ids: list[int]) -> tuple[list[int], i
         is not a multiple of the group size. Of a run that is too long the whole groups at its beginning are kept.
     """
     members, size = set(seg_token_ids), len(seg_token_ids)
-    starts, broken, position = [], 0, 0
+    starts: list[int] = []
+    broken, position = 0, 0
     while position < len(ids):
         if ids[position] not in members:
             position += 1

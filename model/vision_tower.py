@@ -23,7 +23,8 @@ def vision_model_from_config(config: PretrainedConfig, requested_attention: str 
     """
     if config.model_type not in SUPPORTED_TOWERS:
         raise ValueError(
-            f"vision tower of type {config.model_type!r} is not supported: expected one of {', '.join(SUPPORTED_TOWERS)}"
+            f"vision tower of type {config.model_type!r} is not supported: expected one of "
+            f"{', '.join(SUPPORTED_TOWERS)}"
         )
     implementation = "eager" if requested_attention == "eager" else "sdpa"
     return AutoModel.from_config(config, attn_implementation=implementation)
@@ -44,7 +45,8 @@ class VisionTower(nn.Module):
         self.layer_indices = [layer if layer >= 0 else depth + 1 + layer for layer in layers]
         if any(not 0 <= index <= depth for index in self.layer_indices):
             raise ValueError(
-                f"vision_feature_layers {list(layers)} do not exist in a tower of {depth} layers (hidden states 0 to {depth}); "
+                f"vision_feature_layers {list(layers)} do not exist in a tower of {depth} layers (hidden states 0 to "
+                f"{depth}); "
                 "choose others in the config"
             )
         self.model = model
@@ -70,7 +72,9 @@ class VisionTower(nn.Module):
         patches = valid_cells(resized_sizes, self.grid_size, self.patch_size)
         return F.pad(patches, (self.num_class_tokens, 0), value=True)
 
-    def hidden_states(self, pixel_values: torch.Tensor, resized_sizes: torch.Tensor, layers: list[int]) -> list[torch.Tensor]:
+    def hidden_states(
+        self, pixel_values: torch.Tensor, resized_sizes: torch.Tensor, layers: list[int]
+    ) -> list[torch.Tensor]:
         """The hidden states `layers` (non-negative), each (B, class tokens + N, C)."""
         model = self.model
         states = model.embeddings(pixel_values)
@@ -80,7 +84,9 @@ class VisionTower(nn.Module):
         bias = None
         if not bool(mask_BN.all()):
             bias = torch.zeros(mask_BN.shape, dtype=states.dtype, device=states.device)
-            bias = bias.masked_fill(~mask_BN, torch.finfo(states.dtype).min)[:, None, None, :].expand(-1, -1, mask_BN.shape[1], -1)
+            bias = bias.masked_fill(~mask_BN, torch.finfo(states.dtype).min)[:, None, None, :].expand(
+                -1, -1, mask_BN.shape[1], -1
+            )
         found = {0: states}
         for number, layer in enumerate(model.encoder.layers[: max(layers)], start=1):
             states = layer(states, attention_mask=bias)
@@ -109,16 +115,18 @@ def resize_position_table(table: torch.Tensor, grid: int, class_tokens: int, met
 
     Args:
         table: (class tokens + n * n, C), the class row first, as CLIP stores it.
-        method: "standard" resizes the patch rows bicubically and keeps the class row. "release" reproduces the published
-            model (golden fact M6): it takes the last row for the class row, resizes the others bilinearly, and puts the
-            last row at the end.
+        method: "standard" resizes the patch rows bicubically and keeps the class row. "release" reproduces the
+            published model (golden fact M6): it takes the last row for the class row, resizes the others bilinearly,
+            and puts the last row at the end.
 
     Returns:
         (class tokens + grid * grid, C).
     """
     own_grid = math.isqrt(table.shape[0] - class_tokens)
     if own_grid**2 + class_tokens != table.shape[0]:
-        raise ValueError(f"a position table of {table.shape[0]} rows is not {class_tokens} class row(s) and a square grid")
+        raise ValueError(
+            f"a position table of {table.shape[0]} rows is not {class_tokens} class row(s) and a square grid"
+        )
     if own_grid == grid:
         return table
     release = method == "release"

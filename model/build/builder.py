@@ -1,5 +1,6 @@
 """Base + options -> a PixelLM ready to train: what is loaded, what is new, what trains, and LoRA in and out again."""
 
+import inspect
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,9 @@ class BuildError(ValueError):
 
 @dataclass
 class ModelOptions:
-    """What may be chosen when a model is built. None keeps what a PixelLM folder says, or the field's default for a new one.
+    """What may be chosen when a model is built.
+
+    None keeps what a PixelLM folder says, or takes the field's default for a new one.
 
     The fields that `PixelLMConfig` or `PixelLMProcessor` have too mean the same as there.
     """
@@ -61,7 +64,7 @@ class ModelOptions:
 
     def chosen(self, owner: type) -> dict[str, Any]:
         """The options that were set and that `owner`'s constructor takes."""
-        names = set(owner.__init__.__annotations__)
+        names = set(inspect.signature(owner).parameters)
         return {name: value for name, value in asdict(self).items() if value is not None and name in names}
 
 
@@ -143,18 +146,23 @@ def _local_folder(path: str, flag: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise BuildError(
-            f"{flag} {path!r} is not a folder on this machine, and no hub is reached from here: download the model and give its folder"
+            f"{flag} {path!r} is not a folder on this machine, and no hub is reached from here: download the model "
+            "and give its folder"
         )
     return folder
 
 
 def _read_config(folder: Path, flag: str) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
-        raise BuildError(f"{flag} {folder} holds no config.json: expected the folder of a model in transformers' layout")
+        raise BuildError(
+            f"{flag} {folder} holds no config.json: expected the folder of a model in transformers' layout"
+        )
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BuildError(f"{folder / 'config.json'} is not a config this program can use: {' '.join(str(error).split())}") from error
+        raise BuildError(
+            f"{folder / 'config.json'} is not a config this program can use: {' '.join(str(error).split())}"
+        ) from error
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -168,7 +176,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise BuildError(f"{path} is missing: the folder must hold all safetensors files that its config or index names")
+            raise BuildError(
+                f"{path} is missing: the folder must hold all safetensors files that its config or index names"
+            )
         try:
             weights.update(load_file(path))
         except Exception as error:  # safetensors raises its own class without a common base
@@ -193,7 +203,9 @@ def _continue_pixellm(
         table = f"vision_tower.model.{POSITION_TABLE}"
         if table in weights:
             tower = model.vision_tower
-            weights[table] = resize_position_table(weights[table], tower.grid_size, tower.num_class_tokens, config.position_resize)
+            weights[table] = resize_position_table(
+                weights[table], tower.grid_size, tower.num_class_tokens, config.position_resize
+            )
         report = load_weights_into(model, weights, str(folder), new_parts=_new_parts(weights))
     return BuiltModel(model, processor, report)
 
@@ -241,12 +253,16 @@ def load_weights_into(
     """
     own = model.state_dict()
     new_parts = tuple(new_parts)
-    missing = [name for name in own if name not in weights and not name.startswith(tuple(f"{part}." for part in new_parts))]
+    missing = [
+        name for name in own if name not in weights and not name.startswith(tuple(f"{part}." for part in new_parts))
+    ]
     tied = {name for name in missing if _is_tied(model, name, weights)}
     missing = [name for name in missing if name not in tied]
     unexpected = [name for name in weights if name not in own]
     shapes = [name for name, value in weights.items() if name in own and own[name].shape != value.shape]
-    broken = [name for name, value in weights.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    broken = [
+        name for name, value in weights.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
     for names, problem in (
         (shapes, "has another shape than this model"),
         (missing, "is missing"),
@@ -259,7 +275,8 @@ def load_weights_into(
                 detail = f" (found {list(weights[names[0]].shape)}, expected {list(own[names[0]].shape)})"
             more = f", and {len(names) - 1} more" if len(names) > 1 else ""
             raise BuildError(
-                f"{source}: tensor {names[0]!r} {problem}{detail}{more}: the checkpoint and the flags that shape the model do not match"
+                f"{source}: tensor {names[0]!r} {problem}{detail}{more}: the checkpoint and the flags that shape the "
+                "model do not match"
             )
     model.load_state_dict(weights, strict=False)
     report = LoadReport(loaded=list(weights))
@@ -277,20 +294,35 @@ def _is_tied(model: nn.Module, name: str, weights: dict[str, torch.Tensor]) -> b
 
 
 def _new_pixellm(
-    folder: Path, text_config: PretrainedConfig, vision_tower: str | None, options: ModelOptions, attn_implementation: str
+    folder: Path,
+    text_config: PretrainedConfig,
+    vision_tower: str | None,
+    options: ModelOptions,
+    attn_implementation: str,
 ) -> BuiltModel:
     if not vision_tower:
-        raise BuildError(f"{folder} is a plain language model ({text_config.model_type}): --vision-tower is needed beside it")
+        raise BuildError(
+            f"{folder} is a plain language model ({text_config.model_type}): --vision-tower is needed beside it"
+        )
     tower_folder = _local_folder(vision_tower, "--vision-tower")
-    language_model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attn_implementation, local_files_only=True)
+    language_model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation=attn_implementation, local_files_only=True
+    )
     probe_language_model(language_model)
     vision_model = load_vision_model(tower_folder, options.image_size, attn_implementation)
     vision_config = vision_model.config
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     defaults = PixelLMConfig(
-        text_config=text_config, vision_config=vision_config, image_size=vision_config.image_size, **_grid_defaults(options, vision_config)
+        text_config=text_config,
+        vision_config=vision_config,
+        image_size=vision_config.image_size,
+        **_grid_defaults(options, vision_config),
     )
-    chosen = {**options.chosen(PixelLMConfig), "image_size": vision_config.image_size, **_grid_defaults(options, vision_config)}
+    chosen = {
+        **options.chosen(PixelLMConfig),
+        "image_size": vision_config.image_size,
+        **_grid_defaults(options, vision_config),
+    }
     num_scales = chosen.get("num_scales", defaults.num_scales)
     tokens_per_scale = chosen.get("tokens_per_scale", defaults.tokens_per_scale)
     PixelLMProcessor.prepare_tokenizer(tokenizer, num_scales, tokens_per_scale)
@@ -305,7 +337,9 @@ def _new_pixellm(
             "tokens_per_scale": tokens_per_scale,
         },
     )
-    config = PixelLMConfig(text_config=language_model.config, vision_config=vision_config, **{**chosen, **_token_ids(processor)})
+    config = PixelLMConfig(
+        text_config=language_model.config, vision_config=vision_config, **{**chosen, **_token_ids(processor)}
+    )
     config._attn_implementation = attn_implementation
     model = PixelLMForCausalLM(config, language_model=language_model, vision_model=vision_model)
     report = LoadReport()
@@ -336,7 +370,9 @@ def load_vision_model(folder: Path, image_size: int | None, attn_implementation:
     config = _read_config(folder, "--vision-tower")
     config = getattr(config, "vision_config", config)
     if config.model_type not in SUPPORTED_TOWERS:
-        raise BuildError(f"--vision-tower {folder} is of type {config.model_type!r}: expected one of {', '.join(SUPPORTED_TOWERS)}")
+        raise BuildError(
+            f"--vision-tower {folder} is of type {config.model_type!r}: expected one of {', '.join(SUPPORTED_TOWERS)}"
+        )
     implementation = "eager" if attn_implementation == "eager" else "sdpa"
     native, loading = AutoModel.from_pretrained(
         folder, config=config, attn_implementation=implementation, local_files_only=True, output_loading_info=True
@@ -368,13 +404,16 @@ def probe_language_model(language_model: PreTrainedModel) -> None:
         return
     ids = torch.arange(1, min(9, config.vocab_size))[None]
     embeddings = language_model.get_input_embeddings()(ids)
-    states = language_model.get_decoder()(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)).last_hidden_state
+    states = language_model.get_decoder()(
+        inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)
+    ).last_hidden_state
     ours = language_model.get_output_embeddings()(states).float()
     own = language_model(ids).logits.float()
     difference = (ours - own).abs().max().item()
     if not difference <= PROBE_TOLERANCE * max(1.0, own.abs().max().item()):
         raise BuildError(
-            f"language models of type {config.model_type!r} are not supported: our logits differ from the model's own by {difference:.3g}; "
+            f"language models of type {config.model_type!r} are not supported: our logits differ from the model's own "
+            f"by {difference:.3g}; "
             f"supported are {', '.join(KNOWN_LANGUAGE_MODELS)} and any whose logits are its head on its final states"
         )
 
@@ -445,9 +484,12 @@ def inject_lora(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> None:
     unknown = [name for name in wanted if name not in leaves]
     if unknown or not wanted:
         raise BuildError(
-            f"--lora_target_modules names {', '.join(unknown) or 'nothing'}: expected some of {', '.join(sorted(leaves))}, or all-linear"
+            f"--lora_target_modules names {', '.join(unknown) or 'nothing'}: expected some of "
+            f"{', '.join(sorted(leaves))}, or all-linear"
         )
-    lora = LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=wanted)
+    lora = LoraConfig(
+        r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=wanted
+    )
     inject_adapter_in_model(lora, model.language_model.get_decoder())
 
 

@@ -19,8 +19,8 @@ RELEASE_FINE_LAYER = -11
 RELEASE_IMAGE_TOKEN_POOL = 2
 RELEASE_DECODER = {"decoder_depth": 2, "decoder_num_heads": 8, "decoder_mlp_dim": 2048, "decoder_num_mask_tokens": 4}
 
-# The release normalises its pictures with SAM's statistics, per channel in units of 0..255, and pads with zeros after that
-# (fact P1).
+# The release normalises its pictures with SAM's statistics, per channel in units of 0..255, and pads with zeros after
+# that (fact P1).
 RELEASE_IMAGE_MEAN = (123.675, 116.28, 103.53)
 RELEASE_IMAGE_STD = (58.395, 57.12, 57.375)
 
@@ -137,7 +137,8 @@ def config_from_release(
     """The config with which a published PixelLM gives its published numbers.
 
     Args:
-        published: content of its config.json. clip_dims: config of its CLIP vision tower, at the tower's own resolution.
+        published: content of its config.json.
+        clip_dims: config of its CLIP vision tower, at the tower's own resolution.
         seg_token_ids: ids of its seg tokens in order; the release saves neither them nor their number (fact M2).
         image_token_id: id that stands for the picture in our inputs; it is never embedded.
         overrides: fields of PixelLMConfig to set otherwise, such as `refinement_alpha`.
@@ -146,7 +147,8 @@ def config_from_release(
     group = len(seg_token_ids)
     if group == 0 or group % RELEASE_NUM_SCALES:
         raise ValueError(
-            f"{group} seg token ids were given; expected the same number for each of the release's {RELEASE_NUM_SCALES} scales"
+            f"{group} seg token ids were given; expected the same number for each of the release's "
+            f"{RELEASE_NUM_SCALES} scales"
         )
     text = {field: published[field] for field in LLAMA_FIELDS if published.get(field) is not None}
     vision = {**clip_dims, "image_size": side}

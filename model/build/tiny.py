@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -75,7 +76,7 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
     """
     tokenizer = train_tokenizer(texts, shape.vocab_size)
     PixelLMProcessor.prepare_tokenizer(tokenizer, shape.num_scales, shape.tokens_per_scale)
-    shared = {
+    shared: dict[str, Any] = {
         "image_size": shape.image_size,
         "image_token_pool": shape.image_token_pool,
         "num_scales": shape.num_scales,
@@ -122,7 +123,7 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
     )
     torch.manual_seed(seed)
     model = PixelLMForCausalLM(config).eval()
-    return BuiltModel(model, processor, LoadReport(fresh={name: "made from nothing" for name in model.state_dict()}))
+    return BuiltModel(model, processor, LoadReport(fresh=dict.fromkeys(model.state_dict(), "made from nothing")))
 
 
 def save_base(built: BuiltModel, folder: str | Path) -> None:
