@@ -10,7 +10,7 @@ from tests.golden import recipe, released_model, vectors
 FUSED_STRIDE = 2  # at which the layout keeps the fused mask of several targets
 
 
-def test_decoder():
+def test_decoder() -> None:
     model = released_model.build()
     decoder = model.pixel_decoder
     with torch.no_grad(), vectors.read_group("decoder") as golden:

@@ -17,12 +17,12 @@ def tolerance(stored: torch.Tensor) -> dict[str, float]:
     return {"atol": vectors.MASK_ATOL, "rtol": rounding}
 
 
-def test_every_entry_belongs_to_a_case():
+def test_every_entry_belongs_to_a_case() -> None:
     vectors.assert_all_in_cases(GROUP, CASES, [*((case,) for case in CASES), (ZERO_TARGETS,)])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_postprocess(case):
+def test_postprocess(case: str) -> None:
     with vectors.read_case(GROUP, case, case) as golden:
         facts = golden.facts
         masks = restore_masks(golden.tensor("in.low_res")[:, 0], facts["input_size_hw"], facts["original_size_hw"])
@@ -32,7 +32,7 @@ def test_postprocess(case):
         golden.close("out.masks", vectors.thin_out(masks, 1, stride)[:, None], **tolerance(stored))
 
 
-def test_no_targets():
+def test_no_targets() -> None:
     *_, height, width = expected = vectors.read_json(GROUP)[ZERO_TARGETS]
     low_res = next(tensor for name, tensor in vectors.read_tensors(GROUP).items() if name.endswith(".in.low_res"))
     masks = restore_masks(low_res[:0, 0], (height, width), (height, width))

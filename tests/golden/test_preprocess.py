@@ -17,18 +17,18 @@ COMMON = ("target_edge", "mean", "std", "longest_side_shapes")
 SUM_RTOL = 1e-6  # of the sum of absolute values: rounding of single numbers averages out
 
 
-def test_every_entry_belongs_to_a_case():
+def test_every_entry_belongs_to_a_case() -> None:
     cases = [image.removesuffix(".png") for image in IMAGES]
     vectors.assert_all_in_cases(GROUP, cases, [*((name,) for name in COMMON), *(("images", image) for image in IMAGES)])
 
 
-def test_statistics_are_the_ones_we_load_a_release_with():
+def test_statistics_are_the_ones_we_load_a_release_with() -> None:
     facts = vectors.read_json(GROUP)
     assert (list(RELEASE_IMAGE_MEAN), list(RELEASE_IMAGE_STD)) == (facts["mean"], facts["std"])
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_preprocess(image):
+def test_preprocess(image: str) -> None:
     common = vectors.read_json(GROUP)
     with vectors.read_case(GROUP, image.removesuffix(".png"), "images", image) as golden:
         facts = golden.facts
@@ -49,13 +49,13 @@ def test_preprocess(image):
         values, size = picture.pixel_values.double(), facts["clip_tensor_abs_sum_float64"]
         golden.number("sum", values.sum(), facts["clip_tensor_sum_float64"], atol=SUM_RTOL * size)
         golden.number("sum of absolute values", values.abs().sum(), size, rtol=SUM_RTOL)
-        for key in facts.keys():
+        for key in facts:
             other_side = re.fullmatch(r"resize_for_(\d+)_hw", key)
             if other_side:
                 golden.same(key, list(resized_shape(*array.shape[:2], int(other_side.group(1)))), facts[key])
 
 
-def test_shapes_of_the_longest_side():
+def test_shapes_of_the_longest_side() -> None:
     """As in the release, save that a side which it lets vanish is one pixel here."""
     table = vectors.read_json(GROUP)["longest_side_shapes"]
     assert table

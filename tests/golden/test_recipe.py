@@ -3,7 +3,7 @@
 from tests.golden import recipe, vectors
 
 
-def test_recipe_gives_the_check_values():
+def test_recipe_gives_the_check_values() -> None:
     weights = vectors.read_json("weights")
     tables = {**weights["model_tensors"], **weights["clip_tensors"]}
     assert weights["check_values"], "weights.json holds no check values"
@@ -16,7 +16,7 @@ def test_recipe_gives_the_check_values():
         assert tensor.double().sum().item() == expected["sum_float64"], name
 
 
-def test_pixels_outside_the_picture_are_zero():
+def test_pixels_outside_the_picture_are_zero() -> None:
     entry = {"name": "any", "shape": [2, 3, 6, 6], "center": 5.0, "scale": 1.0}
     pixels = recipe.make_pixels(7, entry, [(4, 6), (6, 2)])
     assert (pixels[0, :, :4] >= 4).all() and (pixels[0, :, 4:] == 0).all()

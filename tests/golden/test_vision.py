@@ -11,7 +11,7 @@ from tests.golden import recipe, released_model, vectors
 POOLED_STRIDE, MAP_STRIDE = 2, 4
 
 
-def test_vision():
+def test_vision() -> None:
     model = released_model.build()
     with torch.no_grad(), vectors.read_group("vision") as golden:
         sizes = golden.facts["clip_resize_hw"]

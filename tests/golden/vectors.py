@@ -2,6 +2,9 @@
 
 A group is `<group>.safetensors` and `<group>.json`. PIXELLM_GOLDEN names another folder in the same layout; every size
 is taken from the files, so its sizes, seeds and cases may differ.
+
+The copy in `data` is trimmed by whole entries: `vision` lacks the features by layer (their projections are there),
+`decoder` has two targets only, `postprocess` two of its cases, `preprocess` one of its pictures.
 """
 
 import functools
@@ -89,9 +92,9 @@ class Facts:
     def __len__(self) -> int:
         return len(self._value)
 
-    def keys(self) -> list[str | int]:
+    def __iter__(self) -> Iterator[str | int]:
         """Names (or indices) of the children; reads nothing."""
-        return [key for key, _ in _children(self._value)]
+        return (key for key, _ in _children(self._value))
 
     def read_all(self) -> Any:
         """The whole tree as plain data, all of it crossed off."""
@@ -164,7 +167,10 @@ class Reading:
         count = len(self.names(rf"^{re.escape(name)}\.\d+$"))
         return [self.tensor(f"{name}.{picture}") for picture in range(count)]
 
-    def _judge(self, name: str, found: torch.Tensor, expected: torch.Tensor, atol: float, rtol: float) -> None:
+    def compare(
+        self, name: str, found: torch.Tensor, expected: torch.Tensor, *, atol: float = 0.0, rtol: float = 0.0
+    ) -> None:
+        """Compare two tensors; `close` does it with a stored one."""
         found, expected = found.detach().to(torch.float64), expected.to(torch.float64)
         if found.shape != expected.shape:
             self._problems.append(f"{name}: found shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
@@ -175,19 +181,21 @@ class Reading:
         within = difference <= atol + rtol * expected.abs()  # False for NaN
         if not bool(within.all()):
             self._problems.append(
-                f"{name}: {int((~within).sum())} of {within.numel()} numbers differ, by at most {float(difference.max()):.3g} "
-                f"(allowed: {atol:g} + {rtol:g} of the number)"
+                f"{name}: {int((~within).sum())} of {within.numel()} numbers differ, by at most "
+                f"{float(difference.max()):.3g} (allowed: {atol:g} + {rtol:g} of the number)"
             )
 
     def close(self, name: str, found: torch.Tensor, *, atol: float = 0.0, rtol: float = 0.0) -> None:
         """Compare `found` with the stored tensor `name`; with no tolerance they must be equal."""
-        self._judge(name, found, self.tensor(name), atol, rtol)
+        self.compare(name, found, self.tensor(name), atol=atol, rtol=rtol)
 
     def number(
         self, name: str, found: float | torch.Tensor, expected: float, *, atol: float = 0.0, rtol: float = 0.0
     ) -> None:
         """Compare a number with one of the facts."""
-        self._judge(name, torch.as_tensor(found).reshape(()), torch.tensor(expected, dtype=torch.float64), atol, rtol)
+        self.compare(
+            name, torch.as_tensor(found).reshape(()), torch.tensor(expected, dtype=torch.float64), atol=atol, rtol=rtol
+        )
 
     def same(self, name: str, found: Any, expected: Any) -> None:
         """Compare anything else: lists, shapes, names."""
