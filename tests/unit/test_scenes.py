@@ -227,9 +227,7 @@ def test_conversations_tell_the_truth_about_what_is_there(scenes: list[Scene]) -
             elif found := exists.match(question):
                 checked["exists"] += 1
                 assert answer.startswith("Yes") == (found[1] in {s.name for s in scene.shapes})
-            elif found := re.match(
-                r"Is the (\w+ \w+) (larger|smaller|left of|right of|above|below) (?:than )?the (.*)\?", question
-            ):
+            elif found := compares.match(question):
                 checked[found[2]] += 1
                 first, second = (next(s for s in scene.shapes if s.name == found[i]) for i in (1, 3))
                 truth = {
