@@ -111,6 +111,9 @@ class Run:
 
     def fit(self, batches: Callable[[int], Iterator[list[Any]]]) -> Progress:
         """Train to the plan's end. `batches(step)` yields each step's micro-batches from optimizer step `step` on."""
+        if self.progress.step >= self.plan.total_steps:
+            note(f"this run of {self.plan.total_steps} steps is complete: raise --max_steps or --epochs to go on")
+            return self.progress
         curves = Curves(self.folder, self.progress.step, self.engine.rank == 0)
         try:
             with self._explain_interrupt():

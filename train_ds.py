@@ -1,0 +1,149 @@
+"""Train a PixelLM: read the run, build, fit.
+
+deepspeed train_ds.py --version=... --vision-tower=... --dataset_dir=./dataset --exp_name=mine
+python train_ds.py --config configs/tiny.yaml --version runs/demo/base
+"""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from model.build.builder import (
+    BuiltModel,
+    ModelOptions,
+    TrainingRecipe,
+    build_model,
+    choose_trainable,
+    load_weights_into,
+)
+from model.build.export import read_trained_weights
+from model.overlay import draw_overlay
+from model.predictor import Predictor
+from model.processing_pixellm import ConversationTooLong
+from utils.arguments import TrainArguments, parse_train
+from utils.data.readers import build_eval_reader
+from utils.engine.fit import Run
+from utils.engine.probe import find_probe_batch, probe_gradients
+from utils.engine.protocol import Engine
+from utils.engine.run_card import write_run_card
+from utils.engine.runtime import Runtime, open_runtime
+from utils.engine.setup import StepBatches, checkpoint_to_resume, make_engine, make_mixture, make_plan, seed_everything
+from utils.engine.validation import Validation
+from utils.scripts import note, run_script
+
+MASK_PARTS = ("mask_projector.", "codebook.", "pixel_decoder.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, or with --eval_only score, as the command line says."""
+    args = parse_train(argv)
+    runtime = open_runtime(args.engine, args.local_rank, args.precision)
+    seed_everything(args.seed)
+    built, trained = build(args)
+    seed_everything(args.seed + runtime.rank)
+    batches = None
+    if not args.eval_only:
+        batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
+        note(batches.dataset.mixture.describe())
+        probe(args, runtime, built, trained, batches)
+    validation_samples = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir)
+    engine = make_engine(args, runtime, built.model, MASK_PARTS)
+    try:
+        run = make_run(args, engine, built, validation_samples)
+        if (checkpoint := checkpoint_to_resume(args)) is not None:
+            run.resume(checkpoint)
+        else:
+            run.progress.step = args.start_epoch * args.steps_per_epoch
+        if batches is None:
+            run.evaluate()
+            return
+        if runtime.rank == 0:
+            write_card(args, runtime, built, trained, batches)
+        run.fit(batches)
+        batches.report_losses()
+    finally:
+        engine.close()
+
+
+def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
+    """The model with what trains chosen, and the names of those parameters."""
+    options = ModelOptions(
+        image_size=args.picture_side(),
+        image_token_pool=args.image_token_pool,
+        vision_feature_layers=args.feature_layers(),
+        num_scales=args.image_feature_scale_num,
+        tokens_per_scale=args.seg_token_num,
+        embedding_dim=args.out_dim,
+        decoder_depth=args.decoder_depth,
+        decoder_num_heads=args.decoder_num_heads,
+        decoder_mlp_dim=args.decoder_mlp_dim,
+        token_fusion=args.token_fusion,
+        scale_fusion=args.scale_fusion,
+        refinement_alpha=args.refinement_alpha,
+        ce_loss_weight=args.ce_loss_weight,
+        bce_loss_weight=args.bce_loss_weight,
+        dice_loss_weight=args.dice_loss_weight,
+        conversation_format=args.conv_type,
+        use_mm_start_end=args.use_mm_start_end,
+        model_max_length=args.model_max_length,
+    )
+    built = build_model(args.version, args.vision_tower or None, options, attn_implementation=args.attn_implementation)
+    note(built.report.table())
+    recipe = TrainingRecipe(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingRecipe)})
+    trained = choose_trainable(built.model, recipe)
+    if args.weight:
+        load_weights_into(built.model, read_trained_weights(args.weight), f"--weight {args.weight}")
+    if args.gradient_checkpointing:
+        built.model.activation_checkpointing_enable({"use_reentrant": False})
+    return built, trained
+
+
+def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> None:
+    """Stop, by name, where gradients do not reach what trains, or reach what does not."""
+    wanted = ["ce", "bce"] if args.train_mask_decoder else ["ce"]
+    batch = find_probe_batch(built.model, batches.probes(), wanted)
+    probe_gradients(built.model.to(runtime.device), batch, trained, args.precision, runtime.device)
+    total = sum(parameter.numel() for parameter in built.model.parameters())
+    share = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
+    note(f"gradients reach all of the {len(trained)} tensors that train ({share:,} of {total:,} numbers), and no other")
+
+
+def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: object | None) -> Run:
+    """The run in its folder, with validation on `samples`."""
+    if samples is None:
+        return Run(engine, make_plan(args), args.run_folder)
+    validation = Validation(
+        engine,
+        Predictor(built.model, built.processor),
+        samples,
+        batch_size=args.val_batch_size,
+        limit=args.val_limit,
+        max_new_tokens=args.max_new_tokens,
+        open_picture=built.processor.open_picture,
+        overlay=draw_overlay,
+    )
+    return Run(engine, make_plan(args), args.run_folder, validation.scores, validation.pictures)
+
+
+def write_card(
+    args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches
+) -> None:
+    """Leave run.json beside the checkpoints."""
+    facts = {
+        "engine": runtime.engine,
+        "world_size": runtime.world_size,
+        "device": str(runtime.device),
+        "samples_per_step": batches.samples_per_step,
+        "data": batches.dataset.mixture.fingerprint,
+        "loaded": built.report.as_dict(),
+        "trained": trained,
+        "threads": torch.get_num_threads(),
+    }
+    repository = Path(__file__).resolve().parent
+    write_run_card(args.run_folder, arguments=args.as_dict(), repository=repository, facts=facts)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

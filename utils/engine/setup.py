@@ -1,0 +1,165 @@
+"""From a run's arguments to its engine, its schedule and the steps' batches."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.arguments import TrainArguments
+from utils.data.collate import Batch
+from utils.data.dataset import TrainingDataset, build_loader
+from utils.data.mixture import Mixture, build_mixture
+from utils.data.reader import ReaderOptions
+from utils.engine.checkpoints import latest_tag
+from utils.engine.fit import CHECKPOINT, Plan
+from utils.engine.plain_engine import PlainEngine
+from utils.engine.protocol import Engine
+from utils.engine.runtime import Runtime
+from utils.engine.stepping import OptimizerSettings, Schedule
+from utils.scripts import note
+
+
+def make_plan(args: TrainArguments) -> Plan:
+    """When a run steps, saves and validates."""
+    total = args.total_steps()
+    if args.warmup_steps >= total:
+        note(
+            f"--warmup_steps {args.warmup_steps} lasts as long as the run of {total} steps: the full --lr is never reached"
+        )
+    return Plan(
+        Schedule(args.lr, total, args.warmup_steps, args.lr_schedule),
+        total_steps=total,
+        save_every=args.save_every or args.steps_per_epoch,
+        validate_every=args.validate_every or args.steps_per_epoch,
+        print_every=args.print_freq,
+    )
+
+
+def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_parts: tuple[str, ...] = ()) -> Engine:
+    """The engine that `runtime` chose, with the model in it.
+
+    Args:
+        mask_parts: prefixes of the parameter names that --mask_lr_multiplier is for.
+    """
+    settings = OptimizerSettings(
+        betas=(args.beta1, args.beta2),
+        weight_decay=args.weight_decay,
+        gradient_clip=args.grad_clip,
+        multipliers=dict.fromkeys(mask_parts, args.mask_lr_multiplier),
+    )
+    if runtime.engine == "plain":
+        return PlainEngine(model, settings, args.precision, runtime.device)
+    from utils.engine.deepspeed_engine import DeepSpeedEngine, read_user_config  # not installed on every laptop
+
+    stage = args.zero_stage if "zero_stage" in args.given else None
+    user_config = read_user_config(args.deepspeed_config, stage)
+    return DeepSpeedEngine(
+        model,
+        settings,
+        args.precision,
+        runtime.device,
+        micro_batch=args.batch_size,
+        rounds=args.grad_accumulation_steps,
+        zero_stage=user_config.get("zero_optimization", {}).get("stage", args.zero_stage),
+        user_config=user_config,
+    )
+
+
+def checkpoint_to_resume(args: TrainArguments) -> Path | None:
+    """The folder to go on from: --resume, or the run's own with --auto_resume; None to start afresh."""
+    if args.resume:
+        return Path(args.resume)
+    own = args.run_folder / CHECKPOINT
+    if args.auto_resume and latest_tag(own) is not None:
+        return own
+    return None
+
+
+def reader_options(args: TrainArguments) -> ReaderOptions:
+    """What the flags tell every reader."""
+    return ReaderOptions(
+        num_classes_per_sample=args.num_classes_per_sample,
+        num_classes_per_question=args.num_classes_per_question,
+        use_expand_question_list=args.use_expand_question_list,
+        explanatory=args.explanatory,
+        exclude_val=args.exclude_val,
+    )
+
+
+def make_mixture(args: TrainArguments) -> Mixture:
+    """The samples the flags ask for."""
+    return build_mixture(
+        args.dataset,
+        args.sample_rates,
+        args.dataset_dir,
+        sem_seg_data=args.sem_seg_data,
+        refer_seg_data=args.refer_seg_data,
+        vqa_data=args.vqa_data,
+        reason_seg_data=args.reason_seg_data,
+        options=reader_options(args),
+        seed=args.seed,
+    )
+
+
+class StepBatches:
+    """The micro-batches of each optimizer step of one rank, from any step on. Step and rank alone say which samples.
+
+    lost: what did not fit into the model's text length so far, counted by what it was.
+    """
+
+    def __init__(
+        self,
+        args: TrainArguments,
+        runtime: Runtime,
+        mixture: Mixture,
+        processor: Any,
+        too_long_errors: tuple[type[Exception], ...],
+    ) -> None:
+        self.args, self.runtime, self.rounds = args, runtime, args.grad_accumulation_steps
+        self.samples_per_step = runtime.world_size * args.batch_size * self.rounds
+        pad = processor.tokenizer.pad_token_id
+        self.pad_token_id = 0 if pad is None else pad
+        length = args.total_steps() * self.samples_per_step
+        self.dataset = TrainingDataset(mixture, processor, length, too_long_errors)
+        self.lost: Counter[str] = Counter()
+
+    def __call__(self, step: int) -> Iterator[list[Batch]]:
+        """A list of micro-batches per step, from optimizer step `step` to the end of the run."""
+        loader = build_loader(
+            self.dataset,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            batch_size=self.args.batch_size,
+            pad_token_id=self.pad_token_id,
+            workers=self.args.workers,
+            first=step * self.samples_per_step,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+        gathered: list[Batch] = []
+        for batch in loader:
+            gathered.append(batch)
+            for info in batch.info:
+                self.lost.update({name: count for name, count in info.items() if name.startswith("dropped_")})
+            if len(gathered) == self.rounds:
+                yield gathered
+                gathered = []
+
+    def probes(self) -> Iterator[Batch]:
+        """The first batches of the run, the same on every rank, loaded in this process."""
+        batch, pad = self.args.batch_size, self.pad_token_id
+        yield from build_loader(self.dataset, rank=0, world_size=1, batch_size=batch, pad_token_id=pad, workers=0)
+
+    def report_losses(self) -> None:
+        """Say what was too long, if anything was."""
+        found = {name.removeprefix("dropped_"): count for name, count in self.lost.items() if count}
+        if found:
+            what = ", ".join(f"{count} {name}" for name, count in found.items())
+            note(f"left out on this rank because they do not fit into --model_max_length: {what}")
+
+
+def seed_everything(seed: int) -> None:
+    """The random state of weights to come, dropout included."""
+    torch.manual_seed(seed)
