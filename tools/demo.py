@@ -6,6 +6,7 @@ python tools/demo.py --size smoke     the same road in a minute or two; its mode
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def run(demo: Demo) -> dict[str, Any]:
                 print("    " + ", ".join(f"{share:.0%} {kind}" for kind, share in difficulty.shares.items()))
                 baselines = difficulty.baselines
     seconds = {name: round(value, 1) for name, value in (stages.seconds | {"total": stages.total()}).items()}
-    scores = json.loads(demo.scores.read_text(encoding="utf-8"))
+    scores = json.loads((demo.evaluation / "results.json").read_text(encoding="utf-8"))
+    shutil.copy(demo.evaluation / "gallery.png", demo.out)
     return {name: scores[name] for name in SCORES} | {
         "baselines": baselines,
         "engine": demo.engine,

@@ -15,9 +15,11 @@ from utils.scoreboard import Bar
 from utils.stages import Stage
 
 RANKS = 2
-# What the summary takes over from the scores that evaluate.py writes.
-SCORES = ("giou", "ciou", "giou_teacher_forced", "giou_by_kind", "giou_shuffled")
-SCORES += ("target_count_accuracy", "text_accuracy", "n")
+# What the summary takes over from the results that evaluation writes.
+SCORES = (
+    *("giou", "ciou", "giou_teacher_forced", "giou_by_kind", "giou_shuffled"),
+    *("target_count_accuracy", "text_accuracy", "n"),
+)
 BARS: tuple[str | Bar, ...] = (
     Bar("giou", ">=", 0.78),
     Bar("giou_by_kind.direct", ">=", 0.85),
@@ -82,9 +84,9 @@ class Demo:
         return self.out / "model"
 
     @property
-    def scores(self) -> Path:
-        """Where evaluation writes what it found."""
-        return self.out / "evaluation" / "results.json"
+    def evaluation(self) -> Path:
+        """The folder evaluation writes its results.json and gallery.png to."""
+        return self.out / "evaluation"
 
     def stage(self, name: str, title: str, *command: str, threads: int = RANKS, cwd: Path | None = None) -> Stage:
         """A stage that runs a script of the repository (of `cwd` where given), or a program named by its full path."""
@@ -114,18 +116,15 @@ class Demo:
             weight = run / "pytorch_model.bin"
         merge = ("merge_lora_weights_and_save_hf_model.py", "--version", base, "--weight", str(weight))
         yield self.stage("merge", "write one Hugging Face folder", *merge, "--save_path", model)
-        evaluate = ("evaluate.py", "--version", model, *questions, "--batch_size", "32", "--precision", "fp32")
-        scores = ("--gallery", "0", "--out", str(self.scores.parent))
-        yield self.stage("evaluate", "ask about pictures it never saw", *evaluate, *scores)
+        evaluate = ("evaluate.py", "--version", model, *questions, "--batch_size", "32", "--out", str(self.evaluation))
+        yield self.stage("evaluate", "ask about pictures it never saw", *evaluate)
         picture, prompt = self.question()
-        chat = ("chat.py", "--version", model, "--precision", "fp32", "--image", picture, "--prompt", prompt)
+        chat = ("chat.py", "--version", model, "--image", picture, "--prompt", prompt)
         yield self.stage("chat", "ask one question", *chat, "--out", str(self.out / "answer.png"))
-        gallery = ("tools/gallery.py", "--version", model, *questions, "--out", str(self.out / "gallery.png"))
-        yield self.stage("gallery", "draw some answers", *gallery)
 
     def count(self) -> int:
         """How many stages there are."""
-        return 9 if self.engine == "deepspeed" else 8
+        return 8 if self.engine == "deepspeed" else 7
 
     def launcher(self) -> tuple[str, ...]:
         """What stands in front of a training command; DeepSpeed's ranks meet on a free port."""

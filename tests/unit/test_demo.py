@@ -44,7 +44,7 @@ def test_the_plan_names_scripts_that_are_there_and_counts_its_stages(
     demo = make_demo(drawn, repository, engine)
     stages = list(demo.stages())
     names = [stage.name if isinstance(stage, Stage) else stage for stage in stages]
-    expected = ["data", "check", "base", "train", "zero_to_fp32", "merge", "evaluate", "chat", "gallery"]
+    expected = ["data", "check", "base", "train", "zero_to_fp32", "merge", "evaluate", "chat"]
     assert names == [name for name in expected if engine == "deepspeed" or name != "zero_to_fp32"]
     assert len(names) == demo.count()
     for stage in stages:
@@ -64,8 +64,9 @@ def test_the_summary_has_its_keys(drawn: Path, repository: Path, monkeypatch: py
     def pretend(stages: Stages, stage: Stage) -> None:
         with stages.timed(stage.name, stage.title):
             if stage.name == "evaluate":
-                demo.scores.parent.mkdir(exist_ok=True)
-                demo.scores.write_text(json.dumps(scores(0.5)))
+                demo.evaluation.mkdir()
+                (demo.evaluation / "results.json").write_text(json.dumps(scores(0.5)))
+                (demo.evaluation / "gallery.png").write_bytes(b"drawn")
 
     monkeypatch.setattr(Stages, "run", pretend)
     summary = script.run(demo)
@@ -74,7 +75,7 @@ def test_the_summary_has_its_keys(drawn: Path, repository: Path, monkeypatch: py
     assert summary["val_dataset"] == HELD_OUT_SPEC and summary["engine"] == "deepspeed"
     assert Path(summary["dataset_dir"]) == drawn / "dataset" and Path(summary["model"]) == drawn / "model"
     assert {"mask everything", "largest shape"} <= set(summary["baselines"])
-    stages = {"data", "check", "base", "train", "zero_to_fp32", "merge", "evaluate", "chat", "gallery"}
+    stages = {"data", "check", "base", "train", "zero_to_fp32", "merge", "evaluate", "chat"}
     assert set(summary["seconds"]) == stages | {"total"}
 
 
