@@ -15,6 +15,8 @@ from utils.data.errors import DataError
 from utils.data.samples import IGNORE_LABEL
 
 _COORDINATES_OF_A_TRIANGLE = 6
+_FARTHEST = 1_000_000
+"""No picture reaches so far; beyond, rastering would take all memory there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,8 @@ def _numbers(values: Any, where: str) -> np.ndarray:
         raise DataError(f"{where} has a polygon that is not made of numbers: correct the file") from error
     if not np.isfinite(numbers).all():
         raise DataError(f"{where} has a polygon with a coordinate that is not finite: correct the file")
+    if numbers.size and max(numbers.max(), -numbers.min()) > _FARTHEST:
+        raise DataError(f"{where} has a polygon with a coordinate beyond {_FARTHEST} pixels: correct the file")
     return numbers
 
 

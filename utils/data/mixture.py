@@ -28,6 +28,8 @@ class Mixture:
             raise DataError(f"{len(rates)} rates are given for {len(readers)} data sets; expected one rate each")
         if not all(math.isfinite(rate) and rate >= 0 for rate in rates) or not sum(rates) > 0:
             raise DataError(f"the sample rates are {rates}; expected numbers of 0 or more, not all 0")
+        if seed < 0:
+            raise DataError(f"the seed of the data is {seed}; expected 0 or more")
         self.readers = readers
         self.shares = np.asarray(rates, dtype=np.float64) / sum(rates)
         self.seed = seed

@@ -1,7 +1,9 @@
 """The data sets that can be read, by name. A new data set is a new reader and a line here."""
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -51,16 +53,14 @@ def build_training_readers(
         raise DataError(f"--dataset names {family!r}; expected {', '.join(FAMILIES)}, joined by {JOIN!r}")
     if family == "multi_reason_seg":
         return [build_reader(MUSE, root, "train", options)]
-    readers = []
-    for name in _parted(names, f"--{family}_data"):
-        base = name.split("|")[0]
-        if base not in FAMILIES[family]:
-            raise DataError(_no_reader(name, f"--{family}_data", FAMILIES[family]))
-        if family == "reason_seg":
-            readers.append(build_reader(base, root, name.partition("|")[2] or "train", options))
-        else:
-            readers.append(build_reader(name, root, "train", options))
-    return readers
+    flag = f"--{family}_data"
+    asked = _parted(names, flag)
+    for name in asked:
+        if name.split("|")[0] not in FAMILIES[family]:
+            raise DataError(_no_reader(name, flag, FAMILIES[family]))
+    if family == "reason_seg":
+        return [build_reader(REASON_SEG, root, name.partition("|")[2] or "train", options) for name in asked]
+    return [build_reader(name, root, "train", options) for name in asked]
 
 
 class EvalReader:
@@ -102,7 +102,24 @@ def build_eval_reader(spec: str, root: str | os.PathLike[str], options: ReaderOp
     return EvalReader(readers)
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Parsing makes millions of objects and no garbage; looking for it all the time takes longer than the parsing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _build(name: str, root: DataRoot, split: str, options: ReaderOptions) -> Reader:
+    with _no_garbage_collection():
+        return _new_reader(name, root, split, options)
+
+
+def _new_reader(name: str, root: DataRoot, split: str, options: ReaderOptions) -> Reader:
     base, _, split_by = name.partition("|")
     if base in REFER_SETS:
         return ReferSegReader(base, root, split, options, split_by or None)

@@ -121,7 +121,7 @@ class ReferSegReader(Reader):
 
     def _without_held_out(self, refs: list[dict[str, Any]], root: DataRoot) -> list[dict[str, Any]]:
         held_out = _held_out_pictures(root, self.name)
-        kept = [ref for ref in refs if ref.get("image_id") not in held_out]
+        kept = [ref for ref in refs if json_field(ref, "image_id", int, f"a ref of {self.name}") not in held_out]
         self.skipped["ref about a picture of a val or test split"] += len(refs) - len(kept)
         return kept
 
@@ -154,9 +154,16 @@ class ReferSegReader(Reader):
             if len(sources) < len(ids):
                 self.skipped["ref to an annotation without a polygon that has an inside"] += 1
                 continue
-            labels = [names.get(annotations[number].get("category_id"), "thing") for number in ids]
+            labels = [self._label(annotations[number], names) for number in ids]
             picture.asked += self._asked(ref, refs_path, sources, labels)
         return [picture for picture in pictures.values() if picture.asked]
+
+    def _label(self, annotation: dict[str, Any], names: dict[int, str]) -> str:
+        where = f"annotation {annotation['id']} of {self._instances_path}"
+        number = json_field(annotation, "category_id", int, where)
+        if number not in names:
+            raise DataError(f"{where} has category {number}, which 'categories' does not list: correct the file")
+        return names[number]
 
     def _asked(
         self, ref: dict[str, Any], refs_path: str, sources: list[CocoMask], labels: list[str]
@@ -196,16 +203,20 @@ def _read_refs(root: DataRoot, name: str, split_by: str) -> tuple[str, list[dict
     return path, refs, digest(content)
 
 
-def _held_out_pictures(root: DataRoot, name: str) -> set[Any]:
+def _held_out_pictures(root: DataRoot, name: str) -> set[int]:
     """Picture ids of the val and test splits of every referring set in the root that shares `name`'s pictures."""
-    held_out: set[Any] = set()
+    held_out: set[int] = set()
     for other, layout in REFER_SETS.items():
         if layout.pictures != REFER_SETS[name].pictures:
             continue
         for split_by in layout.split_by:
             if any(os.path.isfile(os.path.join(root.path, _FOLDER, other, p.format(split_by))) for p in layout.refs):
-                _, refs, _ = _read_refs(root, other, split_by)
-                held_out |= {ref.get("image_id") for ref in refs if ref.get("split") != _TRAIN_SPLIT}
+                path, refs, _ = _read_refs(root, other, split_by)
+                held_out |= {
+                    json_field(ref, "image_id", int, f"a ref of {path}")
+                    for ref in refs
+                    if ref.get("split") != _TRAIN_SPLIT
+                }
     return held_out
 
 

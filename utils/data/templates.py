@@ -142,7 +142,7 @@ def target_name(phrase: str) -> str:
     """
     words = phrase.translate(_LIST_PUNCTUATION).split()
     text = " ".join(words).rstrip(".?! ")
-    if not words or words[0].lower() in _BEGINS_WITHOUT_ARTICLE:
+    if not text or words[0].lower() in _BEGINS_WITHOUT_ARTICLE:
         return text
     return f"the {text}"
 

@@ -1,0 +1,196 @@
+"""Small made-up data sets in the official layouts, for the tests of the readers."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+HEIGHT, WIDTH = 24, 32
+COCO = "refer_seg/images/mscoco/images"
+
+
+def square(left: int, top: int, side: int) -> list[float]:
+    """A square as a COCO polygon; it covers side × side pixels."""
+    return [left, top, left + side, top, left + side, top + side, left, top + side]
+
+
+def write_json(path: Path, content: Any, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
+    return path
+
+
+def write_picture(path: Path, height: int = HEIGHT, width: int = WIDTH) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((height, width, 3), 90, dtype=np.uint8)).save(path)
+    return path
+
+
+def annotation(number: int, image_id: int, polygons: Any, category_id: int = 7, iscrowd: int = 0) -> dict[str, Any]:
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "iscrowd": iscrowd,
+        "segmentation": polygons,
+    }
+
+
+def ref(number: int, image_id: int, ann_id: Any, *sentences: str, split: str = "train") -> dict[str, Any]:
+    told = [{"sent": sentence, "raw": sentence, "tokens": sentence.split()} for sentence in sentences]
+    return {"ref_id": number, "image_id": image_id, "ann_id": ann_id, "split": split, "sentences": told}
+
+
+def instances() -> dict[str, Any]:
+    """Three pictures; annotations of one that is not listed, of a crowd, and of polygons without an inside."""
+    pictures = [{"id": n, "file_name": f"COCO_{n}.jpg", "height": HEIGHT, "width": WIDTH} for n in (1, 2, 3)]
+    return {
+        "images": pictures,
+        "categories": [{"id": 7, "name": "cup"}, {"id": 90, "name": "traffic light"}],
+        "annotations": [
+            annotation(11, 1, [square(2, 2, 6)]),
+            annotation(12, 1, [square(10, 2, 6), square(13, 5, 6)], 90),
+            annotation(21, 2, [square(4, 4, 8)]),
+            annotation(22, 2, {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]}, iscrowd=1),
+            annotation(31, 3, [[1, 1, 5, 5]]),
+            annotation(32, 3, [square(1, 1, 4)]),
+            annotation(99, 404, [square(0, 0, 3)]),
+        ],
+    }
+
+
+def refs() -> list[dict[str, Any]]:
+    return [
+        ref(1, 1, 11, "cup on the left", "the left one."),
+        ref(2, 1, 12, "a light, high up"),
+        ref(3, 2, 21, "big cup"),
+        ref(4, 2, 22, "all the cups"),
+        ref(5, 3, 31, "nothing to see"),
+        ref(6, 3, 32, "small cup", split="val"),
+        ref(7, 404, 99, "in a picture that is not listed"),
+        ref(8, 1, 1000, "to an annotation that is not there"),
+    ]
+
+
+def write_refer_seg(root: Path, name: str = "refcoco", found: Any = None, refs_file: str = "refs(unc).p") -> Path:
+    """A referring set; `found` are its refs."""
+    folder = root / "refer_seg" / name
+    write_json(folder / "instances.json", instances())
+    found = refs() if found is None else found
+    if refs_file.endswith(".json"):
+        write_json(folder / refs_file, found)
+    else:
+        (folder / refs_file).write_bytes(pickle.dumps(found, protocol=2))
+    for number in (1, 2, 3):
+        write_picture(root / COCO / "train2014" / f"COCO_{number}.jpg")
+    return root
+
+
+def muse_instance(name: str, polygons: Any, **more: Any) -> dict[str, Any]:
+    return {"segmentation": polygons, "bbox": [0, 0, 1, 1], "category_id": 1, "category_name": name, **more}
+
+
+def muse_records() -> list[dict[str, Any]]:
+    cup, tray = (
+        muse_instance("cup", [square(2, 2, 4)]),
+        muse_instance("tray", [square(8, 8, 5)], rephrased_name="blue tray"),
+    )
+    size = {"height": HEIGHT, "width": WIDTH}
+    return [
+        {
+            "id": 1,
+            "file_name": "COCO_1.jpg",
+            **size,
+            "questions": ["What can I drink from?", "What is needed to serve?", "Count wrongly."],
+            "answers": [[cup], [cup, tray], [cup, tray]],
+            "text_answers": ["Use the cup {seg}.", None, "Just one {seg}."],
+        },
+        {
+            "id": 2,
+            "coco_url": "http://images.cocodataset.org/val2017/0002.jpg",
+            **size,
+            "questions": ["What carries cups?", "What burns?"],
+            "answers": [[tray], []],
+        },
+        {"id": 3, "file_name": "COCO_3.jpg", **size, "answers": []},
+        {"id": 4, "file_name": "COCO_3.jpg", **size, "questions": ["One?", "Two?"], "answers": [[cup]]},
+    ]
+
+
+def write_muse(root: Path, records: Any = None, split: str = "train") -> Path:
+    write_json(root / "muse" / f"muse_{split}.json", muse_records() if records is None else records)
+    write_picture(root / COCO / "train2014" / "COCO_1.jpg")
+    write_picture(root / COCO / "val2017" / "0002.jpg")
+    return root
+
+
+def message(role: str, text: str) -> dict[str, str]:
+    return {"from": role, "value": text}
+
+
+def vqa_records() -> list[dict[str, Any]]:
+    return [
+        {
+            "id": "1",
+            "image": "0001.jpg",
+            "conversations": [
+                message("human", "<image>\nWhat is it?"),
+                message("gpt", "A cup."),
+                message("human", "Which colour?"),
+                message("gpt", "Blue."),
+            ],
+        },
+        {
+            "id": "2",
+            "image": "0001.jpg",
+            "conversations": [message("human", "Why?\n<image>"), message("gpt", "Because.")],
+        },
+        {"id": "3", "conversations": [message("human", "No picture?"), message("gpt", "None.")]},
+        {"id": "4", "image": "0001.jpg", "conversations": [message("gpt", "I begin.")]},
+        {"id": "5", "image": "0001.jpg", "conversations": [message("human", "<image>"), message("gpt", "To what?")]},
+    ]
+
+
+def write_vqa(root: Path, records: Any = None) -> Path:
+    write_json(root / "llava_dataset" / "llava_instruct_150k.json", vqa_records() if records is None else records)
+    write_picture(root / "coco" / "train2017" / "0001.jpg")
+    return root
+
+
+def shape(label: str, *points: tuple[float, float]) -> dict[str, Any]:
+    return {"label": label, "points": [list(point) for point in points], "shape_type": "polygon"}
+
+
+def corners(left: int, top: int, side: int) -> tuple[tuple[int, int], ...]:
+    return (left, top), (left + side, top), (left + side, top + side), (left, top + side)
+
+
+def reason_record(*texts: str, is_sentence: bool = True) -> dict[str, Any]:
+    shapes = [
+        shape("target", *corners(12, 12, 3)),
+        shape("ignore_part", *corners(4, 4, 4)),
+        shape("target", *corners(2, 2, 8)),
+        shape("flag", (0, 0), (31, 0), (31, 23)),
+        shape("target", (0, 0), (5, 5)),
+    ]
+    return {"text": list(texts), "is_sentence": is_sentence, "shapes": shapes}
+
+
+def write_reason_seg(root: Path, split: str = "train", record: Any = None, encoding: str = "utf-8") -> Path:
+    folder = root / "reason_seg" / "ReasonSeg" / split
+    write_json(folder / f"{split}_a.json", record or reason_record("What would Zoë’s café need?"), encoding)
+    write_picture(folder / f"{split}_a.jpg")
+    return root
+
+
+def write_ade20k(root: Path, labels: np.ndarray | None = None, folder: str = "training") -> Path:
+    if labels is None:
+        labels = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+        labels[:10], labels[10:16], labels[16:20] = 1, 3, 150
+    write_picture(root / "ade20k" / "images" / folder / "ADE_1.jpg")
+    (root / "ade20k" / "annotations" / folder).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels).save(root / "ade20k" / "annotations" / folder / "ADE_1.png")
+    return root

@@ -1,0 +1,185 @@
+"""Mask sources, the careful unpickler, paths that stay inside, and the words of questions."""
+
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_rle
+
+from tests.unit.data_sets import HEIGHT, WIDTH, square, write_picture
+from utils.data.ade20k_classes import ADE20K_CLASSES
+from utils.data.errors import DataError
+from utils.data.files import DataRoot, picture_size
+from utils.data.masks import CocoMask, LabelMask, PaintedMask, UnionMask, coco_mask
+from utils.data.pickles import load_plain_pickle
+from utils.data.samples import IGNORE_LABEL, SEG_MARKER, Target, Turn
+from utils.data.templates import listed, pick_phrasing, target_name
+
+
+def source_of(segmentation: object) -> CocoMask:
+    found = coco_mask(segmentation, HEIGHT, WIDTH, "it")
+    assert found is not None
+    return found
+
+
+def test_overlapping_parts_are_a_union() -> None:
+    mask = source_of([square(2, 2, 6), square(5, 5, 6)])()
+    assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == np.uint8
+    assert mask.max() == 1 and mask.sum() == 36 + 36 - 9
+    both = UnionMask((source_of([square(2, 2, 6)]), source_of([square(5, 5, 6)])))
+    assert np.array_equal(both(), mask)
+
+
+def test_run_lengths_compressed_or_not_or_listed_give_the_same_mask() -> None:
+    truth = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    truth[3:9, 4:20] = 1
+    flat = truth.ravel(order="F")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [1 - flat[-1]]])))
+    counts = np.diff(np.concatenate([[0], edges])).tolist()
+    packed = coco_rle.encode(truth)
+    size = [HEIGHT, WIDTH]
+    for rle in (
+        {"size": size, "counts": counts},
+        {"size": size, "counts": packed["counts"]},
+        {"size": size, "counts": packed["counts"].decode()},
+        [{"size": size, "counts": counts}],
+    ):
+        assert np.array_equal(source_of(rle)(), truth)
+
+
+def test_polygons_without_an_inside_are_left_out() -> None:
+    # Four numbers would be a box to pycocotools, and a box first makes boxes of all that follow.
+    assert source_of([[1, 1, 20, 20], square(2, 2, 5), []])().sum() == 25
+    assert coco_mask([[1, 1, 20, 20]], HEIGHT, WIDTH, "it") is None
+    assert coco_mask([], HEIGHT, WIDTH, "it") is None
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "said"),
+    [
+        ([[0, 0, float("nan"), 1, 2, 2]], "not finite"),
+        ([[0, 0, 1, 1, 2, 2, 3]], "x0 y0"),
+        ([["a", "b"]], "not made of numbers"),
+        ([[0, 0, 1e9, 1, 2, 2]], "beyond 1000000 pixels"),
+        ([1, 2, 3], "x0 y0"),
+        ("abc", "neither polygons nor run lengths"),
+        (None, "neither polygons nor run lengths"),
+        ({"size": [WIDTH, HEIGHT], "counts": [0, HEIGHT * WIDTH]}, "its picture has"),
+        ({"size": [HEIGHT, WIDTH], "counts": [5, 5]}, "add up"),
+        ({"size": [HEIGHT, WIDTH], "counts": [-1, HEIGHT * WIDTH + 1]}, "add up"),
+        ({"size": [HEIGHT, WIDTH]}, "without counts"),
+    ],
+)
+def test_malformed_segmentations_are_refused(segmentation: object, said: str) -> None:
+    with pytest.raises(DataError, match=f"^annotation 3 .*{said}"):
+        coco_mask(segmentation, HEIGHT, WIDTH, "annotation 3")
+
+
+def test_painted_polygons_lie_largest_first_whatever_their_order() -> None:
+    large, small = np.array([[2, 2], [12, 2], [12, 12], [2, 12]]), np.array([[4, 4], [7, 4], [7, 7], [4, 7]])
+    for polygons, ignored in (((large, small), (False, True)), ((small, large), (True, False))):
+        mask = PaintedMask(HEIGHT, WIDTH, polygons, ignored)()
+        assert (mask == IGNORE_LABEL).sum() == 16 and (mask == 1).sum() == 121 - 16
+    assert PaintedMask(HEIGHT, WIDTH, (), ())().sum() == 0
+
+
+def test_sources_can_be_pickled() -> None:
+    labels = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    for source in (
+        source_of([square(2, 2, 6)]),
+        LabelMask(labels, 2, 0),
+        PaintedMask(4, 4, (np.ones((3, 2)),), (False,)),
+    ):
+        assert np.array_equal(pickle.loads(pickle.dumps(source))(), source())
+    assert LabelMask(labels, 2, 0)().tolist() == [[IGNORE_LABEL, 0, 1], [0, 0, 0]]
+
+
+def test_plain_pickles_are_read_and_others_refused() -> None:
+    plain = [
+        {"a": (1, 2.5, "x", None, True), "b": np.float64(2.0), "c": np.arange(3), "d": {1, 2}, "e": b"\xff"},
+        OrderedDict(z=1),
+    ]
+    for protocol in (0, 2, 4):
+        read = load_plain_pickle(pickle.dumps(plain, protocol=protocol), "refs.p")
+        assert read[0]["c"].tolist() == [0, 1, 2] and read[0]["b"] == 2.0 and read[0]["e"] == b"\xff"
+        assert read[1]["z"] == 1 and read[0]["d"] == {1, 2}
+    # Text as Python 2 wrote it, in protocol 2: in UTF-8, or in latin1.
+    assert load_plain_pickle(b"\x80\x02U\x05caf\xc3\xa9.", "refs.p") == "café"
+    assert load_plain_pickle(b"\x80\x02U\x04caf\xe9.", "refs.p") == "café"
+    for evil in (
+        b"cos\nsystem\n(S'true'\ntR.",
+        pickle.dumps(os.getcwd),
+        pickle.dumps(Path("x")),
+        b"c_codecs\nencode\n(Vx\nVzlib\ntR.",
+    ):
+        with pytest.raises(DataError, match=r"^refs\.p is not a pickle of plain data"):
+            load_plain_pickle(evil, "refs.p")
+    for broken in (b"", pickle.dumps(plain)[:-5], b"not a pickle", b"\x80\x02}."[:-1]):
+        with pytest.raises(DataError, match=r"^refs\.p is not a pickle"):
+            load_plain_pickle(broken, "refs.p")
+
+
+def test_pictures_cannot_leave_the_root(tmp_path: Path) -> None:
+    outside = write_picture(tmp_path / "outside.jpg")
+    elsewhere = tmp_path / "disk" / "pictures"
+    write_picture(elsewhere / "a.jpg")
+    folder = tmp_path / "root" / "own"
+    write_picture(folder / "b.jpg")
+    (folder / "link.jpg").symlink_to(outside)
+    (folder / "twin.jpg").symlink_to(folder / "b.jpg")
+    (tmp_path / "root" / "mounted").symlink_to(elsewhere)
+    root = DataRoot(tmp_path / "root")
+    assert root.picture(root.folder("own"), "twin.jpg", "x.json").endswith("twin.jpg")
+    assert os.path.isfile(root.picture(root.folder("mounted"), "a.jpg", "x.json"))
+    for name in ("../outside.jpg", str(outside), "", "a\0b", "link.jpg"):
+        with pytest.raises(DataError, match=r"x\.json"):
+            root.picture(str(folder), name, "x.json")
+    with pytest.raises(DataError, match=r"absent\.jpg.*x\.json.*is missing"):
+        root.picture(str(folder), "absent.jpg", "x.json")
+    with pytest.raises(DataError, match="no data root"):
+        DataRoot(tmp_path / "nowhere")
+
+
+def test_picture_size_follows_the_exif_rotation(tmp_path: Path) -> None:
+    image = Image.new("RGB", (30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "upright.jpg")
+    assert picture_size(str(tmp_path / "turned.jpg")) == (30, 20)
+    assert picture_size(str(tmp_path / "upright.jpg")) == (20, 30)
+
+
+def test_names_and_phrasings() -> None:
+    assert target_name("cup on the wall, second row.") == "the cup on the wall second row"
+    assert target_name("a cup") == "a cup"
+    assert target_name(" ?!. ") == ""
+    assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c"
+    rng = np.random.default_rng(0)
+    targets = tuple(Target(name, lambda: np.zeros((1, 1), np.uint8)) for name in ("the cup", "the tray"))
+    for more, expected in ((False, 8), (True, 24)):
+        phrasings = {pick_phrasing(rng, more) for _ in range(400)}
+        assert len(phrasings) == expected
+        assert len({phrasing.asking for phrasing in phrasings}) == expected
+    for phrasing in phrasings:
+        turn = phrasing.turn(["the cup", "the tray"], targets)
+        assert "the cup and the tray" in turn.question and turn.kind == "several"
+        assert f"he cup {SEG_MARKER} and the tray {SEG_MARKER}" in turn.answer
+        before = turn.answer.split(f"he cup {SEG_MARKER}")[0][:-1].strip()
+        assert before == "" or before.endswith(","), "a name must stand behind a punctuation mark"
+        none = phrasing.turn(["the cup"], ())
+        assert none.kind == "no_target" and SEG_MARKER not in none.answer and "the cup" in none.answer
+    with pytest.raises(ValueError, match="marks 1 targets, but 0"):
+        Turn("q", f"a {SEG_MARKER}", (), "direct")
+
+
+def test_class_list() -> None:
+    assert len(ADE20K_CLASSES) == len(set(ADE20K_CLASSES)) == 150
+    assert [ADE20K_CLASSES[label - 1] for label in (1, 13, 46, 81, 146, 150)] == [
+        *("wall", "person", "counter", "bus", "shower", "flag"),
+    ]
+    assert "" not in ADE20K_CLASSES

@@ -1,0 +1,314 @@
+"""Which sample is number i, and what becomes of it: mixture, dataset, batches, loader."""
+
+import pickle
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from tests.unit import data_sets
+from utils.data.collate import IGNORED_TOKEN, PICTURE_KEY, Batch, collate
+from utils.data.dataset import RankBatches, TrainingDataset, build_loader
+from utils.data.errors import DataError
+from utils.data.mixture import Mixture, build_mixture
+from utils.data.reader import Reader, ReaderOptions
+from utils.data.samples import Sample, Target, Turn
+
+SIDE = 8
+
+
+class FakeReader(Reader):
+    """Sample `index` is called name/index/draw, the draw being a number of its random stream."""
+
+    def __init__(self, name: str, length: int) -> None:
+        super().__init__(name, "train", ReaderOptions())
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, index: int, rng: np.random.Generator) -> Sample:
+        turn = Turn("what", "this", (), "text")
+        return Sample("picture", ((turn,),), self.name, f"{self.name}/{index}/{rng.integers(10**9)}")
+
+    def read_all(self, index: int, rng: np.random.Generator) -> Sample:
+        return self.read(index, rng)
+
+
+def mixture(seed: int = 3) -> Mixture:
+    return Mixture([FakeReader("a", 50), FakeReader("b", 7), FakeReader("c", 1000)], [2, 1, 3], seed)
+
+
+def test_sample_i_depends_on_seed_and_i_alone() -> None:
+    wanted = [mixture()[i] for i in range(3000)]
+    backwards, revived = mixture(), pickle.loads(pickle.dumps(mixture()))
+    for i in (2999, 0, 1024, 1023, 2048, 17, 2500):
+        assert backwards[i] == wanted[i] == revived[i]
+    other = [mixture(seed=4)[i].sample_id for i in range(100)]
+    assert sum(a != b.sample_id for a, b in zip(other, wanted, strict=False)) > 90
+
+
+def test_rates_are_kept() -> None:
+    asked = Counter(mixture().locate(i)[0] for i in range(12_000))
+    assert chisquare([asked[which] for which in range(3)], [4000, 2000, 6000]).pvalue > 0.001
+    never = Mixture([FakeReader("a", 5), FakeReader("b", 5)], [1, 0], 0)
+    assert {never.locate(i)[0] for i in range(500)} == {0}
+
+
+def test_each_picture_comes_once_before_any_comes_twice() -> None:
+    drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    mixed = mixture()
+    for i in range(9000):
+        which, picture = mixed.locate(i)
+        drawn[which].append(picture)
+    for which, length in ((0, 50), (1, 7), (2, 1000)):
+        rounds = [drawn[which][start : start + length] for start in range(0, len(drawn[which]) - length + 1, length)]
+        assert len(rounds) > 2
+        assert all(sorted(pictures) == list(range(length)) for pictures in rounds)
+        assert rounds[0] != rounds[1]
+
+
+def test_wrong_rates_are_refused(tmp_path: Path) -> None:
+    data_sets.write_muse(data_sets.write_refer_seg(tmp_path))
+
+    def build(dataset: str, rates: str) -> Mixture:
+        return build_mixture(
+            dataset,
+            rates,
+            str(tmp_path),
+            sem_seg_data="ade20k",
+            refer_seg_data="refcoco||refcoco",
+            vqa_data="llava_instruct_150k",
+            reason_seg_data="ReasonSeg|train",
+            options=ReaderOptions(),
+            seed=0,
+        )
+
+    both = build("refer_seg||multi_reason_seg", "3,1")
+    assert both.shares.tolist() == [0.375, 0.375, 0.25]
+    assert "MultiReasonSeg (train): 25.0% of samples, 2 pictures; left out: 1 × " in both.describe()
+    assert both.fingerprint == build("refer_seg||multi_reason_seg", "1,1").fingerprint
+    data_sets.write_muse(tmp_path, data_sets.muse_records()[:1])
+    assert both.fingerprint != build("refer_seg||multi_reason_seg", "3,1").fingerprint
+    for dataset, rates, said in (
+        ("refer_seg||multi_reason_seg", "1", "has 1 numbers, --dataset .* has 2 families"),
+        ("refer_seg", "1,2", "2 numbers"),
+        ("refer_seg", "x", "expected numbers joined by commas"),
+        ("refer_seg", "", "expected numbers joined by commas"),
+        ("refer_seg", "-1", "0 or more"),
+        ("refer_seg", "nan", "0 or more"),
+        ("refer_seg", "0", "not all 0"),
+        ("refer_seg||", "1,1", "--dataset names ''"),
+        ("vqa", "1", "llava_instruct_150k.json is missing"),
+    ):
+        with pytest.raises(DataError, match=said):
+            build(dataset, rates)
+    with pytest.raises(DataError, match="2 rates are given for 1"):
+        Mixture([FakeReader("a", 1)], [1, 2], 0)
+    with pytest.raises(DataError, match="seed of the data is -1"):
+        Mixture([FakeReader("a", 1)], [1], -1)
+
+
+class TooLong(ValueError):
+    """As the processor's."""
+
+
+@dataclass
+class FakePicture:
+    pixel_values: torch.Tensor
+    resized_size: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+@dataclass
+class FakeEncoded:
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    group_turns: list[int]
+    kept_turns: int
+    dropped_turns: int
+
+
+class FakeProcessor:
+    """One token per word; keeps whole turns up to `most` tokens."""
+
+    def __init__(self, most: int = 10**6) -> None:
+        self.most = most
+
+    def open_picture(self, source: Any) -> np.ndarray:
+        return cv2.imread(source)
+
+    def encode_picture(self, array: np.ndarray) -> FakePicture:
+        return FakePicture(torch.full((3, SIDE, SIDE), float(array.mean())), (6, SIDE), array.shape[:2])
+
+    def encode_conversation(self, turns: list[tuple[str, str]]) -> FakeEncoded:
+        ids: list[int] = []
+        groups: list[int] = []
+        kept = 0
+        for number, (question, answer) in enumerate(turns):
+            if len(ids) + len(question.split()) + len(answer.split()) > self.most:
+                break
+            ids += [1] * len(question.split()) + [2] * len(answer.split())
+            groups += [number] * answer.count("{seg}")
+            kept += 1
+        if not kept:
+            raise TooLong
+        tokens = torch.tensor(ids)
+        return FakeEncoded(tokens, tokens.where(tokens == 2, IGNORED_TOKEN), groups, kept, len(turns) - kept)
+
+
+@dataclass
+class Square:
+    """A mask with so many pixels set."""
+
+    pixels: int
+    shape: tuple[int, int] = (4, 5)
+
+    def __call__(self) -> np.ndarray:
+        mask = np.zeros(self.shape, dtype=np.uint8)
+        mask.flat[: self.pixels] = 1
+        return mask
+
+
+def turn(*pixels: int, words: int = 3) -> Turn:
+    targets = tuple(Target(f"thing {number}", Square(number)) for number in pixels)
+    kind = ("no_target", "direct")[len(pixels)] if len(pixels) < 2 else "several"
+    return Turn("q " * words, "a " + "{seg} " * len(pixels), targets, kind)
+
+
+@dataclass
+class Listed:
+    """A mixture of given samples, over and over."""
+
+    samples: list[Sample]
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.samples[i % len(self.samples)]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    return str(data_sets.write_picture(tmp_path / "picture.png", 4, 5))
+
+
+def dataset(samples: list[Sample], processor: FakeProcessor, length: int = 8) -> TrainingDataset:
+    return TrainingDataset(Listed(samples), processor, length, too_long_errors=(TooLong,))  # type: ignore[arg-type]
+
+
+def test_a_batch_orders_targets_by_picture_row_and_place(picture: str) -> None:
+    samples = [
+        Sample(picture, ((turn(1, 2), turn(), turn(3)), (turn(4, words=9),)), "d", "first"),
+        Sample(picture, ((turn(),),), "d", "second"),
+        Sample(picture, ((turn(5),),), "d", "third"),
+    ]
+    made = dataset(samples, FakeProcessor())
+    batch = collate([made[i] for i in range(3)], pad_token_id=9)
+    assert batch.image_index.tolist() == [0, 0, 1, 2]
+    assert [masks.shape for masks in batch.masks] == [(4, 4, 5), (0, 4, 5), (1, 4, 5)]
+    assert [masks.sum(dim=(1, 2)).tolist() for masks in batch.masks] == [[1, 2, 3, 4], [], [5]]
+    assert all(masks.dtype == torch.uint8 for masks in batch.masks)
+    assert batch.target_questions.tolist() == [0, 0, 1, 2, 3]
+    assert batch.pixel_values[PICTURE_KEY].shape == (3, 3, SIDE, SIDE)
+    assert batch.original_sizes.tolist() == [[4, 5]] * 3 and batch.resized_sizes.tolist() == [[6, SIDE]] * 3
+    lengths = batch.attention_mask.sum(1).tolist()
+    assert lengths == [15, 11, 4, 5]
+    for row, length in enumerate(lengths):
+        assert (batch.input_ids[row, length:] == 9).all() and (batch.input_ids[row, :length] != 9).all()
+        assert (batch.labels[row, length:] == IGNORED_TOKEN).all()
+        assert not batch.attention_mask[row, length:].any()
+    assert batch.info[0]["kinds"] == ["several", "no_target", "direct", "direct"]
+    assert batch.info[2]["sample_id"] == "third" and batch.info[0]["dropped_turns"] == 0
+
+
+def test_batches_without_any_target_and_moving_them(picture: str) -> None:
+    batch = collate([dataset([Sample(picture, ((turn(),),), "d", "s")], FakeProcessor())[0]])
+    assert batch.target_questions.shape == (0,) and batch.target_questions.dtype == torch.long
+    moved = batch.to("cpu", torch.bfloat16)
+    assert moved.pixel_values[PICTURE_KEY].dtype == torch.bfloat16 and moved.input_ids.dtype == torch.long
+    assert batch.pixel_values[PICTURE_KEY].dtype == torch.float32, "the batch itself must not change"
+    assert list(batch.as_kwargs()) == [
+        *("input_ids", "attention_mask", "labels", "pixel_values", "resized_sizes", "original_sizes"),
+        *("image_index", "masks", "target_questions"),
+    ]
+
+
+def test_dropped_turns_take_their_masks_along_and_are_counted(picture: str) -> None:
+    sample = Sample(picture, ((turn(1), turn(2, 3), turn(4)), (turn(5, words=50),), (turn(6),)), "d", "s")
+    example = dataset([sample], FakeProcessor(most=11))[0]
+    assert example.masks.sum(dim=(1, 2)).tolist() == [1, 2, 3, 6]
+    assert [row.target_turns for row in example.rows] == [[0, 1, 1], [0]]
+    lost = {name: example.info[name] for name in ("dropped_turns", "dropped_targets", "dropped_conversations")}
+    assert lost == {"dropped_turns": 2, "dropped_targets": 2, "dropped_conversations": 1}
+    assert example.info["kinds"] == ["direct", "several", "direct"]
+
+
+def test_a_sample_that_is_too_long_altogether_is_replaced_by_one_that_follows_from_i(picture: str) -> None:
+    long, short = (Sample(picture, ((turn(1, words=n),),), "d", f"{n} words") for n in (50, 2))
+    made = dataset([long, short], FakeProcessor(most=20), length=3)
+    assert [made[i].info["sample_id"] for i in (0, 1, 2)] == ["2 words"] * 3
+    assert [made[i].info["replaced_samples"] for i in (0, 1, 2)] == [1, 0, 1]
+    with pytest.raises(DataError, match=r"50 words the last.*raise --model_max_length"):
+        dataset([long], FakeProcessor(most=20))[0]
+    with pytest.raises(TooLong):
+        TrainingDataset(Listed([long]), FakeProcessor(most=20), 1)[0]  # type: ignore[arg-type]
+
+
+def test_a_mask_of_another_size_is_refused(picture: str) -> None:
+    odd = Turn("q", "a {seg}", (Target("thing", Square(1, (5, 4))),), "direct")
+    with pytest.raises(DataError, match=r"mask of 'thing' in s1 has 5×4 pixels, its picture .*picture\.png 4×5"):
+        dataset([Sample(picture, ((odd,),), "d", "s1")], FakeProcessor())[0]
+
+
+def samples_in_order(batches: list[list[Batch]]) -> list[str]:
+    return [info["sample_id"] for ranks in batches for batch in ranks for info in batch.info]
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 8), (2, 4), (4, 2), (2, 1)])
+def test_the_order_over_all_ranks_is_that_of_one(picture: str, ranks: int, batch_size: int) -> None:
+    samples = [Sample(picture, ((turn(1),),), "d", f"{number}") for number in range(16)]
+    made = dataset(samples, FakeProcessor(), length=16)
+    common = {"world_size": ranks, "batch_size": batch_size, "pad_token_id": 0, "workers": 0}
+    loaders = [list(build_loader(made, rank=rank, **common)) for rank in range(ranks)]  # type: ignore[arg-type]
+    assert samples_in_order(list(map(list, zip(*loaders, strict=True)))) == [f"{number}" for number in range(16)]
+    later = [list(build_loader(made, rank=rank, first=8, **common)) for rank in range(ranks)]  # type: ignore[arg-type]
+    assert samples_in_order(list(map(list, zip(*later, strict=True)))) == [f"{number}" for number in range(8, 16)]
+
+
+def test_the_order_does_not_depend_on_workers(tmp_path: Path) -> None:
+    data_sets.write_muse(data_sets.write_refer_seg(tmp_path))
+    mixed = build_mixture(
+        "refer_seg||multi_reason_seg",
+        "1,1",
+        str(tmp_path),
+        sem_seg_data="",
+        refer_seg_data="refcoco",
+        vqa_data="",
+        reason_seg_data="",
+        options=ReaderOptions(),
+        seed=5,
+    )
+    made = TrainingDataset(mixed, FakeProcessor(), 12)
+    alone, shared = (
+        list(build_loader(made, rank=0, world_size=1, batch_size=3, pad_token_id=0, workers=workers))
+        for workers in (0, 2)
+    )
+    assert len(alone) == len(shared) == 4
+    for one, other in zip(alone, shared, strict=True):
+        assert one.info == other.info
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert all(torch.equal(a, b) for a, b in zip(one.masks, other.masks, strict=True))
+
+
+def test_batches_that_do_not_come_out_even_are_refused() -> None:
+    assert list(RankBatches(1, 2, 3, stop=12)) == [[3, 4, 5], [9, 10, 11]]
+    for wrong in ({"stop": 13}, {"stop": 12, "first": 3}):
+        with pytest.raises(ValueError, match="do not part into batches of 2 ranks × 3"):
+            RankBatches(0, 2, 3, **wrong)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        RankBatches(2, 2, 3, stop=12)

@@ -1,0 +1,147 @@
+"""The readers on real pictures and annotations; areas and texts were computed without them (expected.json)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.data.masks import coco_mask
+from utils.data.mixture import build_mixture
+from utils.data.reader import ReaderOptions
+from utils.data.readers import build_eval_reader, build_reader
+from utils.data.samples import IGNORE_LABEL, Sample, Turn
+
+
+@pytest.fixture(scope="module")
+def expected(realdata: Path) -> dict[str, list[dict[str, Any]]]:
+    return json.loads((realdata / "expected.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def root(realdata: Path) -> Path:
+    return realdata / "dataset"
+
+
+def all_turns(samples: list[Sample]) -> list[Turn]:
+    return [turn for sample in samples for conversation in sample.conversations for turn in conversation]
+
+
+def area(turn: Turn) -> int:
+    return int((turn.targets[0].decode() == 1).sum())
+
+
+@pytest.mark.parametrize("name", ["refcoco", "grefcoco"])
+def test_referring_sets(root: Path, expected: dict[str, list[dict[str, Any]]], name: str) -> None:
+    samples = [
+        sample
+        for split in ("train", "val")
+        for reader in [build_reader(name, root, split)]
+        for sample in (reader.read_all(index, np.random.default_rng(0)) for index in range(len(reader)))
+    ]
+    wanted = {entry["image_id"]: entry for entry in expected["coco_masks"] if "sent" in entry}
+    seen = set()
+    for sample in samples:
+        (turn,) = all_turns([sample])
+        image_id = int(sample.sample_id.split("/")[-1])
+        if turn.kind == "no_target":
+            continue
+        seen.add(image_id)
+        entry = wanted[image_id]
+        assert area(turn) == entry["mask_area_pycocotools"]
+        assert turn.targets[0].name.split()[-2:] == entry["sent"].replace(",", "").split()[-2:]
+        assert turn.targets[0].decode().shape == (entry["height"], entry["width"])
+    assert seen == set(wanted)
+    kinds = [turn.kind for turn in all_turns(samples)]
+    assert kinds.count("no_target") == (2 if name == "grefcoco" else 0) and kinds.count("direct") == 8
+
+
+def test_coco_annotations_with_a_crowd(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
+    found = json.loads((root / "coco/annotations/instances_train2017.json").read_text(encoding="utf-8"))
+    sizes = {image["id"]: (image["height"], image["width"]) for image in found["images"]}
+    areas = {}
+    for annotation in found["annotations"]:
+        source = coco_mask(annotation["segmentation"], *sizes[annotation["image_id"]], "it")
+        assert source is not None
+        areas[annotation["id"]] = int(source().sum())
+    wanted = {
+        entry["ann_id"]: entry["mask_area_pycocotools"] for entry in expected["coco_masks"] if "sent" not in entry
+    }
+    assert areas == wanted
+
+
+def test_ade20k(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
+    reader = build_reader("ade20k", root, "train")
+    for index, entry in enumerate(expected["ade20k"]):
+        sample = reader.read_all(index, np.random.default_rng(0))
+        assert sample.sample_id.endswith(entry["name"])
+        counts = [count for label, count in entry["label_counts"].items() if label != "0"]
+        turns = all_turns([sample])
+        assert [area(turn) for turn in turns] == counts
+        assert (turns[0].targets[0].decode() == IGNORE_LABEL).sum() == entry["label_counts"]["0"]
+
+
+def test_reason_seg(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
+    reader = build_reader("ReasonSeg", root, "train|val", ReaderOptions(explanatory=-1))
+    found = {}
+    for index in range(len(reader)):
+        sample = reader.read_all(index, np.random.default_rng(0))
+        found[sample.sample_id.removeprefix("ReasonSeg/") + ".json"] = area(all_turns([sample])[0])
+    assert found == {entry["file"]: entry["pixellm_get_mask_from_json_area"] for entry in expected["reason_seg"]}
+
+
+def test_genuine_explanations(realdata: Path, root: Path, tmp_path: Path) -> None:
+    told = json.loads((realdata / "extra/reasonseg_real/explanatory_train_excerpt.json").read_text(encoding="utf-8"))
+    train = tmp_path / "reason_seg/ReasonSeg/train"
+    train.mkdir(parents=True)
+    record = json.loads((root / "reason_seg/ReasonSeg/train/000000005001.json").read_text(encoding="utf-8"))
+    for entry in told:
+        (train / entry["json"]).write_text(json.dumps(record), encoding="utf-8")
+        Image.new("RGB", (640, 480)).save(train / entry["image"])
+    explanatory = train.parent / "explanatory"
+    explanatory.mkdir()
+    (explanatory / "train.json").write_text(json.dumps(told), encoding="utf-8")
+    reader = build_reader("ReasonSeg", tmp_path, "train", ReaderOptions(explanatory=1.0))
+    turns = all_turns([reader.read(index, np.random.default_rng(0)) for index in range(len(reader))])
+    assert {(turn.question, turn.answer) for turn in turns} == {(entry["query"], entry["outputs"]) for entry in told}
+
+
+def test_muse_and_vqa(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
+    wanted = {entry["image_id"]: entry["mask_area_pycocotools"] for entry in expected["coco_masks"] if "sent" in entry}
+    for split, pictures in (("train", 4), ("val", 2), ("test_less", 2), ("test_many", 2)):
+        reader = build_eval_reader(f"MultiReasonSeg|{split}", root)
+        assert len(reader) == pictures
+        for sample in reader:
+            single, several = all_turns([sample])
+            assert single.kind == several.kind == "reasoning"
+            assert (single.answer, several.answer) == ("It is {seg}.", "{seg} {seg} {seg}.")
+            assert area(single) == wanted[int(sample.sample_id.split("-")[-1])] == area(several)
+            assert len(several.targets) == 3
+    reader = build_reader("llava_instruct_150k", root, "train")
+    samples = [reader.read_all(index, np.random.default_rng(0)) for index in range(len(reader))]
+    assert sum(len(sample.conversations) for sample in samples) == 18
+    assert all(turn.kind == "text" and "<image>" not in turn.question for turn in all_turns(samples))
+
+
+def test_all_families_mixed(root: Path) -> None:
+    mixed = build_mixture(
+        "sem_seg||refer_seg||vqa||multi_reason_seg||reason_seg",
+        "2,9,2,4,1",
+        str(root),
+        sem_seg_data="ade20k",
+        refer_seg_data="refcoco||grefcoco",
+        vqa_data="llava_instruct_150k",
+        reason_seg_data="ReasonSeg|train",
+        options=ReaderOptions(num_classes_per_question=3, use_expand_question_list=True),
+        seed=0,
+    )
+    samples = [mixed[i] for i in range(60)]
+    assert {sample.dataset for sample in samples} == {
+        *("ade20k", "refcoco", "grefcoco", "llava_instruct_150k", "MultiReasonSeg", "ReasonSeg"),
+    }
+    sizes = {sample.image_path: Image.open(sample.image_path).size[::-1] for sample in samples}
+    for sample in samples[:20]:
+        for turn in all_turns([sample]):
+            assert all(target.decode().shape == sizes[sample.image_path] for target in turn.targets)
