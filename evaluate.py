@@ -34,20 +34,18 @@ COLUMNS = {
 
 
 class Records:
-    """Writes a line per question, and keeps some questions of every kind, of different pictures, for the gallery."""
+    """Writes a line per question, and keeps some of every kind for the gallery, one about a picture."""
 
     def __init__(self, lines: IO[str], wanted: int) -> None:
         self._lines, self._wanted = lines, wanted
         self._kept: dict[str, list[Scored]] = {kind: [] for kind in KINDS}
-        self._pictures: set[str] = set()
 
     def add(self, scored: Scored) -> None:
         """Take in one scored question."""
         self._lines.write(json.dumps(scored.as_dict(), ensure_ascii=False) + "\n")
         kept, path = self._kept[scored.question.turn.kind], scored.question.image_path
-        if len(kept) < self._wanted and path not in self._pictures:
+        if len(kept) < self._wanted and all(path != other.question.image_path for other in kept):
             kept.append(scored)
-            self._pictures.add(path)
 
     def chosen(self) -> list[Scored]:
         """At most the wanted number, the kinds taking turns."""

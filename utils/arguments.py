@@ -7,10 +7,11 @@ the model in --version was saved; for a new model, the default of PixelLMConfig 
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-from utils.command_line import Arguments, option, parse
+from utils.command_line import Arguments, option, options_of, parse
 from utils.scripts import UserError
 
 SEPARATOR = "||"
@@ -361,6 +362,8 @@ class MergeArguments(BaseArguments, PictureArguments, CodebookArguments, Adapter
         missing = [f"--{name}" for name in ("weight", "save_path") if not getattr(self, name)]
         if missing:
             raise UserError(f"{' and '.join(missing)} missing: say what to merge and where to write it")
+        if not re.fullmatch(r"\d+[KMGT]B", self.max_shard_size):
+            raise UserError(f"--max_shard_size must be a number and KB, MB, GB or TB, found {self.max_shard_size!r}")
         # No super().check(): --version may be left out, the run card knows the base.
 
 
@@ -426,6 +429,43 @@ def parse_chat(argv: list[str] | None = None) -> ChatArguments:
 def parse_evaluate(argv: list[str] | None = None) -> EvaluateArguments:
     """The arguments of evaluate.py."""
     return parse(EvaluateArguments, argv, prog="evaluate.py", description="Score a saved PixelLM.")
+
+
+def trained_with(asked: MergeArguments, card: dict[str, Any] | None) -> TrainArguments:
+    """The arguments of the run whose weights are merged: what was given to merging, else what the run card says, else
+    the defaults. UserError when no base is known."""
+    known = {field.name for field in options_of(TrainArguments)}
+    given = {name: getattr(asked, name) for name in asked.given if name in known}
+    arguments = TrainArguments(**given)
+    arguments.given = frozenset(given)
+    arguments = arguments.fill_from(recorded_arguments(card or {}))
+    if not arguments.version:
+        raise UserError("--version is missing, and no run card near --weight names the base: give the base's folder")
+    return arguments
+
+
+def model_options(args: TrainArguments) -> dict[str, Any]:
+    """The flags that shape a model, under the names that the model's builder has for them."""
+    return {
+        "image_size": args.picture_side(),
+        "image_token_pool": args.image_token_pool,
+        "vision_feature_layers": args.feature_layers(),
+        "num_scales": args.image_feature_scale_num,
+        "tokens_per_scale": args.seg_token_num,
+        "embedding_dim": args.out_dim,
+        "decoder_depth": args.decoder_depth,
+        "decoder_num_heads": args.decoder_num_heads,
+        "decoder_mlp_dim": args.decoder_mlp_dim,
+        "token_fusion": args.token_fusion,
+        "scale_fusion": args.scale_fusion,
+        "refinement_alpha": args.refinement_alpha,
+        "ce_loss_weight": args.ce_loss_weight,
+        "bce_loss_weight": args.bce_loss_weight,
+        "dice_loss_weight": args.dice_loss_weight,
+        "conversation_format": args.conv_type,
+        "use_mm_start_end": args.use_mm_start_end,
+        "model_max_length": args.model_max_length,
+    }
 
 
 def recorded_arguments(card: dict[str, Any]) -> dict[str, Any]:

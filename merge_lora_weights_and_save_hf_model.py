@@ -1,0 +1,44 @@
+"""Turn what training left into one Hugging Face folder, LoRA merged, vision tower and processor included.
+
+python merge_lora_weights_and_save_hf_model.py --version=BASE --weight=RUN/pytorch_model.bin --save_path=RUN/hf_model
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from model.build.builder import MASK_PARTS, ModelOptions, build_model
+from model.build.export import fill_and_merge, lora_of, read_trained_weights, write_folder
+from utils.arguments import model_options, parse_merge, trained_with
+from utils.engine.run_card import RUN_CARD, find_run_card
+from utils.scripts import UserError, note, run_script
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Merge as the command line and the run card say; returns the exit status."""
+    asked = parse_merge(argv)
+    weights = read_trained_weights(asked.weight)
+    card = find_run_card(Path(asked.weight))
+    if card is None:
+        note(f"no {RUN_CARD} near --weight {asked.weight}: what the flags leave out has its default")
+    args = trained_with(asked, card)
+    lora = lora_of(weights, asked.weight)
+    if lora is not None and "lora_r" in asked.given and asked.lora_r != lora[0]:
+        raise UserError(f"--lora_r is {asked.lora_r}, but {asked.weight} holds LoRA of rank {lora[0]}: leave it out")
+    built = build_model(
+        args.version, args.vision_tower or None, ModelOptions(**model_options(args)), load_weights=False
+    )
+    layers = fill_and_merge(built, weights, asked.weight, args.lora_alpha)
+    built.model.to(DTYPES[args.precision])
+    # What a run without masks left as it was initialised is not worth keeping.
+    write_folder(built, asked.save_path, asked.max_shard_size, () if args.train_mask_decoder else MASK_PARTS)
+    size = sum(parameter.numel() for parameter in built.model.parameters())
+    print(f"{asked.save_path}: {size:,} parameters in {args.precision}, LoRA of {layers} layers merged")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
