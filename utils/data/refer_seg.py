@@ -85,7 +85,7 @@ class ReferSegReader(Reader):
             found = ", ".join(sorted({ref["split"] for ref in refs})) or "none"
             raise DataError(f"{refs_path} has no split {split!r}; it has {found}: name one of these")
         if options.exclude_val and split == _TRAIN_SPLIT:
-            chosen = self._without_held_out(chosen, root)
+            chosen = self._without_held_out(chosen, root, refs_path)
         self._pictures = self._index(chosen, refs_path, instances)
         self._refuse_if_empty(self._pictures, refs_path)
 
@@ -119,9 +119,9 @@ class ReferSegReader(Reader):
         path = self._root.picture(self._folder, picture.file_name, self._instances_path)
         return Sample(path, tuple(conversations), self.name, f"{self.name}/{self.split}/{picture.image_id}")
 
-    def _without_held_out(self, refs: list[dict[str, Any]], root: DataRoot) -> list[dict[str, Any]]:
+    def _without_held_out(self, refs: list[dict[str, Any]], root: DataRoot, refs_path: str) -> list[dict[str, Any]]:
         held_out = _held_out_pictures(root, self.name)
-        kept = [ref for ref in refs if json_field(ref, "image_id", int, f"a ref of {self.name}") not in held_out]
+        kept = [ref for ref in refs if json_field(ref, "image_id", int, f"a ref of {refs_path}") not in held_out]
         self.skipped["ref about a picture of a val or test split"] += len(refs) - len(kept)
         return kept
 
