@@ -16,6 +16,8 @@ from utils.data.samples import Conversation, Sample, Target
 
 _STAND_INS = 8
 """Most samples tried in place of one whose conversations are all too long."""
+_STAND_IN_STEP = 7919
+"""How far on in the mixture the next of them is."""
 
 
 class Picture(Protocol):
@@ -73,7 +75,7 @@ class TrainingDataset(Dataset):
     def __getitem__(self, i: int) -> Example:
         lost: Counter[str] = Counter()
         for attempt in range(_STAND_INS + 1):
-            sample = self.mixture[i + attempt * self.length]
+            sample = self.mixture[i + attempt * _STAND_IN_STEP]
             encoded = self._encode_conversations(sample, lost)
             if encoded:
                 lost["replaced_samples"] = attempt
