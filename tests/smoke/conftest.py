@@ -1,0 +1,84 @@
+"""Shared by the smoke tests: drawn data, a tiny base, and one training run under DeepSpeed with two ranks."""
+
+import contextlib
+import io
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from model.build.builder import save_model
+from tests.unit.tiny_pixellm import make_model
+from utils.scenes import SceneSettings, write_scene_data
+from utils.scenes.planning import SceneDataSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class SmokeRun:
+    """A training run: its folder (run.json, ckpt_model, ckpt_model_best), its base and data, and what it said."""
+
+    folder: Path
+    base: Path
+    data: Path
+    said: str
+
+
+@pytest.fixture(scope="session")
+def smoke_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root of drawn scenes: refcoco, grefcoco, MUSE and LLaVA files, train and val."""
+    root = tmp_path_factory.mktemp("smoke") / "data"
+    with contextlib.redirect_stderr(io.StringIO()):
+        write_scene_data(root, SceneDataSettings(train=24, heldout=10, questions=20, scene=SceneSettings(side=48)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def smoke_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny PixelLM folder with random weights."""
+    folder = tmp_path_factory.mktemp("smoke") / "base"
+    built = make_model()
+    with contextlib.redirect_stderr(io.StringIO()):
+        save_model(built.model, built.processor, folder)
+    return folder
+
+
+def training_flags(base: Path, data: Path, out: Path, name: str) -> list[str]:
+    """Flags of a run of STEPS steps of four pictures, where ranks x rounds are two."""
+    flags = f"--version={base} --dataset_dir={data} --log_base_dir={out} --exp_name={name}"
+    flags += " --dataset=refer_seg||multi_reason_seg"
+    flags += (
+        f" --sample_rates=1,1 --refer_seg_data=refcoco||grefcoco --batch_size=2 --max_steps={STEPS} --steps_per_epoch=2"
+    )
+    flags += " --precision=fp32 --lora_dropout=0 --lr=1e-3 --warmup_steps=2 --workers=0 --max_new_tokens=8"
+    flags += " --val_dataset=MultiReasonSeg|val --val_limit=4 --val_batch_size=4"
+    return flags.split()
+
+
+@pytest.fixture(scope="session")
+def deepspeed_run(smoke_base: Path, smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
+    """Two ranks under DeepSpeed's launcher, ZeRO-2."""
+    out = tmp_path_factory.mktemp("runs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    flags = training_flags(smoke_base, smoke_data, out, "two-ranks")
+    command = [
+        launcher,
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(port),
+        "train_ds.py",
+        *flags,
+        "--grad_accumulation_steps=1",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return SmokeRun(out / "two-ranks", smoke_base, smoke_data, done.stdout + done.stderr)

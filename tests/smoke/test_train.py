@@ -1,0 +1,250 @@
+"""train_ds.py on a tiny model and drawn scenes: what a run leaves, how it goes on, what it says about bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+import train_ds
+from model.build.builder import load_weights_into
+from model.build.export import read_trained_weights
+from model.processing_pixellm import ConversationTooLong
+from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
+from utils import scripts
+from utils.arguments import parse_train
+from utils.engine.checkpoints import latest_tag
+from utils.engine.plain_engine import PlainEngine
+from utils.engine.runtime import open_runtime
+from utils.engine.setup import StepBatches, make_mixture, seed_everything
+from utils.engine.stepping import OptimizerSettings
+from utils.scripts import run_script
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process of its own would start: no launcher, nothing said yet."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(scripts, "_said", set())
+
+
+@pytest.fixture(scope="module")
+def plain_run(smoke_base: Path, smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
+    """One process, the plain engine: the same samples per step as the two ranks have."""
+    out = tmp_path_factory.mktemp("plain")
+    flags = [*training_flags(smoke_base, smoke_data, out, "alone"), "--grad_accumulation_steps=2"]
+    done = subprocess.run(
+        [sys.executable, "train_ds.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return SmokeRun(out / "alone", smoke_base, smoke_data, done.stdout + done.stderr)
+
+
+def scalars(folder: Path, name: str) -> list[float]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.value for event in events.Scalars(name)]
+
+
+def refusal(capsys: pytest.CaptureFixture, flags: list[str]) -> str:
+    """The sentence a run that cannot start leaves; its exit status is 2."""
+    try:
+        status = run_script(train_ds.main, flags)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    return last.partition(": ")[2]
+
+
+def test_a_plain_run_leaves_checkpoints_curves_pictures_and_a_card(plain_run: SmokeRun) -> None:
+    folder = plain_run.folder
+    assert latest_tag(folder / "ckpt_model") == f"step{STEPS}"
+    assert latest_tag(folder / "ckpt_model_best") in {"step2", f"step{STEPS}"}
+    for name in ("loss/ce", "loss/bce", "loss/dice", "loss/total", "train/learning_rate", "train/gradient_norm"):
+        assert len(scalars(folder, name)) == STEPS
+    assert len(scalars(folder, "validation/giou")) == 2
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert events.Tags()["images"]
+    card = json.loads((folder / "run.json").read_text())
+    assert card["arguments"]["version"] == str(plain_run.base) and card["engine"] == "plain"
+    assert card["samples_per_step"] == 4 and "refcoco" in card["data"] and card["versions"]["torch"]
+    assert card["trained"] and card["loaded"]["loaded"] > 0
+    assert "gradients reach all of the" in plain_run.said
+
+
+def test_two_ranks_learn_what_one_process_learns(plain_run: SmokeRun, deepspeed_run: SmokeRun) -> None:
+    folder = deepspeed_run.folder
+    card = json.loads((folder / "run.json").read_text())
+    assert (card["engine"], card["world_size"], card["samples_per_step"]) == ("deepspeed", 2, 4)
+    assert (folder / "ckpt_model" / "zero_to_fp32.py").is_file()
+    for name in ("loss/ce", "loss/bce", "loss/dice"):
+        one, two = scalars(plain_run.folder, name), scalars(folder, name)
+        assert two[0] == pytest.approx(one[0], rel=1e-5)
+        assert two == pytest.approx(one, rel=1e-3)
+    assert deepspeed_run.said.count("gradients reach all of the") == 1
+
+
+def test_the_gradient_of_the_real_model_does_not_depend_on_the_cut(
+    smoke_base: Path, smoke_data: Path, tmp_path: Path
+) -> None:
+    """In float64: random weights make the decoder's norms blow float32's rounding up."""
+    reference = None
+    for batch_size, rounds in ((8, 1), (4, 2), (1, 8)):
+        flags = training_flags(smoke_base, smoke_data, tmp_path, "cut")
+        flags += ["--dataset=refer_seg||vqa", "--num_classes_per_sample=2"]
+        args = parse_train([*flags, f"--batch_size={batch_size}", f"--grad_accumulation_steps={rounds}"])
+        seed_everything(args.seed)  # LoRA starts at random
+        built, _ = train_ds.build(args)
+        runtime = open_runtime("plain", 0, "fp32")
+        batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
+        step = next(batches(0))
+        if batch_size == 1:
+            targets = [len(batch.target_questions) for batch in step]
+            assert min(targets) == 0 and len(set(targets)) > 2, "the step should hold uneven and zero target counts"
+        engine = PlainEngine(built.model.train(), OptimizerSettings(), "fp32", CPU)
+        built.model.double()
+        for batch in step:
+            batch.pixel_values = {key: value.double() for key, value in batch.pixel_values.items()}
+        engine.accumulate(step)
+        found = torch.cat([p.grad.flatten() for p in engine.parameters])
+        reference = found if reference is None else reference
+        assert (found - reference).norm() <= 1e-10 * reference.norm()
+
+
+def test_a_run_goes_on_by_itself_and_then_knows_its_end(
+    smoke_base: Path, smoke_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = [*training_flags(smoke_base, smoke_data, tmp_path, "on"), "--grad_accumulation_steps=1", "--no_eval"]
+    assert run_script(train_ds.main, [*flags, "--max_steps=1"]) == 0
+    assert latest_tag(tmp_path / "on" / "ckpt_model") == "step1"
+    assert run_script(train_ds.main, [*flags, "--max_steps=2"]) == 0
+    assert "going on from step 1" in capsys.readouterr().err
+    assert run_script(train_ds.main, [*flags, "--max_steps=2"]) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert run_script(train_ds.main, [*flags, "--max_steps=1", "--no-auto_resume"]) == 0
+    assert "going on" not in capsys.readouterr().err
+    sentence = refusal(capsys, [*flags, "--lora_r=4", "--max_steps=2"])
+    assert "does not fit this model" in sentence and "lora" in sentence
+
+
+def test_engines_do_not_read_each_others_checkpoints(deepspeed_run: SmokeRun, tmp_path, capsys) -> None:
+    flags = training_flags(deepspeed_run.base, deepspeed_run.data, tmp_path, "other")
+    sentence = refusal(capsys, [*flags, f"--resume={deepspeed_run.folder / 'ckpt_model'}"])
+    assert "was not written by the plain engine" in sentence
+
+
+def test_eval_only_scores_a_checkpoint(plain_run: SmokeRun, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = training_flags(plain_run.base, plain_run.data, tmp_path, "scores")
+    assert run_script(train_ds.main, [*flags, "--eval_only", f"--resume={plain_run.folder / 'ckpt_model'}"]) == 0
+    said = capsys.readouterr()
+    assert f"step {STEPS}: giou" in said.out and not (tmp_path / "scores" / "ckpt_model").exists()
+    assert len(scalars(tmp_path / "scores", "validation/giou")) == 1
+
+
+def test_pretraining_in_words_and_starting_from_its_weights(
+    smoke_base: Path, smoke_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = training_flags(smoke_base, smoke_data, tmp_path, "words")
+    words = ["--dataset=vqa", "--sample_rates=1", "--train_language_model", "--train_vision_tower", "--no_eval"]
+    words += ["--no-train_mask_decoder", "--max_steps=1", "--grad_accumulation_steps=1", "--precision=bf16"]
+    assert run_script(train_ds.main, [*flags, *words]) == 0
+    card = json.loads((tmp_path / "words" / "run.json").read_text())
+    assert any(name.startswith("vision_tower.") for name in card["trained"])
+    assert not any(name.startswith(("codebook.", "pixel_decoder.", "mask_projector.")) for name in card["trained"])
+    assert not any("lora" in name for name in card["trained"])
+    checkpoint = tmp_path / "words" / "ckpt_model"
+    weights = read_trained_weights(checkpoint)
+    args = parse_train(
+        [*training_flags(smoke_base, smoke_data, tmp_path, "next"), "--lora_r=0", f"--weight={checkpoint}"]
+    )
+    built, trained = train_ds.build(args)
+    assert all(torch.equal(value, weights[name].to(value.dtype)) for name, value in built.model.state_dict().items())
+    assert not any("lora" in name for name in trained)
+    assert load_weights_into(built.model, weights, "the same").fresh == {}
+
+
+@pytest.fixture(scope="module")
+def plain_parts(smoke_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A plain Llama with its tokenizer, and a CLIP tower whose pictures are of another size."""
+    folder = tmp_path_factory.mktemp("parts")
+    tokenizer = AutoTokenizer.from_pretrained(smoke_base)
+    width = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    language = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **width))
+    tower = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=12, image_size=168, patch_size=56, **width))
+    language.save_pretrained(folder / "llava")
+    tokenizer.save_pretrained(folder / "llava")
+    tower.save_pretrained(folder / "clip")
+    return folder / "llava", folder / "clip"
+
+
+README = """--seg_token_num=3 --num_classes_per_question=3 --batch_size=2 --pad_train_clip_images
+    --preprocessor_config=./configs/preprocessor_448.json --resize_vision_tower --resize_vision_tower_size=448
+    --vision_tower_for_mask --use_expand_question_list --image_feature_scale_num=2 --separate_mm_projector"""
+
+
+def test_the_readme_command_builds_a_new_pixellm(
+    plain_parts: tuple[Path, Path], smoke_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(ROOT)
+    language, tower = plain_parts
+    flags = [f"--version={language}", f"--vision-tower={tower}", f"--dataset_dir={smoke_data}", *README.split()]
+    flags += [f"--log_base_dir={tmp_path}", "--exp_name=pixellm-7b", "--out_dim=16", "--decoder_mlp_dim=16"]
+    families = ["--dataset=sem_seg||refer_seg||vqa||multi_reason_seg", "--sample_rates=2,9,2,4"]
+    assert "'cocostuff'" in refusal(capsys, [*flags, *families, "--sem_seg_data=cocostuff"])
+    families = ["--dataset=refer_seg||vqa||multi_reason_seg", "--sample_rates=9,2,4", "--refer_seg_data=refcoco"]
+    short = ["--max_steps=1", "--grad_accumulation_steps=1", "--no_eval", "--workers=1", "--decoder_num_heads=2"]
+    assert run_script(train_ds.main, [*flags, *families, *short]) == 0, capsys.readouterr().err
+    weights = read_trained_weights(tmp_path / "pixellm-7b" / "ckpt_model")
+    assert weights["vision_tower.model.embeddings.position_embedding.weight"].shape == (65, 16)
+    assert any("lora_A" in name for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        (["--version=nowhere/llava"], "--version 'nowhere/llava' is not a folder"),
+        (["--dataset_dir=nowhere"], "there is no data root nowhere"),
+        (["--dataset=imagenet", "--sample_rates=1"], "imagenet"),
+        (["--dataset=refer_seg", "--sample_rates=1,2"], "one rate for each"),
+        (["--refer_seg_data=refcoco9"], "refcoco9"),
+        (["--val_dataset=ReasonSeg|val"], "reason_seg"),
+        (["--resume=nowhere"], "there is no checkpoint in nowhere"),
+        (["--weight=nowhere"], "--weight nowhere does not exist"),
+        (["--lora_target_modules=q_prj"], "--lora_target_modules names q_prj"),
+        (["--precision=fp16"], "fp16 needs a GPU"),
+        (["--attn_implementation=flash_attention_2"], "lash"),
+        (["--dataset=vqa", "--sample_rates=1", "--batch_size=4"], "something to learn for the loss of bce"),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    changes: list[str], part: str, smoke_base: Path, smoke_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sentence = refusal(capsys, [*training_flags(smoke_base, smoke_data, tmp_path, "bad"), *changes])
+    assert part in sentence and "\n" not in sentence
+    assert not (tmp_path / "bad" / "ckpt_model").exists()
+
+
+def test_ctrl_c_leaves_a_message(smoke_base: Path, smoke_data: Path, tmp_path: Path) -> None:
+    flags = [*training_flags(smoke_base, smoke_data, tmp_path, "stopped"), "--max_steps=100000", "--no_eval"]
+    flags += ["--grad_accumulation_steps=1", "--save_every=2"]
+    started = subprocess.Popen(
+        [sys.executable, "train_ds.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    pointer, deadline = tmp_path / "stopped" / "ckpt_model" / "latest", time.monotonic() + 120
+    while not pointer.exists() and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 130, said[-2000:]
+    assert "interrupted after step" in said and "is kept" in said and "Traceback" not in said
