@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from utils.data.readers import build_eval_reader
 from utils.data.samples import SEVERAL
 from utils.scenes import HELD_OUT_SPEC, Difficulty, LeakReport, check_difficulty, check_no_leak
 from utils.scoreboard import Bar
-from utils.stages import Stage
+from utils.stages import Stage, launcher
 
 RANKS = 2
 # What the summary takes over from the results that evaluation writes.
@@ -42,23 +41,33 @@ BARS: tuple[str | Bar, ...] = (
 class Size:
     """How large a demo is.
 
-    data, base, train: flags for these stages. questions: how many held-out ones. held_to_bars: missing a bar fails it.
+    data, base, train: flags for these stages. questions: how many held-out ones. longest_answer: in tokens, when asked;
+    the true ones have up to 57. held_to_bars: missing a bar fails the demo.
     """
 
     data: tuple[str, ...]
     base: tuple[str, ...]
     train: tuple[str, ...]
     questions: int
+    longest_answer: int
     held_to_bars: bool
 
 
 SIZES = {
-    "full": Size(("--train", "6000", "--heldout", "600"), (), (), questions=1000, held_to_bars=True),
+    "full": Size(
+        data=("--train", "6000", "--heldout", "600"),
+        base=(),
+        train=(),
+        questions=1000,
+        longest_answer=96,
+        held_to_bars=True,
+    ),
     "smoke": Size(
         data=("--train", "60", "--heldout", "50"),
         base=("--smoke",),
-        train=("--max_steps", "6", "--warmup_steps", "2", "--val_limit", "8"),
+        train=("--max_steps", "6", "--warmup_steps", "2", "--val_limit", "8", "--max_new_tokens", "24"),
         questions=100,
+        longest_answer=24,
         held_to_bars=False,
     ),
 }
@@ -107,7 +116,7 @@ class Demo:
         where = ("--log_base_dir", str(self.out), "--exp_name", run.name, "--engine", self.engine)
         # One process takes both ranks' pictures of a step, one after the other.
         rounds = () if ranks == RANKS else ("--grad_accumulation_steps", str(RANKS))
-        launched = (*self.launcher(), *train, *where, *rounds)
+        launched = (*launcher(self.engine, ranks), *train, *where, *rounds)
         yield self.stage("train", "train a PixelLM on that base", *launched, threads=RANKS // ranks)
         weight = run / "ckpt_model"
         if self.engine == "deepspeed":
@@ -116,24 +125,16 @@ class Demo:
             weight = run / "pytorch_model.bin"
         merge = ("merge_lora_weights_and_save_hf_model.py", "--version", base, "--weight", str(weight))
         yield self.stage("merge", "write one Hugging Face folder", *merge, "--save_path", model)
-        evaluate = ("evaluate.py", "--version", model, *questions, "--batch_size", "32", "--out", str(self.evaluation))
+        ask = ("--version", model, "--max_new_tokens", str(size.longest_answer))
+        evaluate = ("evaluate.py", *ask, *questions, "--batch_size", "32", "--out", str(self.evaluation))
         yield self.stage("evaluate", "ask about pictures it never saw", *evaluate)
         picture, prompt = self.question()
-        chat = ("chat.py", "--version", model, "--image", picture, "--prompt", prompt)
+        chat = ("chat.py", *ask, "--image", picture, "--prompt", prompt)
         yield self.stage("chat", "ask one question", *chat, "--out", str(self.out / "answer.png"))
 
     def count(self) -> int:
         """How many stages there are."""
         return 8 if self.engine == "deepspeed" else 7
-
-    def launcher(self) -> tuple[str, ...]:
-        """What stands in front of a training command; DeepSpeed's ranks meet on a free port."""
-        if self.engine == "plain":
-            return ()
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        program = str(Path(sys.executable).with_name("deepspeed"))
-        return program, "--num_gpus", str(RANKS), "--master_port", str(port)
 
     def check(self) -> tuple[LeakReport, Difficulty]:
         """Refuse (DataError) drawn data whose held-out pictures are trained on, or whose questions are too easy."""
