@@ -151,7 +151,7 @@ class Demo:
 
     def clear(self) -> None:
         """Remove what an earlier demo left, and nothing else."""
-        for name in ("dataset", "base", "pixellm", "model", "evaluation"):
+        for name in ("dataset", "base", "base_work", "pixellm", "model", "evaluation"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         for name in ("summary.json", "gallery.png"):
             (self.out / name).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,8 @@ class Stage:
 
 class StageFailed(RuntimeError):
     """A stage ended with another exit status than 0. `status` is what a script should exit with."""
+
+    user_message = True
 
     def __init__(self, stage: Stage, status: int) -> None:
         self.stage, self.status = stage, status if 0 < status < 256 else 1
@@ -140,3 +143,13 @@ class Stages:
     def total(self) -> float:
         """Wall seconds since these stages began."""
         return time.perf_counter() - self._start
+
+
+def launcher(engine: str, ranks: int) -> tuple[str, ...]:
+    """What stands in front of a training script: python, or DeepSpeed's launcher, its ranks meeting on a free port."""
+    if engine == "plain":
+        return (sys.executable,)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    return program, "--num_gpus", str(ranks), "--master_port", str(port)
