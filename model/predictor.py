@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from .geometry import restore_masks
 from .losses import IGNORE_TOKEN
 from .modeling_pixellm import TOWER_KEY, PixelLMForCausalLM
-from .processing_pixellm import PixelLMProcessor
+from .processing_pixellm import EncodedConversation, PixelLMProcessor
 
 Question = str | Sequence[tuple[str, str | None]]
 Box = tuple[int, int, int, int]
@@ -187,15 +187,20 @@ class Predictor:
             output.mask_logits, [(image_index[row], len(t.group_turns)) for row, t in zip(order, tokens, strict=True)]
         )
         answers = {
-            row: self._to_answer(self._answer_ids(conversation), logits_QHW)
+            row: self._to_answer(self._given_answers(conversation), logits_QHW)
             for row, conversation, logits_QHW in zip(order, tokens, logits, strict=True)
         }
         return [answers[row] for row in range(len(conversations))]
 
-    def _answer_ids(self, conversation: Any) -> torch.Tensor:
-        """The tokens of all answers of an encoded conversation, without the end tokens between them."""
-        ids = conversation.input_ids[conversation.labels != IGNORE_TOKEN]
-        return ids[ids != self.processor.end_token_id]
+    def _given_answers(self, conversation: EncodedConversation) -> list[list[int]]:
+        """The tokens of every answer of an encoded conversation, without their end tokens."""
+        answers: list[list[int]] = [[]]
+        for token in conversation.input_ids[conversation.labels != IGNORE_TOKEN].tolist():
+            if token == self.processor.end_token_id:
+                answers.append([])
+            else:
+                answers[-1].append(token)
+        return answers[:-1]
 
     def _encode(self, pictures: Sequence[Any]) -> list[Any]:
         return [self.processor.encode_picture(self.processor.open_picture(picture)) for picture in pictures]
@@ -233,26 +238,28 @@ class Predictor:
         for row, one in zip(order, generated, strict=True):
             picture = encoded[image_index[row]]
             logits_QHW = restore_masks(one.low_res_mask_logits, picture.resized_size, picture.original_size)
-            answers[row] = self._to_answer(one.ids, logits_QHW)
+            answers[row] = self._to_answer([one.ids.tolist()], logits_QHW)
         return [answers[row] for row in range(len(questions))]
 
-    def _to_answer(self, ids: torch.Tensor, logits_QHW: torch.Tensor) -> Answer:
-        decoded = self.processor.decode_answer(ids.cpu())
+    def _to_answer(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> Answer:
+        """An answer from the tokens of its turns (one, unless several were given) and the masks of all of them."""
+        decoded = [self.processor.decode_answer(ids) for ids in turns]
         masks = (logits_QHW > 0).cpu().numpy()
-        if decoded.num_groups != len(masks):
+        groups = sum(turn.num_groups for turn in decoded)
+        if groups != len(masks):
             raise RuntimeError(
-                f"the model decoded {len(masks)} masks where the processor reads {decoded.num_groups} seg groups; "
+                f"the model decoded {len(masks)} masks where the processor reads {groups} seg groups; "
                 "the processor's seg tokens are not those of the model's config"
             )
         return Answer(
-            text=decoded.text,
-            marked_text=decoded.marked_text,
-            phrases=list(decoded.phrases),
+            text=" ".join(turn.text for turn in decoded),
+            marked_text=" ".join(turn.marked_text for turn in decoded),
+            phrases=[phrase for turn in decoded for phrase in turn.phrases],
             masks=masks,
             scores=mask_scores(logits_QHW),
             boxes=[mask_box(mask) for mask in masks],
             areas=[int(np.count_nonzero(mask)) for mask in masks],
-            num_broken=decoded.num_broken,
+            num_broken=sum(turn.num_broken for turn in decoded),
         )
 
 

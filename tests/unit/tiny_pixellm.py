@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -44,9 +45,14 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 @contextmanager
 def saying(built: BuiltModel, answers: Sequence[str]) -> Iterator[None]:
     """Inside, the language model's head chooses the tokens of `answers` ("{seg}" for a group), row by row of a batch,
-    whatever it sees; masks still come from the model's own states."""
+    at every call anew, whatever it sees; masks still come from the model's own states."""
     rows = [_answer_ids(built.processor, answer) for answer in answers]
-    head, step = built.model.get_output_embeddings(), -1
+    generate, step = built.model.generate_answers, -1
+
+    def restart(**arguments: Any) -> Any:
+        nonlocal step
+        step = -1
+        return generate(**arguments)
 
     def choose(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         nonlocal step
@@ -56,9 +62,10 @@ def saying(built: BuiltModel, answers: Sequence[str]) -> Iterator[None]:
             logits[number, row[min(step, len(row) - 1)]] = 1.0
         return logits
 
-    handle = head.register_forward_hook(choose)
+    handle = built.model.get_output_embeddings().register_forward_hook(choose)
     try:
-        yield
+        with patch.object(built.model, "generate_answers", restart):
+            yield
     finally:
         handle.remove()
 
