@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from model.build.builder import (
+    MASK_PARTS,
     BuiltModel,
     ModelOptions,
     TrainingRecipe,
@@ -22,7 +23,7 @@ from model.build.export import read_trained_weights
 from model.overlay import draw_overlay
 from model.predictor import Predictor
 from model.processing_pixellm import ConversationTooLong
-from utils.arguments import TrainArguments, parse_train
+from utils.arguments import TrainArguments, model_options, parse_train
 from utils.data.readers import build_eval_reader
 from utils.engine.fit import Run
 from utils.engine.probe import find_probe_batch, probe_gradients
@@ -32,8 +33,6 @@ from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.setup import StepBatches, checkpoint_to_resume, make_engine, make_mixture, make_plan, seed_everything
 from utils.engine.validation import Validation
 from utils.scripts import note, run_script
-
-MASK_PARTS = ("mask_projector.", "codebook.", "pixel_decoder.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         note(batches.dataset.mixture.describe())
         probe(args, runtime, built, trained, batches)
     validation_samples = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir)
-    engine = make_engine(args, runtime, built.model, MASK_PARTS)
+    engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
     try:
         run = make_run(args, engine, built, validation_samples)
         if (checkpoint := checkpoint_to_resume(args)) is not None:
@@ -69,26 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
     """The model with what trains chosen, and the names of those parameters."""
-    options = ModelOptions(
-        image_size=args.picture_side(),
-        image_token_pool=args.image_token_pool,
-        vision_feature_layers=args.feature_layers(),
-        num_scales=args.image_feature_scale_num,
-        tokens_per_scale=args.seg_token_num,
-        embedding_dim=args.out_dim,
-        decoder_depth=args.decoder_depth,
-        decoder_num_heads=args.decoder_num_heads,
-        decoder_mlp_dim=args.decoder_mlp_dim,
-        token_fusion=args.token_fusion,
-        scale_fusion=args.scale_fusion,
-        refinement_alpha=args.refinement_alpha,
-        ce_loss_weight=args.ce_loss_weight,
-        bce_loss_weight=args.bce_loss_weight,
-        dice_loss_weight=args.dice_loss_weight,
-        conversation_format=args.conv_type,
-        use_mm_start_end=args.use_mm_start_end,
-        model_max_length=args.model_max_length,
-    )
+    options = ModelOptions(**model_options(args))
     built = build_model(args.version, args.vision_tower or None, options, attn_implementation=args.attn_implementation)
     note(built.report.table())
     recipe = TrainingRecipe(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingRecipe)})

@@ -21,6 +21,8 @@ from ..vision_tower import SUPPORTED_TOWERS, resize_position_table
 
 # Language models whose states and head we know to be all there is between tokens and logits; others are probed.
 KNOWN_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+# What only masks need; a base that only ever learned words lacks it.
+MASK_PARTS = ("mask_projector", "codebook", "pixel_decoder")
 POSITION_TABLE = "embeddings.position_embedding.weight"
 PROBE_TOLERANCE = 1e-3
 
@@ -235,9 +237,8 @@ def _token_ids(processor: PixelLMProcessor) -> dict[str, Any]:
 
 def _new_parts(weights: dict[str, torch.Tensor]) -> tuple[str, ...]:
     """Parts that a folder may lack altogether: a base that only ever learned words has no mask parts."""
-    optional = ("mask_projector", "codebook", "pixel_decoder")
     present = {name.split(".")[0] for name in weights}
-    return tuple(part for part in optional if part not in present)
+    return tuple(part for part in MASK_PARTS if part not in present)
 
 
 def load_weights_into(
@@ -508,8 +509,19 @@ def merge_lora(model: nn.Module) -> int:
 
 
 def save_model(
-    model: PixelLMForCausalLM, processor: PixelLMProcessor, folder: str | Path, max_shard_size: str = "5GB"
+    model: PixelLMForCausalLM,
+    processor: PixelLMProcessor,
+    folder: str | Path,
+    max_shard_size: str = "5GB",
+    left_out: tuple[str, ...] = (),
 ) -> None:
-    """One Hugging Face folder: safetensors, config, processor, and the code that both need."""
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    """One Hugging Face folder: safetensors, config, processor, and the code that both need.
+
+    Args:
+        left_out: parts whose weights are not written, such as `MASK_PARTS` of a base that only ever learned words: they
+            are new when it is trained on.
+    """
+    weights = model.state_dict()
+    kept = {name: value for name, value in weights.items() if name.split(".")[0] not in left_out}
+    model.save_pretrained(folder, state_dict=kept if left_out else None, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)

@@ -117,10 +117,13 @@ def fill_and_merge(built: BuiltModel, weights: dict[str, torch.Tensor], source: 
     return merge_lora(built.model)
 
 
-def write_folder(built: BuiltModel, folder: str | Path, max_shard_size: str = "5GB") -> None:
+def write_folder(
+    built: BuiltModel, folder: str | Path, max_shard_size: str = "5GB", left_out: tuple[str, ...] = ()
+) -> None:
     """Save model, processor and their code; `folder` gets them only when all of it is written.
 
-    Weights of an earlier export in `folder` are replaced. Raises BuildError when there is no space or no permission.
+    Weights of an earlier export in `folder` are replaced. left_out: as in `save_model`. Raises BuildError when there is
+    no space or no permission.
     """
     target = Path(folder).expanduser()
     if target.exists() and not target.is_dir():
@@ -128,12 +131,16 @@ def write_folder(built: BuiltModel, folder: str | Path, max_shard_size: str = "5
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            save_model(built.model, built.processor, scratch, max_shard_size)
+            save_model(built.model, built.processor, scratch, max_shard_size, left_out)
             target.mkdir(exist_ok=True)
             for pattern in _WEIGHT_FILES:
                 for old in target.glob(pattern):
                     old.unlink()
+            # safetensors leaves files that only their owner may read; the folder says who else may.
+            readable = target.stat().st_mode & 0o666
             for written in Path(scratch).iterdir():
+                if written.is_file():
+                    written.chmod(readable)
                 _replace(written, target / written.name)
     except (OSError, SafetensorError) as error:
         raise BuildError(_why_not_written(error, target)) from error

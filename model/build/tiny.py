@@ -1,17 +1,20 @@
 """A PixelLM small enough for a laptop, made from nothing: a tokenizer trained on given text and random weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from ..configuration_pixellm import PixelLMConfig
 from ..modeling_pixellm import PixelLMForCausalLM
 from ..processing_pixellm import PixelLMProcessor
+from ..vision_tower import VisionTower
 from .builder import BuiltModel, LoadReport
 
 # Turns as short as can be told apart: every position costs time on a laptop.
@@ -22,6 +25,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+LONGEST_WAVE, POSITION_STRENGTH = 100.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class TinyShape:
     num_heads: int = 4
     mlp_width: int = 384
     initializer_range: float = 0.1
-    vocab_size: int = 700
+    vocab_size: int = 1000
     embedding_dim: int = 64
     decoder_num_heads: int = 4
     decoder_mlp_dim: int = 256
@@ -52,9 +56,13 @@ class TinyShape:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: frequent words become one token, any other text is still spelt out."""
+    """A byte-level BPE tokenizer: frequent words become one token, any other text is still spelt out.
+
+    Digits belong to the word they stand in, so that a place such as "e2" is one token.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    words = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]+|\s+"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -123,12 +131,52 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
     )
     torch.manual_seed(seed)
     model = PixelLMForCausalLM(config).eval()
+    place_patches(model.vision_tower)
     return BuiltModel(model, processor, LoadReport(fresh=dict.fromkeys(model.state_dict(), "made from nothing")))
 
 
-def save_base(built: BuiltModel, folder: str | Path) -> None:
-    """Save a base that knows no masks yet: without mask parts, which are then new when it is trained on."""
-    parts = tuple(f"{name}." for name in ("mask_projector", "codebook", "pixel_decoder"))
-    weights = {name: value for name, value in built.model.state_dict().items() if not name.startswith(parts)}
-    built.model.save_pretrained(folder, state_dict=weights)
-    built.processor.save_pretrained(folder)
+@torch.no_grad()
+def place_patches(tower: VisionTower) -> None:
+    """Start a tower's position table from sines and cosines of row and column, half as strong as the patches.
+
+    CLIP's own start is fifty times weaker than a patch, and a small tower takes long to find out where it is.
+    """
+    table = tower.model.embeddings.position_embedding.weight
+    grid, waves = tower.grid_size, table.shape[1] // 4
+    frequencies = LONGEST_WAVE ** -(torch.arange(waves) / waves)
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    phases = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
+    waves_ND = torch.cat([wave(phase) for phase in phases for wave in (torch.sin, torch.cos)], dim=1)
+    table[tower.num_class_tokens :, : waves_ND.shape[1]] = POSITION_STRENGTH * waves_ND
+
+
+class PatchReader(nn.Module):
+    """A tower with a linear head that tells the words of each patch: how it learns to see before it has a language.
+
+    Args:
+        tower: the vision tower; its coarse feature map is read, the one the language model will see.
+        num_classes: for each kind of word (colour, form, …) how many there are.
+    """
+
+    def __init__(self, tower: VisionTower, num_classes: Sequence[int]) -> None:
+        super().__init__()
+        self.tower, self.num_classes = tower, list(num_classes)
+        self.head = nn.Linear(tower.model.config.hidden_size, sum(num_classes))
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and share of right words.
+
+        Args:
+            pixel_values: (B, 3, P, P), a picture that fills its square. labels: (B, kinds, patches) long, 0 for background.
+
+        Returns:
+            The sum over kinds of the mean cross entropy, and (kinds,) the share of right words among labelled patches.
+        """
+        size = torch.tensor(pixel_values.shape[-2:]).expand(len(pixel_values), -1)
+        logits = self.head(self.tower(pixel_values, size)[0]).split(self.num_classes, dim=-1)
+        losses, right = [], []
+        for kind, scores in enumerate(logits):
+            truth = labels[:, kind]
+            losses.append(F.cross_entropy(scores.flatten(0, 1), truth.flatten()))
+            right.append((scores.argmax(-1) == truth)[truth > 0].float().mean())
+        return torch.stack(losses).sum(), torch.stack(right).detach()

@@ -21,6 +21,7 @@ from .sampling import SceneSettings, sample_scene
 from .words import COLOURS, DIRECTIONS, FORMS, NUMBERS, SIZES, TIMES, capital, category_names, join_list
 
 DEFAULT_GRID = 7
+COLUMNS = "abcdefghijklmnopqrstuvwxyz"
 _DESCRIBE = (
     "Describe the picture.",
     "What is in the picture?",
@@ -73,7 +74,7 @@ class Speaker:
 
 
 def cell_words(row: int, column: int) -> str:
-    return f"row {row} column {column}"
+    return f"{COLUMNS[column - 1]}{row}"
 
 
 def _a(words: str) -> str:
