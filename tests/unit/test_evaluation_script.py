@@ -1,0 +1,98 @@
+"""evaluate.py over drawn scenes and a tiny model: what it writes, prints and refuses."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import evaluate
+from model.build.builder import save_model
+from tests.unit.tiny_pixellm import make_model
+from utils.scenes import HELD_OUT_SPEC, SceneSettings, write_scene_data
+from utils.scenes.planning import SceneDataSettings
+from utils.scripts import run_script
+
+QUESTIONS = 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    built = make_model()
+    save_model(built.model, built.processor, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluate") / "data"
+    with contextlib.redirect_stderr(io.StringIO()):
+        write_scene_data(
+            root, SceneDataSettings(train=6, heldout=12, questions=QUESTIONS, scene=SceneSettings(side=48))
+        )
+    return root
+
+
+def run(*flags: object) -> int:
+    try:
+        return run_script(evaluate.main, [*map(str, flags)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_scores_lines_gallery_and_table(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "runs" / "first"
+    flags = [f"--dataset_dir={data}", f"--val_dataset={HELD_OUT_SPEC}", f"--out={out}", "--max_new_tokens=6"]
+    assert run(model, *flags, "--gallery=4", "--batch_size=5") == 0
+    result = json.loads((out / "results.json").read_text())
+    assert result["n"] == QUESTIONS == sum(result["n_by_kind"].values())
+    for name in ("giou", "ciou", "giou_teacher_forced", "giou_shuffled", "target_count_accuracy", "text_accuracy"):
+        assert 0.0 <= result[name] <= 1.0
+    assert set(result["giou_by_kind"]) == {"direct", "several", "reasoning", "no_target"}
+    assert result["model"] == str(model) and result["val_dataset"] == HELD_OUT_SPEC
+    assert "free-running" in result["protocol"] and result["versions"]["torch"]
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == QUESTIONS
+    assert sum(line["iou"] for line in lines) / QUESTIONS == pytest.approx(result["giou"])
+    intersection, union = (sum(line[name] for line in lines) for name in ("intersection", "union"))
+    assert intersection / union == pytest.approx(result["ciou"])
+    with Image.open(out / "gallery.png") as gallery:
+        assert gallery.width > gallery.height / 2
+    said = capsys.readouterr().out
+    assert f"all        {QUESTIONS}" in said and "no_target" in said
+    assert str(out) in said
+
+
+def test_what_was_not_asked_for_is_not_there(model: Path, data: Path, tmp_path: Path) -> None:
+    flags = ["--version", model, f"--dataset_dir={data}", "--val_dataset=refcoco|unc|val", f"--out={tmp_path / 'out'}"]
+    assert run(*flags, "--no_shuffled", "--no_teacher_forced", "--gallery=0", "--limit=2", "--max_new_tokens=2") == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["giou_shuffled"] is result["giou_teacher_forced"] is None
+    assert result["n"] == 2 and result["left_out"]["limit"] > 0
+    assert not (tmp_path / "out" / "gallery.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["{place}/gone", "--dataset_dir={data}", "--val_dataset=refcoco|unc|val"], "no saved model"),
+        (["{model}", "--dataset_dir={place}/gone", "--val_dataset=refcoco|unc|val"], "gone"),
+        (["{model}", "--dataset_dir={data}", "--val_dataset=refcoc|unc|val"], "refcoc"),
+        (["{model}", "--dataset_dir={data}", "--val_dataset=refcoco"], "refcoco"),
+        (["{model}", "--dataset_dir={data}", "--val_dataset=refcoco|unc|val", "--batch_size=0"], "--batch_size"),
+        (["{model}", "{model}"], "do not know what to do with"),
+        ([], "--version is missing"),
+    ],
+)
+def test_bad_calls_get_one_sentence(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], said: str
+) -> None:
+    given = [flag.format(model=model, data=data, place=tmp_path) for flag in flags]
+    where = [f"--out={tmp_path / 'out'}"] if flags else []
+    assert run(*given, *where) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+    assert not (tmp_path / "out").exists()
