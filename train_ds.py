@@ -30,7 +30,16 @@ from utils.engine.probe import find_probe_batch, probe_gradients
 from utils.engine.protocol import Engine
 from utils.engine.run_card import write_run_card
 from utils.engine.runtime import Runtime, open_runtime
-from utils.engine.setup import StepBatches, checkpoint_to_resume, make_engine, make_mixture, make_plan, seed_everything
+from utils.engine.setup import (
+    StepBatches,
+    can_validate,
+    checkpoint_to_resume,
+    make_engine,
+    make_mixture,
+    make_plan,
+    seed_everything,
+)
+from utils.engine.stepping import to_precision
 from utils.engine.validation import Validation
 from utils.scripts import note, run_script
 
@@ -49,25 +58,23 @@ def main(argv: list[str] | None = None) -> None:
         probe(args, runtime, built, trained, batches)
     validation_samples = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir)
     engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
-    try:
-        run = make_run(args, engine, built, validation_samples)
-        if (checkpoint := checkpoint_to_resume(args)) is not None:
-            run.resume(checkpoint)
-        else:
-            run.progress.step = args.start_epoch * args.steps_per_epoch
-        if batches is None:
-            run.evaluate()
-            return
+    run = make_run(args, engine, built, validation_samples)
+    if (checkpoint := checkpoint_to_resume(args)) is not None:
+        run.resume(checkpoint)
+    else:
+        run.progress.step = args.start_epoch * args.steps_per_epoch
+    if batches is None:
+        run.evaluate()
+    else:
         if runtime.rank == 0:
-            write_card(args, runtime, built, trained, batches)
+            write_card(args, runtime, built, trained, batches, run.progress.step)
         run.fit(batches)
         batches.report_losses()
-    finally:
-        engine.close()
+    engine.close()
 
 
 def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
-    """The model with what trains chosen, and the names of those parameters."""
+    """The model with what trains chosen, in the run's precision, and the names of those parameters."""
     options = ModelOptions(**model_options(args))
     built = build_model(args.version, args.vision_tower or None, options, attn_implementation=args.attn_implementation)
     note(built.report.table())
@@ -77,6 +84,7 @@ def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
         load_weights_into(built.model, read_trained_weights(args.weight), f"--weight {args.weight}")
     if args.gradient_checkpointing:
         built.model.activation_checkpointing_enable({"use_reentrant": False})
+    to_precision(built.model, args.precision)
     return built, trained
 
 
@@ -92,7 +100,7 @@ def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: li
 
 def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: object | None) -> Run:
     """The run in its folder, with validation on `samples`."""
-    if samples is None:
+    if samples is None or not can_validate(args, engine):
         return Run(engine, make_plan(args), args.run_folder)
     validation = Validation(
         engine,
@@ -108,13 +116,14 @@ def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: o
 
 
 def write_card(
-    args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches
+    args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches, step: int
 ) -> None:
     """Leave run.json beside the checkpoints."""
     facts = {
         "engine": runtime.engine,
         "world_size": runtime.world_size,
         "device": str(runtime.device),
+        "first_step": step,
         "samples_per_step": batches.samples_per_step,
         "data": batches.dataset.mixture.fingerprint,
         "loaded": built.report.as_dict(),

@@ -290,17 +290,17 @@ class ValidationArguments(Arguments):
 
 @dataclasses.dataclass
 class TrainArguments(
-    BaseArguments,
-    PictureArguments,
-    CodebookArguments,
-    AdapterArguments,
-    ShapeArguments,
-    DataArguments,
-    OptimizationArguments,
-    EngineArguments,
     ValidationArguments,
+    EngineArguments,
+    OptimizationArguments,
+    DataArguments,
+    ShapeArguments,
+    AdapterArguments,
+    CodebookArguments,
+    PictureArguments,
+    BaseArguments,
 ):
-    """train_ds.py"""
+    """train_ds.py. The last group's fields come first."""
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "vis_save_path": "training shows its pictures in TensorBoard",

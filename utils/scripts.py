@@ -50,7 +50,8 @@ def run_script(main: Callable[[list[str] | None], int | None], argv: list[str] |
     try:
         return main(argv) or 0
     except KeyboardInterrupt as interrupt:
-        sys.stderr.write(f"\n{str(interrupt) or 'interrupted'}\n")
+        if rank() == 0:
+            sys.stderr.write(f"\n{str(interrupt) or 'interrupted'}\n")
         return 130
     except Exception as error:
         sentence = explain(error)

@@ -222,6 +222,7 @@ def test_the_readme_command_builds_a_new_pixellm(
         (["--resume=nowhere"], "there is no checkpoint in nowhere"),
         (["--weight=nowhere"], "--weight nowhere does not exist"),
         (["--lora_target_modules=q_prj"], "--lora_target_modules names q_prj"),
+        (["--log_base_dir=/dev/null"], "cannot write /dev/null/bad/run.json"),
         (["--precision=fp16"], "fp16 needs a GPU"),
         (["--attn_implementation=flash_attention_2"], "lash"),
         (["--dataset=vqa", "--sample_rates=1", "--batch_size=4"], "something to learn for the loss of bce"),

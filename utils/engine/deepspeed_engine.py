@@ -159,6 +159,10 @@ class DeepSpeedEngine:
     def zero_stage(self) -> int:
         return self.deepspeed.zero_optimization_stage()
 
+    @property
+    def shards_weights(self) -> bool:
+        return self.zero_stage == 3
+
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
         set_learning_rate(self.deepspeed.optimizer, learning_rate)

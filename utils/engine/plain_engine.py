@@ -36,6 +36,7 @@ class PlainEngine:
     name = "plain"
     rank = 0
     world_size = 1
+    shards_weights = False
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: str, device: torch.device) -> None:
         to_precision(model, precision)

@@ -53,13 +53,19 @@ class StepReport:
 
 
 class Engine(Protocol):
-    """One optimizer step at a time, on one process or on many. All ranks call every method together."""
+    """One optimizer step at a time, on one process or on many. All ranks call every method together.
+
+    shards_weights: no rank holds all weights, so that the model cannot be used on a rank by itself.
+    """
 
     name: str
     rank: int
     world_size: int
     device: torch.device
     model: Any
+
+    @property
+    def shards_weights(self) -> bool: ...
 
     def train_step(self, micro_batches: list[Any], learning_rate: float) -> StepReport:
         """Forward and backward over this rank's `micro_batches`, then one optimizer step at `learning_rate`.
@@ -78,7 +84,7 @@ class Engine(Protocol):
         """Wait for all ranks."""
 
     def close(self) -> None:
-        """Leave the other processes, after waiting for them. The last call."""
+        """Wait for the other processes and leave them: the last call, but not after an error, when nobody may come."""
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
         """Write a checkpoint to folder/tag, and the tag into folder/latest once it is complete."""

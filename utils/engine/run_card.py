@@ -51,7 +51,7 @@ def _git(repository: Path, *command: str) -> str | None:
 
 
 def write_run_card(folder: Path, *, arguments: dict[str, Any], repository: Path, facts: dict[str, Any]) -> None:
-    """Write folder/run.json.
+    """Write folder/run.json; UserError where it cannot be.
 
     Args:
         arguments: every flag's value. repository: folder of the code. facts: what else there is to record, by name.
@@ -63,8 +63,11 @@ def write_run_card(folder: Path, *, arguments: dict[str, Any], repository: Path,
         "git": git_state(repository),
         **facts,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN_CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / RUN_CARD}: {error.strerror}; choose another --log_base_dir") from error
 
 
 def find_run_card(start: Path, levels: int = 4) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from utils.engine.plain_engine import PlainEngine
 from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime
 from utils.engine.stepping import OptimizerSettings, Schedule
-from utils.scripts import note
+from utils.scripts import UserError, note
 
 
 def make_plan(args: TrainArguments) -> Plan:
@@ -27,7 +27,7 @@ def make_plan(args: TrainArguments) -> Plan:
     total = args.total_steps()
     if args.warmup_steps >= total:
         note(
-            f"--warmup_steps {args.warmup_steps} lasts as long as the run of {total} steps: the full --lr is never reached"
+            f"--warmup_steps {args.warmup_steps} outlasts the run of {total} steps: the full --lr is never reached"
         )
     return Plan(
         Schedule(args.lr, total, args.warmup_steps, args.lr_schedule),
@@ -66,6 +66,17 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         zero_stage=user_config.get("zero_optimization", {}).get("stage", args.zero_stage),
         user_config=user_config,
     )
+
+
+def can_validate(args: TrainArguments, engine: Engine) -> bool:
+    """Whether scores can be had during training; where not, says why, as UserError when only scores were asked for."""
+    if not engine.shards_weights:
+        return True
+    why = "ZeRO stage 3 spreads the weights over the ranks, so that none can answer questions by itself"
+    if args.eval_only:
+        raise UserError(f"{why}: score with --zero_stage 2, or export the model and use evaluate.py")
+    note(f"no validation during training: {why}; export the model and use evaluate.py")
+    return False
 
 
 def checkpoint_to_resume(args: TrainArguments) -> Path | None:

@@ -64,7 +64,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     if not groups:
         raise UserError("nothing is left to train: LoRA is off and every part is frozen")
     listed = [{"params": p, "weight_decay": decay, "multiplier": times} for (decay, times), p in groups.items()]
-    return torch.optim.AdamW(listed, lr=0.0, betas=settings.betas)
+    return torch.optim.AdamW(listed, lr=0.0, betas=settings.betas, fused=True)
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
