@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,7 +166,8 @@ class PatchReader(nn.Module):
         """Loss and share of right words.
 
         Args:
-            pixel_values: (B, 3, P, P), a picture that fills its square. labels: (B, kinds, patches) long, 0 for background.
+            pixel_values: (B, 3, P, P), a picture that fills its square. labels: (B, kinds, patches) long, 0 for
+                background.
 
         Returns:
             The sum over kinds of the mean cross entropy, and (kinds,) the share of right words among labelled patches.

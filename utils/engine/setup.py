@@ -26,9 +26,7 @@ def make_plan(args: TrainArguments) -> Plan:
     """When a run steps, saves and validates."""
     total = args.total_steps()
     if args.warmup_steps >= total:
-        note(
-            f"--warmup_steps {args.warmup_steps} outlasts the run of {total} steps: the full --lr is never reached"
-        )
+        note(f"--warmup_steps {args.warmup_steps} outlasts the run of {total} steps: the full --lr is never reached")
     return Plan(
         Schedule(args.lr, total, args.warmup_steps, args.lr_schedule),
         total_steps=total,

@@ -15,7 +15,7 @@ _COVERED = 0.15
 
 
 def patch_words(scene: Scene, patch: int) -> NDArray[np.int64]:
-    """(2, patches) in row-major order: number of the colour and of the form that a patch shows, from 1; 0 for background.
+    """(2, patches) in row-major order: number of the colour and of the form a patch shows, from 1; 0 is background.
 
     Args:
         patch: side of a patch in pixels; must divide the scene's side, else ValueError.
