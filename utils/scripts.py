@@ -57,5 +57,6 @@ def run_script(main: Callable[[list[str] | None], int | None], argv: list[str] |
         sentence = explain(error)
         if sentence is None:
             raise
-        sys.stderr.write(f"{os.path.basename(sys.argv[0]) or 'error'}: {sentence}\n")
+        start = "\n" if rank() else ""  # rank 0's progress bar may be in the middle of its line
+        sys.stderr.write(f"{start}{os.path.basename(sys.argv[0]) or 'error'}: {sentence}\n")
         return 2

@@ -1,6 +1,8 @@
 """Run under a launcher by test_engine_deepspeed.py: what DeepSpeed makes of one step, for many cuts of it."""
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from tests.unit.engine_toys import collate, cut, make_samples, make_toy
 from utils.engine.deepspeed_engine import DeepSpeedEngine
 from utils.engine.stepping import OptimizerSettings
+from utils.scripts import run_script
 
 BETA1 = 0.9
 
@@ -85,5 +88,19 @@ def checkpoint(out: Path, lines: dict) -> None:
     lines["gathered"] = low.gather(low.rank)
 
 
+def full_disk(out: Path) -> None:
+    """A first checkpoint, then one for which rank 1 finds no space."""
+    engine = make_engine(2, 1)
+    engine.save(out, "step1", {"step": 1})
+
+    def full(value: object, place: str, **_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
+
+    if engine.rank == 1:
+        torch.save = full
+    engine.save(out, "step2", {"step": 2})
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    job = full_disk if sys.argv[1] == "full_disk" else main
+    sys.exit(run_script(lambda _: job(Path(sys.argv[2])), []))

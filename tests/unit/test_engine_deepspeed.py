@@ -1,7 +1,6 @@
 """DeepSpeed on two ranks, in one launch: the plain engine's step, resume, lonely targets; its configuration."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from tests.unit.engine_toys import cut, make_samples, make_toy
+from utils.engine.checkpoints import latest_tag
 from utils.engine.deepspeed_engine import full_config, read_user_config
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import deepspeed_problem
@@ -22,20 +22,25 @@ CASES = ("zero0-rounds2", "zero1-rounds2", "zero2-rounds1", "zero2-rounds4", "ze
 RATE = 1e-2
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """What engine_ranks.py found on two ranks: its folder and its lines."""
+def on_two_ranks(job: str, out: Path) -> subprocess.CompletedProcess[str]:
+    """Run a job of engine_ranks.py under torchrun."""
     problem = deepspeed_problem(torch.device("cpu"))
     assert problem is None, problem
-    out = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("engine_ranks.py")), str(out)],
-        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+    script = str(Path(__file__).with_name("engine_ranks.py"))
+    return subprocess.run(
+        [*command, script, job, str(out)], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """What engine_ranks.py found on two ranks: its folder and its lines."""
+    out = tmp_path_factory.mktemp("ranks")
+    done = on_two_ranks("all", out)
     assert done.returncode == 0, done.stderr[-4000:]
     return out, json.loads((out / "lines.json").read_text())
 
@@ -78,6 +83,16 @@ def test_a_checkpoint_goes_on_where_it_was(ranks: tuple[Path, dict]) -> None:
     }
     assert (out / "checkpoint" / "zero_to_fp32.py").is_file() and (out / "checkpoint" / "latest").read_text() == "step1"
     assert lines["gathered"] == [0, 1]
+
+
+@pytest.mark.long
+def test_a_rank_without_space_ends_the_run_and_the_last_checkpoint_counts(tmp_path: Path) -> None:
+    done = on_two_ranks("full_disk", tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("engine_ranks.py: ")]
+    assert any("cannot write the checkpoint" in line and "No space left on device" in line for line in said), said
+    assert latest_tag(tmp_path) == "step1"
+    assert "ended, so this one ends too" in done.stderr or len(said) == 1
 
 
 def test_bf16_holds_float32_where_the_plain_engine_does(ranks: tuple[Path, dict]) -> None:

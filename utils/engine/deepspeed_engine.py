@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from utils.engine.checkpoints import require_tag, writing
+from utils.engine.checkpoints import point_to, require_tag, writing
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.stepping import (
     DTYPES,
@@ -37,6 +37,8 @@ from utils.scripts import UserError
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping") + (
     "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "steps_per_print",
 )  # fmt: skip
+# How gloo and NCCL word that a peer is gone.
+BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's own default
 
 
@@ -51,6 +53,21 @@ def connect() -> None:
         )
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(verbose=False)
+
+
+class PeerLost(UserError):
+    """Another process of the run ended; it has said why itself."""
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Around collective calls: a connection that breaks means that another rank ended; no mistake of this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in BROKEN_CONNECTION):
+            raise
+        raise PeerLost("another process of this run ended, so this one ends too: its own message says why") from error
 
 
 def _free_port() -> int:
@@ -166,7 +183,8 @@ class DeepSpeedEngine:
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        losses, counts, norm = self._rounds(micro_batches)
+        with _peers():
+            losses, counts, norm = self._rounds(micro_batches)
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
@@ -213,13 +231,15 @@ class DeepSpeedEngine:
     def gather(self, value: Any) -> list[Any]:
         """See `protocol.Engine.gather`."""
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        with _peers():
+            dist.all_gather_object(gathered, value)
         return gathered
 
     def barrier(self) -> None:
         """See `protocol.Engine.barrier`."""
         if self.world_size > 1:
-            dist.barrier()
+            with _peers():
+                dist.barrier()
 
     def close(self) -> None:
         """See `protocol.Engine.close`."""
@@ -229,8 +249,12 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside it."""
-        with writing(folder / tag):
-            self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state)
+        with writing(folder / tag), _peers():
+            # DeepSpeed would name the tag before every rank has written its part.
+            self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+            self.barrier()
+            if self.rank == 0:
+                point_to(folder, tag)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """See `protocol.Engine.load`."""
