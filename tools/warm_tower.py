@@ -1,7 +1,7 @@
 """Teach the vision tower of a tiny model which colour and form each patch shows, before it learns a language.
 
-python -m torch.distributed.run --nproc_per_node 2 tools/warm_tower.py --model runs/demo/start --dataset_dir
-runs/demo/dataset
+python -m torch.distributed.run --nproc_per_node 2 tools/warm_tower.py \\
+    --model runs/demo/start --dataset_dir runs/demo/dataset
 """
 
 import argparse
