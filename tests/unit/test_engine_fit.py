@@ -94,6 +94,16 @@ def test_a_resumed_run_ends_where_the_straight_one_does(tmp_path: Path, capsys: 
     assert steps[-1] == STEPS and all(a < b for a, b in pairwise(steps))
 
 
+def test_a_fresh_run_in_an_old_folder_leaves_the_old_best_whole(tmp_path: Path) -> None:
+    first = Run(engine(), plan(total_steps=2), tmp_path, lambda: {"giou": 0.5})
+    first.fit(batches)
+    best = tmp_path / BEST / "step2" / plain_engine.WEIGHTS
+    before = best.read_bytes()
+    Run(engine(seed=9), plan(total_steps=2), tmp_path).fit(batches)
+    assert best.read_bytes() == before
+    assert (tmp_path / CHECKPOINT / "step2" / plain_engine.WEIGHTS).read_bytes() != before
+
+
 def test_a_checkpoint_that_does_not_fit_says_so(tmp_path: Path) -> None:
     run = Run(engine(), plan(total_steps=2), tmp_path)
     run.fit(batches)

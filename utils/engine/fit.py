@@ -1,5 +1,6 @@
 """The training loop: steps, curves, validation, checkpoints. It knows an engine and batches, nothing of the model."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -176,6 +177,9 @@ class Run:
     def _save(self, best: bool) -> None:
         folder = self.folder / CHECKPOINT
         tag = tag_of(self.progress.step)
+        if self.engine.rank == 0 and (folder / tag).exists():
+            shutil.rmtree(folder / tag)  # of an earlier run: its files may have a second name in ckpt_model_best
+        self.engine.barrier()
         self.engine.save(folder, tag, self.progress.as_dict())
         self.engine.barrier()
         if self.engine.rank == 0:
