@@ -18,6 +18,7 @@ from .generation import GeneratedAnswer, generate_answers
 from .geometry import restore_masks, valid_cells
 from .losses import IGNORE_TOKEN, LossTerm, bce_loss, count_masks, dice_loss, refinement_weights, text_loss
 from .pixel_decoder import PixelDecoder
+from .prefix_sharing import BLOCK_MASK_ATTENTION, share_prefixes
 from .projector import Projector
 from .seg_codebook import SegCodebook, group_positions
 from .vision_tower import VisionTower, vision_model_from_config
@@ -87,6 +88,7 @@ class PixelLMForCausalLM(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    prefix_sharing = True
 
     def __init__(
         self,
@@ -278,7 +280,7 @@ class PixelLMForCausalLM(PreTrainedModel):
         """
         pictures = self.encode_pictures(pixel_values, resized_sizes)
         rows = self.expand_rows(input_ids, attention_mask, pictures, image_index, labels)
-        hidden = self.hidden_states(rows)
+        hidden = self.hidden_states(rows, image_index)
         group_rows, group_columns = group_positions(rows.ids, self.config.seg_token_ids)
         picture_of_target = image_index[group_rows]
         # A token's state is that of the position which predicts it (golden fact M4).
@@ -303,15 +305,37 @@ class PixelLMForCausalLM(PreTrainedModel):
             labels=rows.labels,
         )
 
-    def hidden_states(self, rows: ExpandedRows) -> torch.Tensor:
-        """(C, P, H) states of the language model after its final norm."""
-        positions = torch.arange(rows.ids.shape[1], device=rows.ids.device)[None]
-        return self.language_model.get_decoder()(
-            inputs_embeds=rows.embeddings,
-            attention_mask=rows.attention_mask.long(),
-            position_ids=positions,
-            use_cache=False,
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether conversations about one picture go through the language model together (`prefix_sharing` allows it).
+
+        Not with an attention that takes no mask of our own, nor with one that looks back over a limited window only.
+        """
+        text = self.config.text_config
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        return self.prefix_sharing and text._attn_implementation in BLOCK_MASK_ATTENTION and window is None
+
+    def hidden_states(self, rows: ExpandedRows, image_index: torch.Tensor) -> torch.Tensor:
+        """(C, P, H) states of the language model after its final norm; those of padding mean nothing."""
+        decoder = self.language_model.get_decoder()
+        shared = share_prefixes(rows.ids, rows.attention_mask, image_index) if self.shares_prefixes else None
+        if shared is None:
+            positions = torch.arange(rows.ids.shape[1], device=rows.ids.device)[None]
+            return decoder(
+                inputs_embeds=rows.embeddings,
+                attention_mask=rows.attention_mask.long(),
+                position_ids=positions,
+                use_cache=False,
+            ).last_hidden_state
+        embeddings = rows.embeddings[shared.rows, shared.columns]
+        mask = shared.allowed
+        if self.config.text_config._attn_implementation == "eager":  # adds its mask
+            least = torch.finfo(embeddings.dtype).min
+            mask = torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill(~mask, least)
+        states = decoder(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=shared.positions, use_cache=False
         ).last_hidden_state
+        return states[shared.home_rows, shared.home_columns]
 
     def _decode_or_touch(
         self,
