@@ -1,4 +1,4 @@
-"""Teach the vision tower of a tiny model which colour and form each patch shows, before it learns a language.
+"""Teach the vision tower of a tiny model which colour, form and place each patch is, before it learns a language.
 
 python -m torch.distributed.run --nproc_per_node 2 tools/warm_tower.py \\
     --model runs/demo/start --dataset_dir runs/demo/dataset
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.build.builder import MASK_PARTS, build_model, save_model
 from model.build.tiny import PatchReader
-from utils.scenes import PATCH_CLASSES, Scene, draw_scene, patch_words, read_scenes
+from utils.scenes import Scene, draw_scene, patch_vocabulary, patch_words, read_scenes
 from utils.scripts import run_script
 
 WARMUP = 50
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True, help="folder of the tiny model")
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=550)
     parser.add_argument("--batch_size", type=int, default=16, help="pictures per process and step")
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args(argv)
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     tower = built.model.vision_tower.requires_grad_(True)
     for part in tower.parts_without_loss():
         part.requires_grad_(False)
-    torch.manual_seed(0)
-    reader = PatchReader(tower, PATCH_CLASSES)
+    reader = PatchReader(built, patch_vocabulary(tower.grid_size))
     learner: torch.nn.Module = reader
     if ranks > 1:
         dist.init_process_group("gloo")
@@ -72,8 +71,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % 20 == 0:
-            colour, form = right.tolist()
-            bar.set_postfix_str(f"loss {loss.item():.3f} colour {colour:.2f} form {form:.2f}", refresh=False)
+            colour, form, place = right.tolist()
+            bar.set_postfix_str(
+                f"loss {loss.item():.3f}, right: colour {colour:.2f} form {form:.2f} place {place:.2f}", refresh=False
+            )
     if rank == 0:
         save_model(built.model, built.processor, args.model, left_out=MASK_PARTS)
     if ranks > 1:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..configuration_pixellm import PixelLMConfig
 from ..modeling_pixellm import PixelLMForCausalLM
 from ..processing_pixellm import PixelLMProcessor
 from ..vision_tower import VisionTower
-from .builder import BuiltModel, LoadReport
+from .builder import BuildError, BuiltModel, LoadReport
 
 # Turns as short as can be told apart: every position costs time on a laptop.
 CHAT_TEMPLATE = (
@@ -25,6 +25,7 @@ CHAT_TEMPLATE = (
 )
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 LONGEST_WAVE, POSITION_STRENGTH = 100.0, 0.5
+EMBEDDING_STRENGTH = 8.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,22 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
     torch.manual_seed(seed)
     model = PixelLMForCausalLM(config).eval()
     place_patches(model.vision_tower)
+    balance_residuals(model.language_model)
     return BuiltModel(model, processor, LoadReport(fresh=dict.fromkeys(model.state_dict(), "made from nothing")))
+
+
+@torch.no_grad()
+def balance_residuals(language_model: PreTrainedModel) -> None:
+    """Let words weigh as much in the residual stream as what the layers add to them.
+
+    With one `initializer_range` for all, embeddings are ten times weaker than the output of the first layer, and a small
+    model takes long to find out which word it is reading.
+    """
+    decoder = language_model.get_decoder()
+    decoder.embed_tokens.weight.mul_(EMBEDDING_STRENGTH)
+    for layer in decoder.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.div_((2 * len(decoder.layers)) ** 0.5)
 
 
 @torch.no_grad()
@@ -150,33 +166,43 @@ def place_patches(tower: VisionTower) -> None:
 
 
 class PatchReader(nn.Module):
-    """A tower with a linear head that tells the words of each patch: how it learns to see before it has a language.
+    """Tells the words of each patch: how a tower and its projector learn to see before there are sentences.
+
+    A word's score at a patch is the product of the patch's image token with the word's embedding, which stays as it is:
+    the language model will find image tokens that point where its words do.
 
     Args:
-        tower: the vision tower; its coarse feature map is read, the one the language model will see.
-        num_classes: for each kind of word (colour, form, …) how many there are.
+        words: for each kind of word (colour, form, …) the words; each must be one token.
     """
 
-    def __init__(self, tower: VisionTower, num_classes: Sequence[int]) -> None:
+    def __init__(self, built: BuiltModel, words: Sequence[Sequence[str]]) -> None:
         super().__init__()
-        self.tower, self.num_classes = tower, list(num_classes)
-        self.head = nn.Linear(tower.model.config.hidden_size, sum(num_classes))
+        self.tower, self.projector = built.model.vision_tower, built.model.projector
+        embeddings = built.model.get_input_embeddings().weight.detach()
+        self.words = [embeddings[[_token_of(built.processor, word) for word in kind]] for kind in words]
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and share of right words.
 
         Args:
-            pixel_values: (B, 3, P, P), a picture that fills its square. labels: (B, kinds, patches) long, 0 for
-                background.
+            pixel_values: (B, 3, P, P), a picture that fills its square.
+            labels: (B, kinds, patches) long, numbers of words; 0 in the first kind marks background.
 
         Returns:
-            The sum over kinds of the mean cross entropy, and (kinds,) the share of right words among labelled patches.
+            The sum over kinds of the mean cross entropy, and (kinds,) the share of right words off the background.
         """
         size = torch.tensor(pixel_values.shape[-2:]).expand(len(pixel_values), -1)
-        logits = self.head(self.tower(pixel_values, size)[0]).split(self.num_classes, dim=-1)
-        losses, right = [], []
-        for kind, scores in enumerate(logits):
-            truth = labels[:, kind]
+        tokens = self.projector(self.tower(pixel_values, size)[0])
+        shown, losses, right = labels[:, 0] > 0, [], []
+        for kind, words in enumerate(self.words):
+            scores, truth = tokens @ words.T, labels[:, kind]
             losses.append(F.cross_entropy(scores.flatten(0, 1), truth.flatten()))
-            right.append((scores.argmax(-1) == truth)[truth > 0].float().mean())
+            right.append((scores.argmax(-1) == truth)[shown].float().mean())
         return torch.stack(losses).sum(), torch.stack(right).detach()
+
+
+def _token_of(processor: PixelLMProcessor, word: str) -> int:
+    ids = processor.tokenizer.encode(f" {word}", add_special_tokens=False)
+    if len(ids) != 1:
+        raise BuildError(f"the word {word!r} takes {len(ids)} tokens, expected one: raise the tokenizer's vocab_size")
+    return ids[0]

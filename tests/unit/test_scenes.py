@@ -191,15 +191,15 @@ def test_counts_and_exclusions_mean_what_they_say() -> None:
 
 
 def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
-    place = re.compile(r"the (\w+ \w+) at row (\d) column (\d)")
+    place = re.compile(r"(\w+ \w+) ([a-g])(\d)[,.]")
     checked = 0
     for number, scene in enumerate(scenes):
-        for _, answer in make_conversation(scene, random.Random(number), 5):
-            for name, row, column in place.findall(answer):
+        for _, answer in make_conversation(scene, random.Random(number), 15):
+            for name, column, row in place.findall(answer):
                 cells = {(s.name, int(s.centre_y // 16) + 1, int(s.centre_x // 16) + 1) for s in scene.shapes}
                 if name.split()[1] in FORMS:
                     checked += 1
-                    assert (name, int(row), int(column)) in cells
+                    assert (name, int(row), 1 + "abcdefg".index(column)) in cells
     assert checked > 300
 
 
@@ -210,14 +210,14 @@ def covering(scene: Scene, row: int, column: int) -> list[Shape]:
 
 
 def test_conversations_tell_the_truth_about_what_is_there(scenes: list[Scene]) -> None:
-    there = re.compile(r"(?:What|Which|Name).* at row (\d) column (\d)[.?]$")
+    there = re.compile(r"(?:What|Which|Name).* at ([a-g])(\d)[.?]$")
     exists = re.compile(r"(?:Is there|Do you see|Does the picture show) an? (\w+ \w+)(?: in the picture)?\?$")
     compares = re.compile(r"Is the (\w+ \w+) (larger|smaller|left of|right of|above|below) (?:than )?the (.*)\?$")
     checked = Counter[str]()
     for number, scene in enumerate(scenes):
-        for question, answer in make_conversation(scene, random.Random(number), 8):
+        for question, answer in make_conversation(scene, random.Random(number), 15):
             if found := there.match(question):
-                shapes = covering(scene, int(found[1]), int(found[2]))
+                shapes = covering(scene, int(found[2]), 1 + "abcdefg".index(found[1]))
                 if "othing" in answer:
                     checked["nothing there"] += 1
                     assert not shapes
