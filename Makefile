@@ -26,10 +26,10 @@ define install
 		cat requirements.txt $(1) > $(VENV)/$(1).installed; }
 endef
 
-.PHONY: help venv setup setup-dev demo test test-long check format
+.PHONY: help venv setup setup-dev demo real-pictures test test-long check format
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
 venv:
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
@@ -48,6 +48,9 @@ setup-dev: setup  ## .venv with the tools of the tests too
 
 demo: setup  ## data, base, training, export, scores, a chat: runs/demo/ (DEMO=smoke: the same road in a minute or two)
 	@$(BIN)/python tools/demo.py --size $(DEMO)
+
+real-pictures: setup  ## learn the real pictures in the folder PIXELLM_REALDATA by heart: runs/real_pictures/
+	@$(BIN)/python tools/real_pictures.py
 
 test: setup-dev  ## every test but the long ones, without network
 	@$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)

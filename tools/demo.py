@@ -11,27 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.demo import BARS, SCORES, SIZES, Demo
-from utils.engine.runtime import add_programs_to_path, deepspeed_problem
 from utils.scenes import HELD_OUT_SPEC
 from utils.scoreboard import compare, missed, table, write_json
 from utils.scripts import run_script
-from utils.stages import Stage, StageFailed, Stages
-
-
-def choose_engine() -> str:
-    """ "deepspeed", or "plain" where that cannot run here, which is said in one line."""
-    add_programs_to_path()
-    problem = deepspeed_problem(torch.device("cpu"))
-    if problem is None:
-        return "deepspeed"
-    print(f"{problem}: training with the plain engine, in one process")
-    return "plain"
+from utils.stages import Stage, StageFailed, Stages, choose_engine
 
 
 def run(demo: Demo) -> dict[str, Any]:

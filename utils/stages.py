@@ -12,6 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from utils.engine.runtime import deepspeed_problem
+
 # Seconds a stage gets after each signal before the next, sterner one.
 PATIENCE = ((signal.SIGINT, 15.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 
@@ -143,6 +147,15 @@ class Stages:
     def total(self) -> float:
         """Wall seconds since these stages began."""
         return time.perf_counter() - self._start
+
+
+def choose_engine() -> str:
+    """ "deepspeed", or "plain" where that cannot run here, which is said in one line."""
+    problem = deepspeed_problem(torch.device("cpu"))
+    if problem is None:
+        return "deepspeed"
+    print(f"{problem}: training with the plain engine, in one process")
+    return "plain"
 
 
 def launcher(engine: str, ranks: int) -> tuple[str, ...]:
