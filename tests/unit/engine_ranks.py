@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+from tests.unit.engine_real import real_step
 from tests.unit.engine_toys import collate, cut, make_samples, make_toy
 from utils.engine.deepspeed_engine import DeepSpeedEngine
+from utils.engine.runtime import open_runtime
 from utils.engine.stepping import OptimizerSettings
 from utils.scripts import run_script
 
 BETA1 = 0.9
+REAL_ROUNDS = (1, 4)
 
 
 def make_engine(stage: int, rounds: int, precision: str = "fp32", clip: float = 0.0) -> DeepSpeedEngine:
@@ -51,11 +54,26 @@ def main(out: Path) -> None:
         lines[case] = {"losses": report.losses, "counts": report.counts, "norm": report.gradient_norm}
         if engine.rank == 0:
             torch.save(state, out / f"{case}.pt")
+    real_model(out)
     lonely(lines)
     checkpoint(out, lines)
     if engine.rank == 0:
         (out / "lines.json").write_text(json.dumps(lines))
     engine.close()
+
+
+def real_model(out: Path) -> None:
+    """One step of a true PixelLM for some cuts; the test wrote what it needs into `out`."""
+    runtime = open_runtime("deepspeed", 0, "fp32")
+    for rounds in REAL_ROUNDS:
+        model, step = real_step(out, runtime, rounds)
+        settings = OptimizerSettings(betas=(BETA1, 0.95), gradient_clip=0.0)
+        size = len(step[0].resized_sizes)
+        engine = DeepSpeedEngine(model, settings, "fp32", runtime.device, micro_batch=size, rounds=rounds, zero_stage=2)
+        engine.train_step(step, 1e-2)
+        state = state_of(engine)
+        if engine.rank == 0:
+            torch.save(state, out / f"real-rounds{rounds}.pt")
 
 
 def lonely(lines: dict) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unit.engine_real import real_step, write_real
 from tests.unit.engine_toys import cut, make_samples, make_toy
 from utils.engine.checkpoints import latest_tag
 from utils.engine.deepspeed_engine import full_config, read_user_config
 from utils.engine.plain_engine import PlainEngine
-from utils.engine.runtime import deepspeed_problem
+from utils.engine.runtime import Runtime, deepspeed_problem
 from utils.engine.stepping import OptimizerSettings
 from utils.scripts import UserError
 
@@ -40,6 +41,7 @@ def on_two_ranks(job: str, out: Path) -> subprocess.CompletedProcess[str]:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """What engine_ranks.py found on two ranks: its folder and its lines."""
     out = tmp_path_factory.mktemp("ranks")
+    write_real(out)
     done = on_two_ranks("all", out)
     assert done.returncode == 0, done.stderr[-4000:]
     return out, json.loads((out / "lines.json").read_text())
@@ -65,6 +67,22 @@ def test_two_ranks_make_the_step_of_one_process(case: str, ranks: tuple[Path, di
     assert lines[case]["losses"] == pytest.approx(report.losses, rel=1e-6)
     assert lines[case]["counts"] == report.counts
     assert lines[case]["norm"] == pytest.approx(report.gradient_norm, rel=1e-5)
+
+
+def test_two_ranks_make_the_gradient_of_one_process_on_a_true_model(ranks: tuple[Path, dict]) -> None:
+    out, _ = ranks
+    cpu = torch.device("cpu")
+    model, step = real_step(out, Runtime("plain", 0, 0, 1, cpu), rounds=1)
+    PlainEngine(model, OptimizerSettings(gradient_clip=0.0), "fp32", cpu).accumulate(step)
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.cat([g.flatten() for g in ours.values()]).norm()
+    cases = sorted(out.glob("real-rounds*.pt"))
+    assert len(cases) == 2
+    for case in cases:
+        state = torch.load(case, weights_only=True)
+        assert {name for name in state if name.startswith("gradient/")} == {f"gradient/{name}" for name in ours}
+        apart = torch.cat([(state[f"gradient/{name}"] - g).flatten() for name, g in ours.items()])
+        assert apart.norm() <= 1e-5 * norm, case
 
 
 def test_a_rank_without_targets_neither_hangs_nor_breaks(ranks: tuple[Path, dict]) -> None:

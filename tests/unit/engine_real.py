@@ -1,0 +1,50 @@
+"""One optimizer step of a true PixelLM on drawn scenes, cut as a test wants it: words alone, one target, several."""
+
+import contextlib
+import dataclasses
+import io
+from pathlib import Path
+
+import train_ds
+from model.build.builder import save_model
+from model.build.tiny import make_tiny
+from model.modeling_pixellm import PixelLMForCausalLM
+from model.processing_pixellm import ConversationTooLong
+from tests.unit.tiny_pixellm import SHAPE, TEXTS
+from utils.arguments import parse_train
+from utils.data.collate import Batch
+from utils.engine.runtime import Runtime
+from utils.engine.setup import StepBatches, make_mixture, seed_everything
+from utils.scenes import SceneSettings, write_scene_data
+from utils.scenes.planning import SceneDataSettings
+
+PICTURES = 8
+# The decoder's last layer norm stands over an eighth of its width. Over two channels it is all but a step function,
+# where rounding shows in a gradient's fifth digit; over four it is as smooth as any.
+WIDTH = 32
+
+
+def write_real(folder: Path) -> None:
+    """Drawn data and a tiny base with random weights."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        scenes = SceneDataSettings(train=24, heldout=10, questions=20, scene=SceneSettings(side=48))
+        write_scene_data(folder / "data", scenes)
+        base = make_tiny(TEXTS, dataclasses.replace(SHAPE, embedding_dim=WIDTH), seed=0)
+        save_model(base.model, base.processor, folder / "base")
+
+
+def real_step(folder: Path, runtime: Runtime, rounds: int) -> tuple[PixelLMForCausalLM, list[Batch]]:
+    """The model as training starts with it, and this rank's micro-batches of a step of PICTURES pictures.
+
+    folder: where `write_real` wrote.
+    """
+    size = PICTURES // (runtime.world_size * rounds)
+    flags = [f"--version={folder / 'base'}", f"--dataset_dir={folder / 'data'}", "--precision=fp32", "--lora_dropout=0"]
+    flags += ["--dataset=refer_seg||vqa", "--sample_rates=1,1", "--refer_seg_data=refcoco||grefcoco", "--workers=0"]
+    flags += ["--num_classes_per_sample=2", f"--batch_size={size}", f"--grad_accumulation_steps={rounds}"]
+    args = parse_train(flags)
+    seed_everything(args.seed)  # LoRA starts at random
+    with contextlib.redirect_stderr(io.StringIO()):
+        built, _ = train_ds.build(args)
+    batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
+    return built.model.train(), next(batches(0))
