@@ -1,7 +1,6 @@
 """Base + options -> a PixelLM ready to train: what is loaded, what is new, what trains, and LoRA in and out again."""
 
 import inspect
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,27 +9,34 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import is_flash_attn_2_available
 
 from ..configuration_pixellm import PixelLMConfig
-from ..modeling_pixellm import PixelLMForCausalLM
+from ..modeling_pixellm import ExpandedRows, PixelLMForCausalLM
 from ..processing_pixellm import PixelLMProcessor, check_groups
 from ..vision_tower import SUPPORTED_TOWERS, resize_position_table
+from .folders import (
+    BuildError,
+    first_sentence,
+    load_tokenizer,
+    load_whole,
+    local_folder,
+    quiet_transformers,
+    read_config,
+    read_weights,
+)
 
 # Language models whose states and head we know to be all there is between tokens and logits; others are probed.
 KNOWN_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 # What only masks need; a base that only ever learned words lacks it.
 MASK_PARTS = ("mask_projector", "codebook", "pixel_decoder")
 POSITION_TABLE = "embeddings.position_embedding.weight"
-PROBE_TOLERANCE = 1e-3
-
-
-class BuildError(ValueError):
-    """A model cannot be built as asked; the message is one sentence for the user."""
-
-    user_message = True
+# The probe makes logits as large as a trained model's: a soft cap leaves small ones as they are.
+PROBE_LOGIT, PROBE_TOLERANCE, PROBE_ROUNDINGS, PROBE_TOKENS = 100.0, 1e-3, 10, 8
+FLASH_ATTENTION = "flash_attention_2"
 
 
 @dataclass
@@ -128,64 +134,25 @@ def build_model(
         BuildError: a folder is missing or is not what is expected, tensors do not fit, or parts do not work together.
     """
     options = options or ModelOptions()
-    folder = _local_folder(version, "--version")
-    config = _read_config(folder, "--version")
+    folder = local_folder(version, "--version")
+    config = read_config(folder, "--version")
+    if attn_implementation == FLASH_ATTENTION and not is_flash_attn_2_available():
+        raise BuildError(
+            f"--attn_implementation {FLASH_ATTENTION} needs the package flash-attn and a CUDA GPU, which are not here: "
+            "install it, or choose sdpa"
+        )
     try:
         if config.model_type == PixelLMConfig.model_type:
             built = _continue_pixellm(folder, config, options, attn_implementation, load_weights)
         else:
-            built = _new_pixellm(folder, config, vision_tower, options, attn_implementation)
+            built = _new_pixellm(folder, config, vision_tower, options, dtype, attn_implementation)
     except BuildError:
         raise
     except (ValueError, KeyError, ImportError) as error:
-        raise BuildError(f"cannot build a PixelLM from {folder}: {' '.join(str(error).split())}") from error
+        raise BuildError(f"cannot build a PixelLM from {folder}: {first_sentence(error)}") from error
     check_groups(built.processor)
     built.model.to(dtype).eval()
     return built
-
-
-def _local_folder(path: str, flag: str) -> Path:
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise BuildError(
-            f"{flag} {path!r} is not a folder on this machine, and no hub is reached from here: download the model "
-            "and give its folder"
-        )
-    return folder
-
-
-def _read_config(folder: Path, flag: str) -> PretrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise BuildError(
-            f"{flag} {folder} holds no config.json: expected the folder of a model in transformers' layout"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BuildError(
-            f"{folder / 'config.json'} is not a config this program can use: {' '.join(str(error).split())}"
-        ) from error
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder of safetensors, whole or sharded."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    weights: dict[str, torch.Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise BuildError(
-                f"{path} is missing: the folder must hold all safetensors files that its config or index names"
-            )
-        try:
-            weights.update(load_file(path))
-        except Exception as error:  # safetensors raises its own class without a common base
-            raise BuildError(f"{path} is not a whole safetensors file: {' '.join(str(error).split())}") from error
-    return weights
 
 
 # --- a PixelLM that goes on ---------------------------------------------------------------------------------------
@@ -194,7 +161,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def _continue_pixellm(
     folder: Path, saved: PixelLMConfig, options: ModelOptions, attn_implementation: str, load_weights: bool
 ) -> BuiltModel:
-    processor = _changed_processor(PixelLMProcessor.from_pretrained(folder), options)
+    processor = _changed_processor(_saved_processor(folder, saved), options)
     config = _changed_config(saved, processor, options)
     config._attn_implementation = attn_implementation
     model = PixelLMForCausalLM(config)
@@ -210,6 +177,25 @@ def _continue_pixellm(
             )
         report = load_weights_into(model, weights, str(folder), new_parts=_new_parts(weights))
     return BuiltModel(model, processor, report)
+
+
+def _saved_processor(folder: Path, saved: PixelLMConfig) -> PixelLMProcessor:
+    """The processor of a PixelLM folder; BuildError where it is not the one that belongs to the model."""
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        raise BuildError(f"{path} is missing: the folder must hold the processor that was saved with the model")
+    try:
+        processor = PixelLMProcessor.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise BuildError(f"the processor in {folder} cannot be read: {first_sentence(error)}") from error
+    shared = ("image_size", "patch_size", "image_token_pool", "num_scales", "tokens_per_scale")
+    for name in (*shared, "seg_token_ids", "image_token_id"):
+        found, expected = getattr(processor, name), getattr(saved, name)
+        if found != expected:
+            raise BuildError(
+                f"{folder}: the processor's {name} is {found}, the model's {expected}: its files are not of one model"
+            )
+    return processor
 
 
 def _changed_processor(saved: PixelLMProcessor, options: ModelOptions) -> PixelLMProcessor:
@@ -264,21 +250,19 @@ def load_weights_into(
     broken = [
         name for name, value in weights.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
     ]
-    for names, problem in (
-        (shapes, "has another shape than this model"),
-        (missing, "is missing"),
-        (unexpected, "is not part of this model"),
-        (broken, "holds values that are not finite"),
+    mismatch = "the checkpoint and the flags that shape the model do not match"
+    for names, problem, advice in (
+        (shapes, "has another shape than this model", mismatch),
+        (missing, "is missing", mismatch),
+        (unexpected, "is not part of this model", mismatch),
+        (broken, "holds values that are not finite", "take a checkpoint from before that"),
     ):
         if names:
             detail = ""
             if names is shapes:
                 detail = f" (found {list(weights[names[0]].shape)}, expected {list(own[names[0]].shape)})"
             more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-            raise BuildError(
-                f"{source}: tensor {names[0]!r} {problem}{detail}{more}: the checkpoint and the flags that shape the "
-                "model do not match"
-            )
+            raise BuildError(f"{source}: tensor {names[0]!r} {problem}{detail}{more}: {advice}")
     model.load_state_dict(weights, strict=False)
     report = LoadReport(loaded=list(weights))
     report.fresh = {name: f"not in {source}, initialised" for name in own if name not in weights and name not in tied}
@@ -299,20 +283,21 @@ def _new_pixellm(
     text_config: PretrainedConfig,
     vision_tower: str | None,
     options: ModelOptions,
+    dtype: torch.dtype,
     attn_implementation: str,
 ) -> BuiltModel:
     if not vision_tower:
         raise BuildError(
             f"{folder} is a plain language model ({text_config.model_type}): --vision-tower is needed beside it"
         )
-    tower_folder = _local_folder(vision_tower, "--vision-tower")
-    language_model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation=attn_implementation, local_files_only=True
-    )
-    probe_language_model(language_model)
-    vision_model = load_vision_model(tower_folder, options.image_size, attn_implementation)
+    if text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BuildError(f"--version {folder} is of type {text_config.model_type!r}: expected a language model")
+    tower_folder = local_folder(vision_tower, "--vision-tower")
+    loading: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    language_model, unused = load_whole(AutoModelForCausalLM, folder, "--version", text_config, **loading)
+    vision_model, unused_in_tower = load_vision_model(tower_folder, options.image_size, **loading)
     vision_config = vision_model.config
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     defaults = PixelLMConfig(
         text_config=text_config,
         vision_config=vision_config,
@@ -343,14 +328,20 @@ def _new_pixellm(
     )
     config._attn_implementation = attn_implementation
     model = PixelLMForCausalLM(config, language_model=language_model, vision_model=vision_model)
-    report = LoadReport()
+    probe_language_model(model)
+    report = LoadReport(
+        ignored={
+            **dict.fromkeys(unused, f"in {folder}, not part of its language model"),
+            **dict.fromkeys(unused_in_tower, f"in {tower_folder}, not part of its vision tower"),
+        }
+    )
     for name in model.state_dict():
         if name.startswith(("language_model.", "vision_tower.")):
             report.loaded.append(name)
         else:
             report.fresh[name] = "new in a PixelLM, initialised"
     if _fit_vocabulary(model, processor):
-        report.fresh["language_model.embeddings"] = "rows of the added tokens start at the mean of the others"
+        report.fresh["language_model.embeddings"] = "rows of the added tokens are drawn around the mean of the others"
     return BuiltModel(model, processor, report)
 
 
@@ -366,22 +357,24 @@ def _grid_defaults(options: ModelOptions, vision_config: PretrainedConfig) -> di
     return {"image_token_pool": pool, "vision_feature_layers": layers}
 
 
-def load_vision_model(folder: Path, image_size: int | None, attn_implementation: str) -> PreTrainedModel:
-    """A CLIP or SigLIP tower from its folder, its position table brought to pictures of `image_size`."""
-    config = _read_config(folder, "--vision-tower")
+def load_vision_model(
+    folder: Path, image_size: int | None, dtype: torch.dtype, attn_implementation: str
+) -> tuple[PreTrainedModel, list[str]]:
+    """A CLIP or SigLIP tower from its folder, its position table brought to pictures of `image_size`.
+
+    Returns:
+        The tower, and the names of tensors in the folder that are not part of it.
+    """
+    config = read_config(folder, "--vision-tower")
     config = getattr(config, "vision_config", config)
     if config.model_type not in SUPPORTED_TOWERS:
         raise BuildError(
             f"--vision-tower {folder} is of type {config.model_type!r}: expected one of {', '.join(SUPPORTED_TOWERS)}"
         )
     implementation = "eager" if attn_implementation == "eager" else "sdpa"
-    native, loading = AutoModel.from_pretrained(
-        folder, config=config, attn_implementation=implementation, local_files_only=True, output_loading_info=True
-    )
-    if loading["missing_keys"]:
-        raise BuildError(f"--vision-tower {folder}: tensor {sorted(loading['missing_keys'])[0]!r} is missing")
+    native, unused = load_whole(AutoModel, folder, "--vision-tower", config, dtype, implementation)
     if image_size is None or image_size == config.image_size:
-        return native
+        return native, unused
     enlarged_config = type(config).from_dict({**config.to_dict(), "image_size": image_size})
     enlarged = AutoModel.from_config(enlarged_config, attn_implementation=implementation)
     weights = native.state_dict()
@@ -390,40 +383,62 @@ def load_vision_model(folder: Path, image_size: int | None, attn_implementation:
         weights[POSITION_TABLE], image_size // config.patch_size, class_tokens, method="standard"
     )
     enlarged.load_state_dict(weights)
-    return enlarged
+    return enlarged, unused
 
 
 @torch.no_grad()
-def probe_language_model(language_model: PreTrainedModel) -> None:
+def probe_language_model(model: PixelLMForCausalLM) -> None:
     """Refuse a language model whose logits are more than its head on its final states (soft caps, scales and the like).
 
     Raises:
-        BuildError: our logits differ from the model's own.
+        BuildError: our logits differ from the model's own, or it cannot be asked as we ask.
     """
-    config = language_model.config
-    if config.model_type in KNOWN_LANGUAGE_MODELS:
+    kind = model.config.text_config.model_type
+    if kind in KNOWN_LANGUAGE_MODELS:
         return
-    ids = torch.arange(1, min(9, config.vocab_size))[None]
-    embeddings = language_model.get_input_embeddings()(ids)
-    states = language_model.get_decoder()(
-        inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)
-    ).last_hidden_state
-    ours = language_model.get_output_embeddings()(states).float()
-    own = language_model(ids).logits.float()
-    difference = (ours - own).abs().max().item()
-    if not difference <= PROBE_TOLERANCE * max(1.0, own.abs().max().item()):
+    supported = (
+        f"supported are {', '.join(KNOWN_LANGUAGE_MODELS)} and any whose logits are its head on its final states"
+    )
+    try:
+        difference = _probe_difference(model)
+    except Exception as error:  # a model of an unknown kind may fail in any way
         raise BuildError(
-            f"language models of type {config.model_type!r} are not supported: our logits differ from the model's own "
-            f"by {difference:.3g}; "
-            f"supported are {', '.join(KNOWN_LANGUAGE_MODELS)} and any whose logits are its head on its final states"
+            f"language models of type {kind!r} are not supported ({first_sentence(error)}): {supported}"
+        ) from error
+    tolerance = max(PROBE_TOLERANCE, PROBE_ROUNDINGS * torch.finfo(model.language_model.dtype).eps)
+    if not difference <= tolerance * PROBE_LOGIT:
+        raise BuildError(
+            f"language models of type {kind!r} are not supported: our logits differ from the model's own by "
+            f"{difference:.3g} where they are up to {PROBE_LOGIT:.0f}: {supported}"
         )
+
+
+def _probe_difference(model: PixelLMForCausalLM) -> float:
+    """How far our logits are from the language model's own, made PROBE_LOGIT large at most.
+
+    The probe is two conversations about one picture, which we compute together and the language model apart.
+    """
+    head = model.get_output_embeddings()
+    first = torch.arange(min(PROBE_TOKENS, model.config.text_config.vocab_size))
+    second = first.clone()
+    second[len(first) // 2 :] = first[len(first) // 2 :].flip(0)
+    ids = torch.stack([first, second])
+    rows = ExpandedRows(ids, model.get_input_embeddings()(ids), torch.ones_like(ids).bool(), None)
+    states = model.hidden_states(rows, image_index=torch.zeros(2, dtype=torch.long))
+    gain = PROBE_LOGIT / head(states).abs().max()
+    louder = head.register_forward_hook(lambda _module, _inputs, logits: logits * gain)
+    try:
+        return (head(states).float() - model.language_model(ids).logits.float()).abs().max().item()
+    finally:
+        louder.remove()
 
 
 def _fit_vocabulary(model: PixelLMForCausalLM, processor: PixelLMProcessor) -> bool:
     """Give every token of the tokenizer a row; some models have more rows than tokens already."""
     if len(processor.tokenizer) <= model.get_input_embeddings().num_embeddings:
         return False
-    model.language_model.resize_token_embeddings(len(processor.tokenizer))
+    with quiet_transformers():
+        model.language_model.resize_token_embeddings(len(processor.tokenizer))
     model.config.text_config = model.language_model.config
     return True
 
