@@ -538,5 +538,11 @@ def save_model(
     """
     weights = model.state_dict()
     kept = {name: value for name, value in weights.items() if name.split(".")[0] not in left_out}
-    model.save_pretrained(folder, state_dict=kept if left_out else None, max_shard_size=max_shard_size)
+    # Names as in the model; by itself transformers writes some kinds under the names of their first release.
+    model.save_pretrained(
+        folder,
+        state_dict=kept if left_out else None,
+        max_shard_size=max_shard_size,
+        save_original_format=False,
+    )
     processor.save_pretrained(folder)

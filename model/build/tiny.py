@@ -140,8 +140,8 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
 def balance_residuals(language_model: PreTrainedModel) -> None:
     """Let words weigh as much in the residual stream as what the layers add to them.
 
-    With one `initializer_range` for all, embeddings are ten times weaker than the output of the first layer, and a small
-    model takes long to find out which word it is reading.
+    With one `initializer_range` for all, embeddings are ten times weaker than the output of the first layer, and a
+    small model takes long to find out which word it is reading.
     """
     decoder = language_model.get_decoder()
     decoder.embed_tokens.weight.mul_(EMBEDDING_STRENGTH)
