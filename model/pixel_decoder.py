@@ -200,7 +200,8 @@ class PixelDecoder(nn.Module):
 
     def parts_without_loss(self) -> list[nn.Module]:
         """Modules that no loss reaches: kept for published checkpoints, frozen in training."""
-        return [self.iou_head, *self.hypernetworks[1:]]
+        unused = [self.map_upscaling] if self.num_scales == 1 else []  # it brings maps to finer scales
+        return [self.iou_head, *self.hypernetworks[1:], *unused]
 
     def scale_map(self, maps: torch.Tensor, scale: int) -> torch.Tensor:
         """(B, language width, h, w) -> (B, D, h * 2^scale, w * 2^scale): the neck, an upscaling per finer scale."""
