@@ -1,0 +1,163 @@
+"""Decoding: a batch says what its prompts say alone, and draws what is drawn when the answer is given."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from model.build.builder import BuiltModel, build_model
+from model.generation import GeneratedAnswer
+from tests.unit.tiny_bases import options, write_language_model, write_tower
+from tests.unit.tiny_pixellm import make_model, noise, saying
+
+SIZES = [(20, 40), (32, 32), (50, 10)]
+# Prompts of different lengths about pictures with different padding, two about the same one.
+QUESTIONS = ["the red circle", "which shapes are there, and which of them is to the left?", "blue?", "the green star"]
+INDEX = torch.tensor([0, 1, 1, 2])
+# Windows of attention shorter than the prompts make a cache forget.
+KINDS = [("llama", {}), ("mistral", {"sliding_window": 12}), ("qwen3", {"tie_word_embeddings": True}), ("gpt_neox", {})]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=[kind for kind, _ in KINDS])
+def any_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BuiltModel:
+    """A PixelLM over one kind of language model, with logits far enough apart to choose the same words twice."""
+    kind, changes = request.param
+    place = tmp_path_factory.mktemp(kind)
+    base = write_language_model(place / "base", kind, **changes)
+    return build_model(str(base), str(write_tower(place / "tower", "siglip")), options())
+
+
+@pytest.fixture(scope="module")
+def built() -> BuiltModel:
+    """Tests leave it as it is."""
+    return make_model()
+
+
+def prompts(built: BuiltModel, questions: list[str] = QUESTIONS) -> list[torch.Tensor]:
+    return [built.processor.encode_prompt([(question, None)]) for question in questions]
+
+
+def generate(
+    built: BuiltModel, rows: list[torch.Tensor], index: torch.Tensor, max_new_tokens: int = 40
+) -> list[GeneratedAnswer]:
+    pictures = [built.processor.encode_picture(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
+    return built.model.generate_answers(
+        pixel_values={"vision_tower": torch.stack([picture.pixel_values for picture in pictures])},
+        resized_sizes=torch.tensor([picture.resized_size for picture in pictures]),
+        prompts=rows,
+        image_index=index,
+        end_token_id=built.processor.end_token_id,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def without_picture(built: BuiltModel, prompt: torch.Tensor) -> torch.Tensor:
+    return prompt[prompt != built.processor.image_token_id]
+
+
+def test_a_batch_says_what_its_prompts_say_alone(any_kind: BuiltModel) -> None:
+    rows = prompts(any_kind)
+    rows.insert(2, without_picture(any_kind, rows[1]))
+    index = torch.tensor([0, 1, 1, 1, 2])
+    together = generate(any_kind, rows, index)
+    said = set()
+    for number, row in enumerate(rows):
+        (alone,) = generate(any_kind, [row], index[number : number + 1])
+        assert together[number].ids.tolist() == alone.ids.tolist()
+        assert together[number].finished == alone.finished == (any_kind.processor.end_token_id in alone.ids)
+        said.add(tuple(alone.ids.tolist()))
+    assert len(said) > 1, "what is said depends on what is asked"
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["Sure, the red circle {seg}.", "A {seg} and b {seg}, c {seg}.", "There is none.", "{seg}"],
+        ["It is there {seg}{seg}.", "No.", "No, there is none of them at all.", "the big triangle {seg} of all"],
+    ],
+)
+def test_masks_are_those_of_the_same_answer_given(answers: list[str], any_kind: BuiltModel) -> None:
+    """Free-running with a cache and left padding, against one pass over right-padded rows."""
+    with saying(any_kind, answers):
+        free = ask_all(any_kind)
+    forced = given(any_kind, answers)
+    assert [len(answer.low_res_mask_logits) for answer in free] == [answer.count("{seg}") for answer in answers]
+    for answer, expected, text in zip(free, forced, answers, strict=True):
+        assert answer.finished and answer.num_broken == 0
+        assert any_kind.processor.decode_answer(answer.ids).marked_text.replace(" ", "") == text.replace(" ", "")
+        if len(expected):
+            scale = max(1.0, expected.abs().max().item())
+            assert torch.allclose(answer.low_res_mask_logits, expected, atol=1e-4 * scale)
+
+
+def ask_all(built: BuiltModel) -> list[GeneratedAnswer]:
+    return generate(built, prompts(built), INDEX)
+
+
+def given(built: BuiltModel, answers: list[str]) -> list[torch.Tensor]:
+    """Masks over the square for each answer, teacher-forced."""
+    encoded = [built.processor.encode_conversation([turn]).input_ids for turn in zip(QUESTIONS, answers, strict=True)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    pictures = [built.processor.encode_picture(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
+    with torch.no_grad():
+        output = built.model.eval()(
+            input_ids=pad(encoded, batch_first=True),
+            attention_mask=pad([torch.ones_like(row) for row in encoded], batch_first=True).bool(),
+            pixel_values={"vision_tower": torch.stack([picture.pixel_values for picture in pictures])},
+            resized_sizes=torch.tensor([picture.resized_size for picture in pictures]),
+            original_sizes=torch.tensor([picture.original_size for picture in pictures]),
+            image_index=INDEX,
+        )
+    masks = torch.cat(list(output.low_res_mask_logits))
+    return list(masks.split([answer.count("{seg}") for answer in answers]))
+
+
+def test_a_group_cut_off_is_broken_and_whole_ones_are_kept(built: BuiltModel) -> None:
+    answer = "a {seg} b {seg}"
+    with saying(built, [answer]):
+        (whole,) = generate(built, prompts(built)[:1], INDEX[:1])
+    ids = whole.ids.tolist()
+    assert whole.finished and ids[-1] == built.processor.end_token_id and len(whole.low_res_mask_logits) == 2
+    size = len(built.processor.seg_token_ids)
+    for lost in range(2, size + 1):
+        with saying(built, [answer]):
+            (cut,) = generate(built, prompts(built)[:1], INDEX[:1], max_new_tokens=len(ids) - lost)
+        assert cut.ids.tolist() == ids[: len(ids) - lost] and not cut.finished
+        assert cut.num_broken == 1 and len(cut.low_res_mask_logits) == 1
+        assert torch.allclose(cut.low_res_mask_logits[0], whole.low_res_mask_logits[0], atol=1e-5)
+    with saying(built, [answer]):
+        (cut,) = generate(built, prompts(built)[:1], INDEX[:1], max_new_tokens=len(ids) - size - 1)
+    assert cut.num_broken == 0 and len(cut.low_res_mask_logits) == 1
+
+
+def test_the_first_token_may_be_the_last(built: BuiltModel) -> None:
+    (answer,) = generate(built, prompts(built)[:1], INDEX[:1], max_new_tokens=1)
+    assert len(answer.ids) == 1 and answer.low_res_mask_logits.shape[0] == 0
+
+
+def test_each_picture_is_seen_once_and_a_batch_stops_when_all_are_done(
+    built: BuiltModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    steps: list[int] = []
+    encode = built.model.vision_tower.forward
+
+    def count(pixel_values: torch.Tensor, *others: Any) -> Any:
+        seen.append(len(pixel_values))
+        return encode(pixel_values, *others)
+
+    monkeypatch.setattr(built.model.vision_tower, "forward", count)
+    handle = built.model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
+    try:
+        with saying(built, ["a {seg}", "b", "c {seg} d", "e"]):
+            answers = ask_all(built)
+    finally:
+        handle.remove()
+    assert seen == [len(SIZES)]
+    assert len(steps) == max(len(answer.ids) for answer in answers) < 40
+
+
+def test_nothing_to_do_and_nothing_allowed(built: BuiltModel) -> None:
+    assert generate(built, [], INDEX[:0]) == []
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
+        generate(built, prompts(built)[:1], INDEX[:1], max_new_tokens=0)

@@ -1,0 +1,90 @@
+"""The tiny model made from nothing: its tokenizer, its start, and how its tower learns to see."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.build.builder import MASK_PARTS, BuildError, TrainingRecipe, build_model, choose_trainable, save_model
+from model.build.tiny import PatchReader, make_tiny, train_tokenizer
+from tests.unit.tiny_batches import NONE, ONE, make_batch, total_loss
+from tests.unit.tiny_pixellm import SHAPE, make_model
+
+COLOURS = ["nothing", "red", "blue"]
+FORMS = ["nothing", "circle", "square"]
+TEXTS = [" ".join([*COLOURS, *FORMS, "e2 in the e2 and d4"])] * 3
+
+
+def test_a_seed_fixes_every_weight() -> None:
+    first, again, other = (make_tiny(TEXTS, SHAPE, seed).model.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_tokenizer_knows_frequent_words_and_spells_the_rest() -> None:
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400)
+    for word in ("red", "circle", "e2"):
+        assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1
+    for text in ("the red circle", "żółć and 猫!", "a\nb  c"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_patches_start_with_a_place_of_their_own() -> None:
+    tower = make_model().model.vision_tower
+    table = tower.model.embeddings.position_embedding.weight.detach()
+    patches = table[tower.num_class_tokens :].view(tower.grid_size, tower.grid_size, -1)
+    width = 4 * (patches.shape[-1] // 4)
+    assert patches.flatten(0, 1).unique(dim=0).shape[0] == tower.grid_size**2
+    columns, rows = patches[..., : width // 2], patches[..., width // 2 : width]
+    assert torch.equal(columns, columns[:1].expand_as(columns)), "one half tells the column"
+    assert torch.equal(rows, rows[:, :1].expand_as(rows)), "the other tells the row"
+
+
+def test_a_tower_learns_to_tell_words_of_patches() -> None:
+    """Pictures whose patches are red or blue or empty, named so: a few steps, and the loss falls."""
+    built = make_tiny(TEXTS, replace(SHAPE, vocab_size=400), seed=0)
+    reader = PatchReader(built, [COLOURS, FORMS])
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randint(0, 3, (6, 16), generator=generator)
+    signs = torch.tensor([[0.0, 0, 0], [2, -1, -1], [-1, -1, 2]])[kinds]  # (B, patches, channels)
+    pictures = signs.transpose(1, 2).reshape(6, 3, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    labels = torch.stack([kinds, kinds], dim=1)
+    embeddings = built.model.get_input_embeddings().weight.clone()
+    built.model.requires_grad_(False)
+    trained = [*built.model.vision_tower.parameters(), *built.model.projector.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss, right = reader(pictures, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and right.shape == (2,) and bool((right > 0.8).all())
+    assert torch.equal(built.model.get_input_embeddings().weight, embeddings), "words stay where they are"
+
+
+def test_a_word_of_several_tokens_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"the word 'xylophone' takes \d+ tokens, expected one: raise .* vocab_size"):
+        PatchReader(make_tiny(TEXTS, SHAPE, seed=0), [["red", "xylophone"]])
+
+
+def test_a_base_of_words_lacks_mask_parts_and_gets_new_ones(tmp_path: Path) -> None:
+    base = make_model()
+    save_model(base.model, base.processor, tmp_path / "base", left_out=MASK_PARTS)
+    built = build_model(str(tmp_path / "base"))
+    assert {name.split(".")[0] for name in built.report.fresh} == set(MASK_PARTS)
+    assert {name.split(".")[0] for name in built.report.loaded} == {"language_model", "vision_tower", "projector"}
+    table = built.report.table()
+    assert all(f"new      {part} (" in table for part in MASK_PARTS), table
+    own, kept = built.model.state_dict(), base.model.state_dict()
+    assert all(torch.equal(own[name], kept[name]) for name in built.report.loaded)
+
+    choose_trainable(built.model, TrainingRecipe())
+    batch = make_batch(built.processor, [(0, ONE), (1, NONE)], [(20, 40), (24, 24)])
+    losses = built.model.train()(**batch).losses
+    total_loss(built.model, losses).backward()
+    assert all(bool(p.isfinite().all()) for p in built.model.parameters())
