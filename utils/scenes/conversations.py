@@ -1,6 +1,6 @@
 """Conversations in words about a scene: what is there, where it is, how it relates. No masks.
 
-Places are given on a grid of `grid` rows and columns, counted from 1 from the top left: "at row 2 column 5" is the cell
+Places are given as on a board of `grid` columns, by letters, and rows, from 1, top left first: "at e2" is the cell
 that holds the centre of a shape.
 """
 
@@ -272,8 +272,8 @@ def _outermost(speaker: Speaker) -> Turn | None:
     return f"Which shape is the {word}?", f"The {word} shape is the {shape.name}."
 
 
-# (weight, turn): what a conversation is mixed from. More than half are the questions that will be asked for masks. Places
-# are rare: which of the cells a shape covers is its middle is harder to say than all the rest.
+# (weight, turn): what a conversation is mixed from. More than half are the questions that will be asked for masks.
+# Places are rare: which of the cells that a shape covers is its middle is harder to say than all the rest.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
     (1.0, _referring("direct")),
     (3.0, _referring("several")),

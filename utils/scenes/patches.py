@@ -15,7 +15,7 @@ _COVERED = 0.15
 
 
 def patch_vocabulary(grid: int) -> list[list[str]]:
-    """The words a patch may be told by, one list for each kind: colours, forms (the first of both for background), places."""
+    """The words for a patch, one list for each kind: colours and forms (the first for background), places."""
     places = [cell_words(row, column) for row in range(1, grid + 1) for column in range(1, grid + 1)]
     return [[NOTHING, *COLOURS], [NOTHING, *FORMS], places]
 
