@@ -14,8 +14,13 @@ SIZES = [(20, 40), (32, 32), (50, 10)]
 # Prompts of different lengths about pictures with different padding, two about the same one.
 QUESTIONS = ["the red circle", "which shapes are there, and which of them is to the left?", "blue?", "the green star"]
 INDEX = torch.tensor([0, 1, 1, 2])
-# Windows of attention shorter than the prompts make a cache forget.
-KINDS = [("llama", {}), ("mistral", {"sliding_window": 12}), ("qwen3", {"tie_word_embeddings": True}), ("gpt_neox", {})]
+# A window of attention shorter than the prompts makes a cache forget; GPT-2 learns its positions, others turn by them.
+KINDS = [
+    ("llama", {}),
+    ("mistral", {"sliding_window": 12}),
+    ("qwen3", {"tie_word_embeddings": True}),
+    ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
+]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=[kind for kind, _ in KINDS])

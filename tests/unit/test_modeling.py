@@ -11,6 +11,8 @@ from model.build.tiny import make_tiny
 from tests.unit.tiny_batches import NONE, ONE, THREE, TWO, make_batch, total_loss
 from tests.unit.tiny_pixellm import SHAPE, TEXTS, make_model
 
+LONG = [("what is there?", "Nothing at all, neither here nor there, nor anywhere else in the picture. " * 3)]
+
 
 @pytest.fixture(scope="module")
 def built() -> BuiltModel:
@@ -72,6 +74,17 @@ def test_positions_of_a_picture_are_pooled_patches_and_hold_no_label(built: Buil
     assert torch.equal(rows.labels[0, start + 16 :], batch["labels"][0, start + 1 :])
 
 
+def test_padding_of_the_square_is_not_seen(built: BuiltModel) -> None:
+    batch = make_batch(built.processor, [(0, NONE)], [(20, 40)])
+    seen = run(built, batch)
+    batch["pixel_values"]["vision_tower"][:, :, 16:] = 7.0
+    same = run(built, batch)
+    attended = seen.attention_mask
+    assert torch.equal(seen.last_hidden_state[attended], same.last_hidden_state[attended])
+    batch["pixel_values"]["vision_tower"][:, :, 15] = 7.0
+    assert not torch.equal(seen.last_hidden_state[attended], run(built, batch).last_hidden_state[attended])
+
+
 def test_a_batch_gives_what_its_conversations_give_alone(built: BuiltModel) -> None:
     """Pictures of different sizes, several conversations about one, some without a target."""
     conversations = [(0, TWO), (0, NONE), (0, ONE), (1, NONE), (2, THREE), (2, ONE)]
@@ -106,9 +119,10 @@ def test_text_only_rows_among_pictures(attention: str) -> None:
     """A row without a picture is what the language model alone makes of it, and changes nothing for the others."""
     built = make_model()
     built.model.set_attn_implementation(attention)
-    mixed = make_batch(
-        built.processor, [(0, TWO), (0, NONE), (1, NONE), (1, ONE)], [(20, 40), (24, 24)], text_only=[1, 2]
-    )
+    # The longest row of ids has no picture, so that it ends before the others once theirs have grown.
+    rows = [(0, TWO), (0, LONG), (1, NONE), (1, ONE)]
+    mixed = make_batch(built.processor, rows, [(20, 40), (24, 24)], text_only=[1, 2])
+    assert bool(mixed["attention_mask"][1].all())
     output = run(built, mixed)
     for row in (1, 2):
         ids = mixed["input_ids"][row][mixed["attention_mask"][row]]
