@@ -144,6 +144,8 @@ def build_model(
     try:
         if config.model_type == PixelLMConfig.model_type:
             built = _continue_pixellm(folder, config, options, attn_implementation, load_weights)
+            if vision_tower:
+                built.report.ignored["--vision-tower"] = f"{folder} is a PixelLM, which has its own"
         else:
             built = _new_pixellm(folder, config, vision_tower, options, dtype, attn_implementation)
     except BuildError:
@@ -165,7 +167,6 @@ def _continue_pixellm(
     config = _changed_config(saved, processor, options)
     config._attn_implementation = attn_implementation
     model = PixelLMForCausalLM(config)
-    _fit_vocabulary(model, processor)
     report = LoadReport()
     if load_weights:
         weights = read_weights(folder)
@@ -176,6 +177,7 @@ def _continue_pixellm(
                 weights[table], tower.grid_size, tower.num_class_tokens, config.position_resize
             )
         report = load_weights_into(model, weights, str(folder), new_parts=_new_parts(weights))
+    _fit_vocabulary(model, processor, report)
     return BuiltModel(model, processor, report)
 
 
@@ -298,19 +300,9 @@ def _new_pixellm(
     vision_model, unused_in_tower = load_vision_model(tower_folder, options.image_size, **loading)
     vision_config = vision_model.config
     tokenizer = load_tokenizer(folder)
-    defaults = PixelLMConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        image_size=vision_config.image_size,
-        **_grid_defaults(options, vision_config),
-    )
-    chosen = {
-        **options.chosen(PixelLMConfig),
-        "image_size": vision_config.image_size,
-        **_grid_defaults(options, vision_config),
-    }
-    num_scales = chosen.get("num_scales", defaults.num_scales)
-    tokens_per_scale = chosen.get("tokens_per_scale", defaults.tokens_per_scale)
+    chosen = {**_default_counts(), **options.chosen(PixelLMConfig)}
+    chosen.update(image_size=vision_config.image_size, **_grid_defaults(options, vision_config, chosen["num_scales"]))
+    num_scales, tokens_per_scale = chosen["num_scales"], chosen["tokens_per_scale"]
     PixelLMProcessor.prepare_tokenizer(tokenizer, num_scales, tokens_per_scale)
     processor = PixelLMProcessor(
         tokenizer,
@@ -340,20 +332,25 @@ def _new_pixellm(
             report.loaded.append(name)
         else:
             report.fresh[name] = "new in a PixelLM, initialised"
-    if _fit_vocabulary(model, processor):
-        report.fresh["language_model.embeddings"] = "rows of the added tokens are drawn around the mean of the others"
+    _fit_vocabulary(model, processor, report)
     return BuiltModel(model, processor, report)
 
 
-def _grid_defaults(options: ModelOptions, vision_config: PretrainedConfig) -> dict[str, Any]:
+def _default_counts() -> dict[str, int]:
+    """How many scales, and tokens per scale, a PixelLM has unless told otherwise."""
+    parameters = inspect.signature(PixelLMConfig).parameters
+    return {name: parameters[name].default for name in ("num_scales", "tokens_per_scale")}
+
+
+def _grid_defaults(options: ModelOptions, vision_config: PretrainedConfig, num_scales: int) -> dict[str, Any]:
     """Pool and layers that fit a tower: the release's where they can be, else the nearest that can."""
     grid = vision_config.image_size // vision_config.patch_size
     pool = options.image_token_pool or (2 if grid % 2 == 0 else 1)
     layers = options.vision_feature_layers
     if layers is None:
-        depth, scales = vision_config.num_hidden_layers, options.num_scales or 2
+        depth = vision_config.num_hidden_layers
         last, step = -2, 9  # the release reads hidden states -2 and -11 of 24 layers
-        layers = [max(last - scale * step, -depth) for scale in range(scales)]
+        layers = [max(last - scale * step, -depth) for scale in range(num_scales)]
     return {"image_token_pool": pool, "vision_feature_layers": layers}
 
 
@@ -433,14 +430,14 @@ def _probe_difference(model: PixelLMForCausalLM) -> float:
         louder.remove()
 
 
-def _fit_vocabulary(model: PixelLMForCausalLM, processor: PixelLMProcessor) -> bool:
+def _fit_vocabulary(model: PixelLMForCausalLM, processor: PixelLMProcessor, report: LoadReport) -> None:
     """Give every token of the tokenizer a row; some models have more rows than tokens already."""
     if len(processor.tokenizer) <= model.get_input_embeddings().num_embeddings:
-        return False
+        return
     with quiet_transformers():
         model.language_model.resize_token_embeddings(len(processor.tokenizer))
     model.config.text_config = model.language_model.config
-    return True
+    report.fresh["language_model.embeddings"] = "rows of the added tokens are drawn around the mean of the others"
 
 
 # --- what trains --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from model.build.builder import BuiltModel, ModelOptions, build_model, load_weights_into, save_model
+from model.build.builder import MASK_PARTS, BuiltModel, ModelOptions, build_model, load_weights_into, save_model
 from model.processing_pixellm import check_groups
 from model.vision_tower import resize_position_table
 from tests.unit.tiny_bases import PATCH, SIDE, options, write_language_model, write_tower
@@ -156,3 +156,34 @@ def test_a_caller_may_load_the_weights_itself(tmp_path: Path) -> None:
     load_weights_into(empty.model, built.model.state_dict(), "a state dict")
     batch = batch_for(built)
     assert same(outputs(built, batch), outputs(empty, batch))
+
+
+@pytest.mark.parametrize(("scales", "tokens"), [(1, 3), (3, 1), (3, 3)])
+def test_scales_and_tokens_are_chosen_with_the_first_mask_parts(scales: int, tokens: int, tmp_path: Path) -> None:
+    """For a plain base, and for one that learned words with 2 scales x 3 tokens and has no mask parts yet."""
+    base = write_language_model(tmp_path / "base", "qwen2", tie_word_embeddings=True)
+    eye = write_tower(tmp_path / "tower", "clip")
+    new = build_model(str(base), str(eye), options(num_scales=scales, tokens_per_scale=tokens))
+    words = build_model(str(base), str(eye), options())
+    save_model(words.model, words.processor, tmp_path / "words", left_out=MASK_PARTS)
+    layers = [-2, -3, -4][:scales]
+    chosen = ModelOptions(num_scales=scales, tokens_per_scale=tokens, vision_feature_layers=layers)
+    continued = build_model(str(tmp_path / "words"), options=chosen)
+    for built in (new, continued):
+        assert built.model.config.seg_token_ids == built.processor.seg_token_ids
+        assert len(built.processor.seg_token_ids) == scales * tokens
+        assert built.model.config.token_fusion_value == pytest.approx(1 / tokens)
+        assert built.model.get_input_embeddings().num_embeddings >= len(built.processor.tokenizer)
+        assert built.model.get_input_embeddings().weight is built.model.get_output_embeddings().weight
+        output = built.model(**batch_for(built))
+        assert output.embeddings.shape[1] == scales and torch.isfinite(output.losses["bce"].sum)
+    old = words.model.get_input_embeddings().weight
+    assert torch.equal(continued.model.get_input_embeddings().weight[: len(old)], old)
+    assert ("language_model.embeddings" in continued.report.fresh) == (scales * tokens > 6)
+
+
+def test_a_tower_beside_a_pixellm_is_said_to_be_ignored(tmp_path: Path) -> None:
+    built = make_model()
+    save_model(built.model, built.processor, tmp_path / "saved")
+    again = build_model(str(tmp_path / "saved"), "openai/clip-vit-large-patch14-336")
+    assert "--vision-tower" in again.report.table() and "has its own" in again.report.table()
