@@ -57,7 +57,8 @@ def test_a_child_and_its_child_have_no_network(environment: str, request: pytest
 def test_ranks_have_no_network(tmp_path: Path) -> None:
     (tmp_path / "probe.py").write_text(PROBE)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "probe.py"))
-    assert sorted(run_python(*launcher).split()) == ["0", "1", "cut", "cut"]
+    said = run_python(*launcher)  # the ranks write at the same time, in the middle of each other's lines
+    assert said.count("cut") == 2 and sorted(filter(str.isdigit, said)) == ["0", "1"]
 
 
 def test_a_child_whose_environment_loses_the_cut_is_refused() -> None:
