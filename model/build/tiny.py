@@ -140,8 +140,7 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
 def balance_residuals(language_model: PreTrainedModel) -> None:
     """Let words weigh as much in the residual stream as what the layers add to them.
 
-    With one `initializer_range` for all, embeddings are ten times weaker than the output of the first layer, and a
-    small model takes long to find out which word it is reading.
+    With one `initializer_range` for all, embeddings are far weaker than the output of the first layer.
     """
     decoder = language_model.get_decoder()
     decoder.embed_tokens.weight.mul_(EMBEDDING_STRENGTH)
@@ -154,7 +153,7 @@ def balance_residuals(language_model: PreTrainedModel) -> None:
 def place_patches(tower: VisionTower) -> None:
     """Start a tower's position table from sines and cosines of row and column, half as strong as the patches.
 
-    CLIP's own start is fifty times weaker than a patch, and a small tower takes long to find out where it is.
+    CLIP's own start is far weaker than a patch. That this one makes a tower learn faster has not been shown.
     """
     table = tower.model.embeddings.position_embedding.weight
     grid, waves = tower.grid_size, table.shape[1] // 4
