@@ -25,7 +25,7 @@ SMOKE_STEPS = 6
 
 
 def stages(args: argparse.Namespace, work: Path) -> Iterator[Stage]:
-    """Warm the tower, train in words, write the folder."""
+    """Warm the tower, train in words, write the folder, start its mask parts."""
     data, ranks = str(args.dataset_dir.resolve()), RANKS if args.engine == "deepspeed" else 1
     env = {"OMP_NUM_THREADS": str(RANKS // ranks)}
     start, out = str(work / "start"), str(args.out.resolve())
@@ -47,6 +47,9 @@ def stages(args: argparse.Namespace, work: Path) -> Iterator[Stage]:
         weight = work / "words" / "weights"
     merge = ("merge_lora_weights_and_save_hf_model.py", "--version", start, "--weight", str(weight), "--save_path", out)
     yield Stage("folder", "write the base", (sys.executable, *merge, "--precision", "fp32"), ROOT, env)
+    start_masks = ("tools/start_masks.py", "--model", out, "--dataset_dir", data)
+    few_samples = ("--samples", "32") if args.smoke else ()
+    yield Stage("masks", "start masks at words", (sys.executable, *start_masks, *few_samples), ROOT, env)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
     parser.add_argument("--engine", choices=("deepspeed", "plain"), default="plain")
-    parser.add_argument("--tower_steps", type=int, default=550)
+    parser.add_argument("--tower_steps", type=int, default=700)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything: learns nothing")
     parser.add_argument("--seed", type=int, default=0)
     for field in fields(TinyShape):

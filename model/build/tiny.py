@@ -199,7 +199,7 @@ class PatchReader(nn.Module):
         super().__init__()
         self.tower, self.projector = built.model.vision_tower, built.model.projector
         embeddings = built.model.get_input_embeddings().weight.detach()
-        self.words = [embeddings[[_token_of(built.processor, word) for word in kind]] for kind in words]
+        self.words = [embeddings[[word_id(built.processor, word) for word in kind]] for kind in words]
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and share of right words.
@@ -221,7 +221,8 @@ class PatchReader(nn.Module):
         return torch.stack(losses).sum(), torch.stack(right).detach()
 
 
-def _token_of(processor: PixelLMProcessor, word: str) -> int:
+def word_id(processor: PixelLMProcessor, word: str) -> int:
+    """The token of a word inside a sentence. BuildError when it takes several."""
     ids = processor.tokenizer.encode(f" {word}", add_special_tokens=False)
     if len(ids) != 1:
         raise BuildError(f"the word {word!r} takes {len(ids)} tokens, expected one: raise the tokenizer's vocab_size")

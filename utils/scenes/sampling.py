@@ -17,7 +17,7 @@ _SMALLEST_PICTURE = 48
 _PLACING_TRIES = 60
 _SHADE_JITTER = 14
 # A second shape of the same colour and form is drawn again this often: equal shapes exist, but stay the exception.
-_REDRAW_DOUBLES = 0.75
+_REDRAW_DOUBLES = 0.9
 
 
 @dataclass(frozen=True, slots=True)

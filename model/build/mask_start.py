@@ -1,0 +1,123 @@
+"""Where the mask parts of a tiny model start: at the words that its patches and its answers are already about.
+
+A query finds its map by a product of the two. From random weights neither side has a reason to turn towards the other
+before the other has, and a mask of every shape is where that leaves training for hundreds of steps. Here both start in
+one space: maps are the image tokens, which point where words do (`PatchReader`), and the codebook reads off a group's
+states the words that name its target. No mask is looked at.
+
+Axes: Q targets, S scales, K tokens per scale, H language width, D embedding width.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling_pixellm import PixelLMForCausalLM
+from ..pixel_decoder import Attention, PixelDecoder
+from ..seg_codebook import SegCodebook, group_positions
+from .builder import BuildError, BuiltModel
+from .tiny import word_id
+
+RIDGE = 0.01
+# Weights of a convolution's neighbours at the start, relative to what they would have been.
+NEIGHBOUR_SHARE = 0.3
+
+
+@torch.no_grad()
+def start_masks_at_words(built: BuiltModel, examples: Iterable[tuple[dict[str, Any], Sequence[str]]]) -> float:
+    """Give a model with a trained projector mask parts that match words.
+
+    Args:
+        examples: (arguments of forward, the words that name each target in the order of its groups); each word must be
+            one token.
+
+    Returns:
+        How much of the words the codebook reads: the share of variance explained, averaged over the scales.
+
+    Raises:
+        BuildError: the language model is narrower than twice the embeddings, or a word is not one token.
+    """
+    model, config = built.model, built.model.config
+    width, depth = config.text_config.hidden_size, config.embedding_dim
+    if width < 2 * depth:
+        raise BuildError(f"embeddings of {depth} need a language model of width {2 * depth}, found {width}")
+    model.mask_projector.load_state_dict(model.projector.state_dict())
+    shared = _rotation(width)[:depth] * (width / depth) ** 0.5  # (D, H)
+    _read_maps(model.pixel_decoder, shared)
+    _match(model.pixel_decoder)
+    states, meant = [], []
+    for arguments, names in examples:
+        states.append(_group_states(model, arguments))
+        meant += [_meaning(built, name) for name in names]
+    return _read_words(model.codebook, torch.cat(states), torch.stack(meant) @ shared.T)
+
+
+def _rotation(size: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size))[0]
+
+
+def _group_states(model: PixelLMForCausalLM, arguments: dict[str, Any]) -> torch.Tensor:
+    """(Q, S * K, H) states that predict the groups' tokens."""
+    pictures = model.encode_pictures(arguments["pixel_values"], arguments["resized_sizes"])
+    image_index = arguments["image_index"]
+    rows = model.expand_rows(arguments["input_ids"], arguments["attention_mask"], pictures, image_index)
+    group_rows, group_columns = group_positions(rows.ids, model.config.seg_token_ids)
+    return model.hidden_states(rows, image_index)[group_rows[:, None], group_columns - 1]
+
+
+def _meaning(built: BuiltModel, name: str) -> torch.Tensor:
+    """(H,) sum of the embeddings of a name's words."""
+    ids = [word_id(built.processor, word) for word in name.split()]
+    return built.model.get_input_embeddings().weight[ids].sum(dim=0)
+
+
+def _read_maps(decoder: PixelDecoder, shared: torch.Tensor) -> None:
+    """Let the neck project maps by `shared` (D, H) and hardly mix neighbours."""
+    first, mixing = decoder.neck[0], decoder.neck[2]
+    first.weight.copy_(shared[:, :, None, None])
+    mixing.weight.mul_(NEIGHBOUR_SHARE)
+    mixing.weight[:, :, 1, 1] += torch.eye(len(shared))
+
+
+def _match(decoder: PixelDecoder) -> None:
+    """Let tokens and patches look where they find their like, and tokens keep what they are."""
+    for transformer in decoder.transformers:
+        for layer in transformer.layers:
+            _look_at_like(layer.cross_attn_token_to_image)
+            _look_at_like(layer.cross_attn_image_to_token)
+            _look_at_like(layer.self_attn)
+            for projection in (layer.self_attn.v_proj, layer.self_attn.out_proj):
+                projection.weight.copy_(torch.eye(len(projection.weight)))
+
+
+def _look_at_like(attention: Attention) -> None:
+    query, key = attention.q_proj, attention.k_proj
+    query.weight.copy_(_rotation(query.in_features)[: query.out_features])
+    key.weight.copy_(query.weight)
+    nn.init.zeros_(query.bias)
+    nn.init.zeros_(key.bias)
+
+
+def _read_words(codebook: SegCodebook, states: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Fit the codebook to turn states (Q, S * K, H) into `wanted` (Q, D), the same at all scales, by least squares.
+
+    The fit is linear; ReLU passes it as a difference of two halves. Embeddings come out with mean 0 and rms 1.
+    """
+    fused = states.unflatten(1, (codebook.num_scales, codebook.tokens_per_scale)).mean(2)  # (Q, S, H)
+    inputs, outputs = fused.flatten(0, 1), wanted.repeat_interleave(codebook.num_scales, dim=0)
+    centre = inputs.mean(0)
+    inputs, outputs = inputs - centre, outputs - outputs.mean(0)
+    outputs = outputs / outputs.square().mean().sqrt()
+    damping = RIDGE * len(inputs) * torch.eye(inputs.shape[1])
+    reading = torch.linalg.solve(inputs.T @ inputs + damping, inputs.T @ outputs).T  # (D, H)
+    first, last = codebook.layers[0], codebook.layers[2]
+    depth = len(reading)
+    first.weight[: 2 * depth] = torch.cat([reading, -reading])
+    first.bias[: 2 * depth] = torch.cat([-reading @ centre, reading @ centre])
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    last.weight[:, : 2 * depth] = torch.cat([torch.eye(depth), -torch.eye(depth)], dim=1)
+    codebook.token_weights.fill_(1 / codebook.tokens_per_scale)
+    return float(1 - (inputs @ reading.T - outputs).square().sum() / outputs.square().sum())
