@@ -31,9 +31,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1000, help="number of held-out questions")
     parser.add_argument("--size", type=int, default=112, help="side of the square pictures in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--grid", type=int, default=7, help="rows and columns of the grid that places are given on in words"
-    )
     parser.add_argument("--conversations", type=int, default=2, help="conversations in words per training picture")
     return parser.parse_args(argv)
 
@@ -55,7 +52,6 @@ def main(argv: list[str] | None = None) -> int:
             seed=args.seed,
             scene=SceneSettings(side=args.size),
             conversations=args.conversations,
-            grid=args.grid,
         )
         summary = write_scene_data(args.out, settings, show_progress)
     except (ValueError, OSError) as error:

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.build.builder import MASK_PARTS, build_model, save_model
 from model.build.tiny import PatchReader
-from utils.scenes import Scene, draw_scene, patch_vocabulary, patch_words, read_scenes
+from utils.scenes import PATCH_WORDS, Scene, draw_scene, patch_words, read_scenes
 from utils.scripts import run_script
 
 WARMUP = 50
+LEARNED = ("colour", "form", "size", "column", "row")
 
 
 def batches(
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     tower = built.model.vision_tower.requires_grad_(True)
     for part in tower.parts_without_loss():
         part.requires_grad_(False)
-    reader = PatchReader(built, patch_vocabulary(tower.grid_size))
+    reader = PatchReader(built, PATCH_WORDS)
     learner: torch.nn.Module = reader
     if ranks > 1:
         dist.init_process_group("gloo")
@@ -71,10 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % 20 == 0:
-            colour, form, place = right.tolist()
-            bar.set_postfix_str(
-                f"loss {loss.item():.3f}, right: colour {colour:.2f} form {form:.2f} place {place:.2f}", refresh=False
-            )
+            shares = " ".join(f"{name} {share:.2f}" for name, share in zip(LEARNED, right.tolist(), strict=True))
+            bar.set_postfix_str(f"loss {loss.item():.3f}, right: {shares}", refresh=False)
     if rank == 0:
         save_model(built.model, built.processor, args.model, left_out=MASK_PARTS)
     if ranks > 1:

@@ -9,13 +9,13 @@ Axes: Q targets, S scales, K tokens per scale, H language width, D embedding wid
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..modeling_pixellm import PixelLMForCausalLM
-from ..pixel_decoder import Attention, PixelDecoder
+from ..pixel_decoder import Attention, PixelDecoder, TwoWayLayer
 from ..seg_codebook import SegCodebook, group_positions
 from .builder import BuildError, BuiltModel
 from .tiny import word_id
@@ -75,7 +75,7 @@ def _meaning(built: BuiltModel, name: str) -> torch.Tensor:
 
 def _read_maps(decoder: PixelDecoder, shared: torch.Tensor) -> None:
     """Let the neck project maps by `shared` (D, H) and hardly mix neighbours."""
-    first, mixing = decoder.neck[0], decoder.neck[2]
+    first, mixing = (cast(nn.Conv2d, decoder.neck[place]) for place in (0, 2))
     first.weight.copy_(shared[:, :, None, None])
     mixing.weight.mul_(NEIGHBOUR_SHARE)
     mixing.weight[:, :, 1, 1] += torch.eye(len(shared))
@@ -83,11 +83,10 @@ def _read_maps(decoder: PixelDecoder, shared: torch.Tensor) -> None:
 
 def _match(decoder: PixelDecoder) -> None:
     """Let tokens and patches look where they find their like, and tokens keep what they are."""
-    for transformer in decoder.transformers:
-        for layer in transformer.layers:
-            _look_at_like(layer.cross_attn_token_to_image)
-            _look_at_like(layer.cross_attn_image_to_token)
-            _look_at_like(layer.self_attn)
+    for layer in decoder.modules():
+        if isinstance(layer, TwoWayLayer):
+            for attention in (layer.cross_attn_token_to_image, layer.cross_attn_image_to_token, layer.self_attn):
+                _look_at_like(attention)
             for projection in (layer.self_attn.v_proj, layer.self_attn.out_proj):
                 projection.weight.copy_(torch.eye(len(projection.weight)))
 
@@ -112,7 +111,7 @@ def _read_words(codebook: SegCodebook, states: torch.Tensor, wanted: torch.Tenso
     outputs = outputs / outputs.square().mean().sqrt()
     damping = RIDGE * len(inputs) * torch.eye(inputs.shape[1])
     reading = torch.linalg.solve(inputs.T @ inputs + damping, inputs.T @ outputs).T  # (D, H)
-    first, last = codebook.layers[0], codebook.layers[2]
+    first, last = (cast(nn.Linear, codebook.layers[place]) for place in (0, 2))
     depth = len(reading)
     first.weight[: 2 * depth] = torch.cat([reading, -reading])
     first.bias[: 2 * depth] = torch.cat([-reading @ centre, reading @ centre])

@@ -24,8 +24,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-# Where a tower's heads look at first, as (columns, rows); how strongly; and the waves that tell places apart, in radians
-# per patch: the shortest, and how many times longer the longest is.
+# Where a tower's heads look at first, as (columns, rows), and how strongly; the shortest of the waves that tell places
+# apart, in radians per patch, and how many times longer the longest is.
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 LOOK_STRENGTH, SHORTEST_WAVE, WAVE_RANGE = 2.0, 2.0, 10.0
 EMBEDDING_STRENGTH = 8.0
@@ -156,9 +156,9 @@ def balance_residuals(language_model: PreTrainedModel) -> None:
 def look_at_neighbours(tower: VisionTower) -> None:
     """Start the tower's attention heads looking one patch to the left, right, above and below.
 
-    What form a patch belongs to is decided beside it, and a head that has to find its neighbours first takes as long to
-    do so as all the rest of seeing. The last channels of a patch are given to waves of its column and row, and query and
-    key of each head read them, the query turned by the step the head takes. All of it trains on.
+    What form a patch belongs to is decided beside it, and finding the neighbours takes a head as long as all the rest
+    of seeing. The last channels of a patch are given to waves of its column and row; query and key of each head read
+    them, the query turned by the step the head takes. All of it trains on.
     """
     config = tower.model.config
     channels = config.hidden_size // config.num_attention_heads  # of a head, and as many for the waves
@@ -206,18 +206,21 @@ class PatchReader(nn.Module):
 
         Args:
             pixel_values: (B, 3, P, P), a picture that fills its square.
-            labels: (B, kinds, patches) long, numbers of words; 0 in the first kind marks background.
+            labels: (B, kinds, patches) long, numbers of words; 0 is the word for nothing, and where a patch has it in
+                the first kind, it shows background.
 
         Returns:
-            The sum over kinds of the mean cross entropy, and (kinds,) the share of right words off the background.
+            The sum over kinds of the mean cross entropy, and (kinds,) the share of right words where there is one. The
+            first kind is asked of all patches, the others of what is no background.
         """
         size = torch.tensor(pixel_values.shape[-2:]).expand(len(pixel_values), -1)
         tokens = self.projector(self.tower(pixel_values, size)[0])
         shown, losses, right = labels[:, 0] > 0, [], []
         for kind, words in enumerate(self.words):
-            scores, truth = tokens @ words.T, labels[:, kind]
-            losses.append(F.cross_entropy(scores.flatten(0, 1), truth.flatten()))
-            right.append((scores.argmax(-1) == truth)[shown].float().mean())
+            asked = shown if kind else torch.ones_like(shown)
+            scores, truth = tokens[asked] @ words.T, labels[:, kind][asked]
+            losses.append(F.cross_entropy(scores, truth))
+            right.append((scores.argmax(-1) == truth)[truth > 0].float().mean())
         return torch.stack(losses).sum(), torch.stack(right).detach()
 
 

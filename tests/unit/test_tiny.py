@@ -30,15 +30,16 @@ def test_the_tokenizer_knows_frequent_words_and_spells_the_rest() -> None:
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_patches_start_with_a_place_of_their_own() -> None:
-    tower = make_model().model.vision_tower
-    table = tower.model.embeddings.position_embedding.weight.detach()
-    patches = table[tower.num_class_tokens :].view(tower.grid_size, tower.grid_size, -1)
-    width = 4 * (patches.shape[-1] // 4)
-    assert patches.flatten(0, 1).unique(dim=0).shape[0] == tower.grid_size**2
-    columns, rows = patches[..., : width // 2], patches[..., width // 2 : width]
-    assert torch.equal(columns, columns[:1].expand_as(columns)), "one half tells the column"
-    assert torch.equal(rows, rows[:, :1].expand_as(rows)), "the other tells the row"
+def test_the_heads_of_a_tower_start_looking_at_neighbours() -> None:
+    """On a grey picture, where nothing but place tells patches apart: left, right, above, below."""
+    shape = replace(SHAPE, image_size=112, patch_size=16, vision_width=128, num_heads=4)
+    tower = make_tiny(TEXTS, shape, seed=0).model.vision_tower.model
+    states = tower.pre_layrnorm(tower.embeddings(torch.zeros(1, 3, 112, 112)))
+    layer = tower.encoder.layers[0]
+    attention, normed = layer.self_attn, layer.layer_norm1(states)
+    query, key = (p(normed).view(50, 4, 32).transpose(0, 1) for p in (attention.q_proj, attention.k_proj))
+    looks = (query @ key.transpose(1, 2))[:, 1 + 24, 1:]  # from the patch in row 3, column 3 of 7
+    assert [divmod(int(place), 7) for place in looks.argmax(1)] == [(3, 2), (3, 4), (2, 3), (4, 3)]
 
 
 def test_a_tower_learns_to_tell_words_of_patches() -> None:

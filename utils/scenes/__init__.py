@@ -4,7 +4,7 @@ from .checks import Difficulty, LeakReport, check_difficulty, check_no_leak
 from .conversations import make_conversation, tokenizer_corpus
 from .drawing import Scene, Shape, draw_scene, scene_masks
 from .manifest import SceneRecord, read_scenes
-from .patches import patch_vocabulary, patch_words
+from .patches import PATCH_WORDS, patch_words
 from .planning import SceneDataSettings
 from .questions import find_asks
 from .sampling import SceneSettings, sample_scenes
@@ -13,6 +13,7 @@ from .writers import HELD_OUT_SPEC, write_scene_data
 
 __all__ = [
     "HELD_OUT_SPEC",
+    "PATCH_WORDS",
     "Difficulty",
     "LeakReport",
     "Scene",
@@ -27,7 +28,6 @@ __all__ = [
     "find_asks",
     "make_conversation",
     "named_shape",
-    "patch_vocabulary",
     "patch_words",
     "read_scenes",
     "sample_scenes",

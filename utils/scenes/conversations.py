@@ -1,8 +1,4 @@
-"""Conversations in words about a scene: what is there, where it is, how it relates. No masks.
-
-Places are given as on a board of `grid` columns, by letters, and rows, from 1, top left first: "at e2" is the cell
-that holds the centre of a shape.
-"""
+"""Conversations in words about a scene: what is there and how it relates. No masks."""
 
 from __future__ import annotations
 
@@ -15,13 +11,13 @@ import numpy as np
 from utils.data.samples import SEG_MARKER
 from utils.data.templates import pick_phrasing, target_name
 
-from .drawing import Scene, Shape, shape_glyph
+from .drawing import Scene
 from .questions import SIZE_RATIO, Ask, directly, find_asks, names_of
 from .sampling import SceneSettings, sample_scene
-from .words import COLOURS, DIRECTIONS, FORMS, NUMBERS, SIZES, TIMES, capital, category_names, join_list
+from .words import COLOURS, COLUMNS, DIRECTIONS, FORMS, NUMBERS, ROWS, SIZES, TIMES, capital, category_names, join_list
 
-DEFAULT_GRID = 7
-COLUMNS = "abcdefghijklmnopqrstuvwxyz"
+# Two places differ clearly when they are this share of the picture's side apart; leaders must lead by half of it.
+_CLEARLY_APART = 1 / 14
 _DESCRIBE = (
     "Describe the picture.",
     "What is in the picture?",
@@ -29,14 +25,9 @@ _DESCRIBE = (
     "Name all shapes.",
     "List the shapes from left to right.",
 )
-_PLACES = ("Where is everything?", "Give the place of every shape.", "List all shapes and where they are.")
-_AT = ("What is at {}?", "Which shape is at {}?", "Name the shape at {}.")
-_NOTHING = ("Nothing is at {}.", "There is nothing at {}.")
 _EXISTS = ("Is there {} in the picture?", "Do you see {}?", "Does the picture show {}?")
 _HOW_MANY = ("How many {} are there?", "Count the {}.")
 _HOW_LARGE = ("What size is the {}?", "How large is the {}?")
-_COLOUR_OF = ("What colour is the shape at {}?", "Which colour is at {}?")
-_FORM_OF = ("What form is the shape at {}?", "Which form is at {}?")
 _IS_WHERE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 _OUTERMOST = {"left": "leftmost", "right": "rightmost", "above": "highest", "below": "lowest"}
 
@@ -45,14 +36,13 @@ Turn = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """What turns are made from: the scene, what can be asked about it, the grid of places, and the random sources.
+    """What turns are made from: the scene, what can be asked about it, and the random sources.
 
     more_phrasings: ask for things in the readers' long list of wordings.
     """
 
     scene: Scene
     asks: Mapping[str, Mapping[str, list[Ask]]]
-    grid: int
     more_phrasings: bool
     rng: random.Random
     phrasing_rng: np.random.Generator
@@ -61,20 +51,6 @@ class Speaker:
         """One fact of a kind, each family as likely as the others; None where there is none."""
         families = [asks for asks in self.asks[kind].values() if asks]
         return self.rng.choice(self.rng.choice(families)) if families else None
-
-    def cell(self, shape: Shape) -> tuple[int, int]:
-        """(row, column) of the centre, from 1."""
-        row, column = (
-            min(int(c * self.grid / self.scene.side), self.grid - 1) + 1 for c in (shape.centre_y, shape.centre_x)
-        )
-        return row, column
-
-    def place(self, shape: Shape) -> str:
-        return cell_words(*self.cell(shape))
-
-
-def cell_words(row: int, column: int) -> str:
-    return f"{COLUMNS[column - 1]}{row}"
 
 
 def _a(words: str) -> str:
@@ -86,11 +62,6 @@ def _describe(speaker: Speaker) -> Turn:
     detailed = speaker.rng.random() < 0.5
     items = [_a(f"{s.size} {s.name}" if detailed else s.name) for s in shapes]
     return speaker.rng.choice(_DESCRIBE), f"There are {NUMBERS[len(shapes)]} shapes: {join_list(items)}."
-
-
-def _all_places(speaker: Speaker) -> Turn:
-    items = [f"{s.name} {speaker.place(s)}" for s in speaker.scene.shapes]
-    return speaker.rng.choice(_PLACES), f"From left to right: {', '.join(items)}."
 
 
 def _reasoning(speaker: Speaker) -> Turn | None:
@@ -118,45 +89,6 @@ def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
         return phrasing.question([asked]), phrasing.answer(names).replace(f" {SEG_MARKER}", "")
 
     return turn
-
-
-def _shape_at(scene: Scene, row: int, column: int, grid: int) -> Shape | str | None:
-    """The shape that covers the middle of a cell, None where no shape's box touches the cell, "unclear" otherwise."""
-    cell = scene.side / grid
-    x, y = int((column - 0.5) * cell), int((row - 0.5) * cell)
-    for shape in scene.shapes:
-        column_in, row_in = x - shape.left, y - shape.top
-        if 0 <= column_in < shape.side and 0 <= row_in < shape.side:
-            around = shape_glyph(shape.form, shape.side)[
-                max(row_in - 2, 0) : row_in + 3, max(column_in - 2, 0) : column_in + 3
-            ]
-            return shape if around.all() else "unclear"
-        if (
-            shape.left < column * cell
-            and shape.left + shape.side > (column - 1) * cell
-            and (shape.top < row * cell and shape.top + shape.side > (row - 1) * cell)
-        ):
-            return "unclear"
-    return None
-
-
-def _what_is_at(speaker: Speaker) -> Turn | None:
-    rng, grid = speaker.rng, speaker.grid
-    if rng.random() < 0.5:
-        row, column = speaker.cell(rng.choice(speaker.scene.shapes))
-    else:
-        row, column = rng.randint(1, grid), rng.randint(1, grid)
-    found, words = _shape_at(speaker.scene, row, column, grid), cell_words(row, column)
-    if isinstance(found, str):
-        return None
-    if found is None:
-        return rng.choice(_AT).format(words), rng.choice(_NOTHING).format(words)
-    manner = rng.random()
-    if manner < 0.2:
-        return rng.choice(_COLOUR_OF).format(words), f"It is {found.colour}."
-    if manner < 0.4:
-        return rng.choice(_FORM_OF).format(words), f"It is a {found.form}."
-    return rng.choice(_AT).format(words), f"{capital(_a(found.name))}."
 
 
 def _exists(speaker: Speaker) -> Turn:
@@ -232,7 +164,7 @@ def _is_beside(speaker: Speaker) -> Turn | None:
         return None
     first, second = (speaker.scene.shapes[i] for i in pair)
     dx, dy = first.centre_x - second.centre_x, first.centre_y - second.centre_y
-    if max(abs(dx), abs(dy)) < speaker.scene.side / speaker.grid / 2:
+    if max(abs(dx), abs(dy)) < _CLEARLY_APART * speaker.scene.side:
         return None
     if abs(dx) > abs(dy):
         true_direction, other = ("left", "right") if dx < 0 else ("right", "left")
@@ -265,7 +197,7 @@ def _outermost(speaker: Speaker) -> Turn | None:
         (sign * (s.centre_x if direction in ("left", "right") else s.centre_y), i)
         for i, s in enumerate(speaker.scene.shapes)
     )
-    if ranked[1][0] - ranked[0][0] < speaker.scene.side / speaker.grid / 4:
+    if ranked[1][0] - ranked[0][0] < _CLEARLY_APART / 2 * speaker.scene.side:
         return None
     shape = speaker.scene.shapes[ranked[0][1]]
     word = _OUTERMOST[direction]
@@ -273,15 +205,12 @@ def _outermost(speaker: Speaker) -> Turn | None:
 
 
 # (weight, turn): what a conversation is mixed from. More than half are the questions that will be asked for masks.
-# Places are rare: which of the cells that a shape covers is its middle is harder to say than all the rest.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
     (1.0, _referring("direct")),
     (3.0, _referring("several")),
     (5.0, _reasoning),
     (1.5, _referring("no_target")),
     (2.0, _describe),
-    (0.4, _all_places),
-    (0.4, _what_is_at),
     (1.5, _exists),
     (1.0, _how_many),
     (0.5, _how_large),
@@ -300,7 +229,6 @@ def make_conversation(
     scene: Scene,
     rng: random.Random,
     turns: int,
-    grid: int = DEFAULT_GRID,
     more_phrasings: bool = False,
     asks: Mapping[str, Mapping[str, list[Ask]]] | None = None,
 ) -> list[Turn]:
@@ -309,7 +237,7 @@ def make_conversation(
     `asks` is find_asks(scene) where that is known already.
     """
     phrasing_rng = np.random.default_rng(rng.getrandbits(64))
-    speaker = Speaker(scene, asks or find_asks(scene), grid, more_phrasings, rng, phrasing_rng)
+    speaker = Speaker(scene, asks or find_asks(scene), more_phrasings, rng, phrasing_rng)
     conversation: list[Turn] = []
     while len(conversation) < turns:
         turn = rng.choices(_MAKERS, _WEIGHTS)[0](speaker)
@@ -318,18 +246,18 @@ def make_conversation(
     return conversation
 
 
-def tokenizer_corpus(grid: int = DEFAULT_GRID, scenes: int = 500) -> list[str]:
+def tokenizer_corpus(scenes: int = 500) -> list[str]:
     """Text to train a tokenizer on: every word of the closed vocabulary and what is said about some scenes.
 
     Deterministic; holds the wordings of the readers' questions and answers too. The scenes are no part of any data set.
     """
     corpus = [*category_names(), *FORMS.values(), *SIZES, *NUMBERS, *TIMES.values()]
     corpus += [*_IS_WHERE.values(), *_OUTERMOST.values()]
-    corpus += [f"at {cell_words(row, column)}" for row in range(1, grid + 1) for column in range(1, grid + 1)]
+    corpus += [f"at {place}" for place in (*COLUMNS, *ROWS)]
     rng = random.Random("tokenizer corpus")
     for number in range(scenes):
         scene = sample_scene(rng, SceneSettings())
-        for question, answer in make_conversation(scene, rng, _CORPUS_TURNS, grid, more_phrasings=number % 2 == 1):
+        for question, answer in make_conversation(scene, rng, _CORPUS_TURNS, more_phrasings=number % 2 == 1):
             corpus += [question, answer]
         for families in find_asks(scene).values():
             for ask in [rng.choice(asks) for asks in families.values() if asks]:

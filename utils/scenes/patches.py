@@ -5,23 +5,21 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .conversations import cell_words
 from .drawing import Scene, scene_masks
-from .words import COLOURS, FORMS
+from .words import COLOURS, COLUMNS, FORMS, ROWS, SIZES
 
 NOTHING = "nothing"
+# The word lists that `patch_words` numbers; each begins with the word for what is not there.
+PATCH_WORDS = tuple((NOTHING, *words) for words in (COLOURS, FORMS, SIZES, COLUMNS, ROWS))
 # A patch shows a shape that covers at least this share of it.
 _COVERED = 0.15
 
 
-def patch_vocabulary(grid: int) -> list[list[str]]:
-    """The words for a patch, one list for each kind: colours and forms (the first for background), places."""
-    places = [cell_words(row, column) for row in range(1, grid + 1) for column in range(1, grid + 1)]
-    return [[NOTHING, *COLOURS], [NOTHING, *FORMS], places]
-
-
 def patch_words(scene: Scene, patch: int) -> NDArray[np.int64]:
-    """(3, patches) in row-major order: for each patch the number of its word in each list of `patch_vocabulary`.
+    """(5, patches) in row-major order: for each patch the number of its word in each list of `PATCH_WORDS`.
+
+    Every patch of a shape bears its colour and form. Its size and place are said once, where its centre is: who counts,
+    compares or orders shapes will find one patch for each.
 
     Args:
         patch: side of a patch in pixels; must divide the scene's side, else ValueError.
@@ -29,11 +27,14 @@ def patch_words(scene: Scene, patch: int) -> NDArray[np.int64]:
     if scene.side % patch:
         raise ValueError(f"patches of {patch} pixels do not tile a picture of {scene.side}: give a divisor")
     grid = scene.side // patch
-    words = np.zeros((3, grid, grid), dtype=np.int64)
-    words[2] = np.arange(grid * grid).reshape(grid, grid)
+    words = np.zeros((len(PATCH_WORDS), grid, grid), dtype=np.int64)
     colours, forms = list(COLOURS), list(FORMS)
-    for shape, mask in zip(scene.shapes, scene_masks(scene), strict=True):
-        covered = mask.reshape(grid, patch, grid, patch).mean(axis=(1, 3)) >= _COVERED
-        words[0][covered] = 1 + colours.index(shape.colour)
-        words[1][covered] = 1 + forms.index(shape.form)
-    return words.reshape(3, -1)
+    covered = scene_masks(scene).reshape(len(scene.shapes), grid, patch, grid, patch).mean(axis=(2, 4))
+    for number, shape in enumerate(scene.shapes):
+        centre = int(shape.centre_y) // patch, int(shape.centre_x) // patch
+        covered[number][centre] = 1.0
+        shown = (covered[number] >= _COVERED) & (covered[number] >= covered.max(axis=0))
+        words[:2, shown] = [[1 + colours.index(shape.colour)], [1 + forms.index(shape.form)]]
+        place = [int(c / scene.side * len(names)) for c, names in ((shape.centre_x, COLUMNS), (shape.centre_y, ROWS))]
+        words[2:, centre[0], centre[1]] = 1 + SIZES.index(shape.size), 1 + place[0], 1 + place[1]
+    return words.reshape(len(PATCH_WORDS), -1)

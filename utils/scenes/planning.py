@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .conversations import DEFAULT_GRID, Turn, make_conversation
+from .conversations import Turn, make_conversation
 from .drawing import Scene
 from .questions import FAMILIES, Ask, Phrased, find_asks
 from .sampling import SceneSettings, sample_scenes
@@ -33,8 +33,8 @@ class SceneDataSettings:
     """How much is made, and what it looks like. Everything follows from these values.
 
     train, heldout: numbers of scenes; questions: number of held-out questions; conversations, turns: conversations in
-    words per training picture, and least and most turns of each; grid: rows (= columns) of the grid on which places are
-    given; more_phrasings: conversations in words use the readers' long list of wordings (--use_expand_question_list).
+    words per training picture, and least and most turns of each; more_phrasings: conversations in words use the
+    readers' long list of wordings (--use_expand_question_list).
     """
 
     train: int = 6000
@@ -44,11 +44,10 @@ class SceneDataSettings:
     scene: SceneSettings = dataclasses.field(default_factory=SceneSettings)
     conversations: int = 2
     turns: tuple[int, int] = (4, 6)
-    grid: int = DEFAULT_GRID
     more_phrasings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("train", "heldout", "questions", "grid", "conversations"):
+        for name in ("train", "heldout", "questions", "conversations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"the number {name} is {getattr(self, name)}; expected at least 1")
 
@@ -95,7 +94,7 @@ def plan_training(placed: PlacedScene, settings: SceneDataSettings) -> tuple[lis
             wordings = dict.fromkeys(ask.phrase(rng, scene) for _ in range(_TRAIN_WORDINGS[kind]))
             questions += [(ask, phrased) for phrased in wordings]
     conversations = [
-        make_conversation(scene, rng, rng.randint(*settings.turns), settings.grid, settings.more_phrasings, found)
+        make_conversation(scene, rng, rng.randint(*settings.turns), settings.more_phrasings, found)
         for _ in range(settings.conversations)
     ]
     return questions, conversations

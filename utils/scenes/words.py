@@ -24,6 +24,9 @@ FORMS = MappingProxyType(
 SIZES = ("small", "medium", "large")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 TIMES = MappingProxyType({1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times", 6: "six times"})
+# Places along the picture's width and height, from the top left.
+COLUMNS = tuple(f"c{number}" for number in range(1, 15))
+ROWS = tuple(f"r{number}" for number in range(1, 15))
 DIRECTIONS = ("left", "right", "above", "below")
 
 _SHAPE_NAME = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(FORMS)})\b")
