@@ -12,15 +12,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..modeling_pixellm import PixelLMForCausalLM
 from ..pixel_decoder import Attention, PixelDecoder, TwoWayLayer
 from ..seg_codebook import SegCodebook, group_positions
-from .builder import BuildError, BuiltModel
+from .builder import BuiltModel
 from .tiny import word_id
 
-RIDGE = 0.01
+READING_STEPS, READING_BATCH, READING_RATE = 600, 256, 5e-3
 # Weights of a convolution's neighbours at the start, relative to what they would have been.
 NEIGHBOUR_SHARE = 0.3
 
@@ -37,12 +38,10 @@ def start_masks_at_words(built: BuiltModel, examples: Iterable[tuple[dict[str, A
         How much of the words the codebook reads: the share of variance explained, averaged over the scales.
 
     Raises:
-        BuildError: the language model is narrower than twice the embeddings, or a word is not one token.
+        BuildError: a word is not one token.
     """
     model, config = built.model, built.model.config
     width, depth = config.text_config.hidden_size, config.embedding_dim
-    if width < 2 * depth:
-        raise BuildError(f"embeddings of {depth} need a language model of width {2 * depth}, found {width}")
     model.mask_projector.load_state_dict(model.projector.state_dict())
     shared = _rotation(width)[:depth] * (width / depth) ** 0.5  # (D, H)
     _read_maps(model.pixel_decoder, shared)
@@ -100,23 +99,22 @@ def _look_at_like(attention: Attention) -> None:
 
 
 def _read_words(codebook: SegCodebook, states: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Fit the codebook to turn states (Q, S * K, H) into `wanted` (Q, D), the same at all scales, by least squares.
+    """Train the codebook to turn states (Q, S * K, H) into `wanted` (Q, D), the same at all scales.
 
-    The fit is linear; ReLU passes it as a difference of two halves. Embeddings come out with mean 0 and rms 1.
+    Embeddings come out with mean 0 and rms 1 as far as they are read; what is read on the last fifth of the targets,
+    which is not trained on, is returned.
     """
-    fused = states.unflatten(1, (codebook.num_scales, codebook.tokens_per_scale)).mean(2)  # (Q, S, H)
-    inputs, outputs = fused.flatten(0, 1), wanted.repeat_interleave(codebook.num_scales, dim=0)
-    centre = inputs.mean(0)
-    inputs, outputs = inputs - centre, outputs - outputs.mean(0)
-    outputs = outputs / outputs.square().mean().sqrt()
-    damping = RIDGE * len(inputs) * torch.eye(inputs.shape[1])
-    reading = torch.linalg.solve(inputs.T @ inputs + damping, inputs.T @ outputs).T  # (D, H)
-    first, last = (cast(nn.Linear, codebook.layers[place]) for place in (0, 2))
-    depth = len(reading)
-    first.weight[: 2 * depth] = torch.cat([reading, -reading])
-    first.bias[: 2 * depth] = torch.cat([-reading @ centre, reading @ centre])
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    last.weight[:, : 2 * depth] = torch.cat([torch.eye(depth), -torch.eye(depth)], dim=1)
-    codebook.token_weights.fill_(1 / codebook.tokens_per_scale)
-    return float(1 - (inputs @ reading.T - outputs).square().sum() / outputs.square().sum())
+    wanted = wanted - wanted.mean(0)
+    wanted = wanted / wanted.square().mean().sqrt()
+    known = len(states) * 4 // 5
+    optimizer = torch.optim.AdamW(codebook.parameters(), lr=READING_RATE, weight_decay=0.0)
+    with torch.enable_grad():
+        for step in range(READING_STEPS):
+            optimizer.param_groups[0]["lr"] = READING_RATE * (1 - step / READING_STEPS)
+            chosen = torch.randint(known, (READING_BATCH,))
+            loss = F.mse_loss(codebook(states[chosen]), wanted[chosen, None].expand(-1, codebook.num_scales, -1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    missed = (codebook(states[known:]) - wanted[known:, None]).square().mean()
+    return float(1 - missed / wanted[known:].square().mean())

@@ -1,4 +1,8 @@
-"""Conversations in words about a scene: what is there and how it relates. No masks."""
+"""Conversations in words about a scene: what is there, where it is, how it relates. No masks.
+
+An answer that names things often points at them in words, in the very spot where it will give a mask, by saying what is
+seen there and where: "Sure, the large one red circle c3 r5." Whoever is to say that keeps in mind what was named.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import numpy as np
 from utils.data.samples import SEG_MARKER
 from utils.data.templates import pick_phrasing, target_name
 
-from .drawing import Scene
+from .drawing import Scene, Shape
 from .questions import SIZE_RATIO, Ask, directly, find_asks, names_of
 from .sampling import SceneSettings, sample_scene
 from .words import COLOURS, COLUMNS, DIRECTIONS, FORMS, NUMBERS, ROWS, SIZES, TIMES, capital, category_names, join_list
@@ -25,6 +29,9 @@ _DESCRIBE = (
     "Name all shapes.",
     "List the shapes from left to right.",
 )
+# How often an answer that could have masks gives places, and how it is asked to.
+_PLACES_ASKED_FOR = 0.7
+_SAY_WHERE = ("Say where.", "Give places.", "Add the places.")
 _EXISTS = ("Is there {} in the picture?", "Do you see {}?", "Does the picture show {}?")
 _HOW_MANY = ("How many {} are there?", "Count the {}.")
 _HOW_LARGE = ("What size is the {}?", "How large is the {}?")
@@ -64,17 +71,33 @@ def _describe(speaker: Speaker) -> Turn:
     return speaker.rng.choice(_DESCRIBE), f"There are {NUMBERS[len(shapes)]} shapes: {join_list(items)}."
 
 
+def _pointer(scene: Scene, shape: Shape) -> str:
+    """ "red circle c3 r5": what the patch at a shape's centre shows, then its column and row, of 14 each."""
+    column, row = (int(c / scene.side * len(COLUMNS)) for c in (shape.centre_x, shape.centre_y))
+    return f"{shape.name} {COLUMNS[column]} {ROWS[row]}"
+
+
+def _with_places(speaker: Speaker, ask: Ask, question: str, answer: str) -> Turn:
+    """A turn whose answer, where there are targets and mostly, points in words where it could point with masks."""
+    scene = speaker.scene
+    if not ask.targets or speaker.rng.random() >= _PLACES_ASKED_FOR:
+        return question, answer.replace(f" {SEG_MARKER}", "")
+    for target in ask.targets:
+        answer = answer.replace(SEG_MARKER, _pointer(scene, scene.shapes[target]), 1)
+    return f"{question} {speaker.rng.choice(_SAY_WHERE)}", answer
+
+
 def _reasoning(speaker: Speaker) -> Turn | None:
-    """A reasoning question as it is asked for masks, answered in the same words without them."""
+    """A reasoning question as it is asked for masks."""
     ask = speaker.draw_ask("reasoning")
     if ask is None:
         return None
     phrased = ask.phrase(speaker.rng, speaker.scene)
-    return phrased.question, phrased.answer.replace(f" {SEG_MARKER}", "")
+    return _with_places(speaker, ask, phrased.question, phrased.answer)
 
 
 def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
-    """A question for named things, in the wordings of the refer readers, answered in the same words without masks."""
+    """A question for named things, in the wordings of the refer readers."""
 
     def turn(speaker: Speaker) -> Turn | None:
         ask = speaker.draw_ask(kind)
@@ -86,7 +109,7 @@ def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
             return phrasing.question([asked]), phrasing.denial([asked])
         shapes = [speaker.scene.shapes[i] for i in ask.targets]
         names = [asked] if len(shapes) == 1 else [target_name(shape.name) for shape in shapes]
-        return phrasing.question([asked]), phrasing.answer(names).replace(f" {SEG_MARKER}", "")
+        return _with_places(speaker, ask, phrasing.question([asked]), phrasing.answer(names))
 
     return turn
 
@@ -206,10 +229,10 @@ def _outermost(speaker: Speaker) -> Turn | None:
 
 # (weight, turn): what a conversation is mixed from. More than half are the questions that will be asked for masks.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
-    (1.0, _referring("direct")),
+    (2.0, _referring("direct")),
     (3.0, _referring("several")),
     (5.0, _reasoning),
-    (1.5, _referring("no_target")),
+    (2.5, _referring("no_target")),
     (2.0, _describe),
     (1.5, _exists),
     (1.0, _how_many),
