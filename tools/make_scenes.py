@@ -31,7 +31,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1000, help="number of held-out questions")
     parser.add_argument("--size", type=int, default=112, help="side of the square pictures in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--conversations", type=int, default=2, help="conversations in words per training picture")
+    parser.add_argument("--conversations", type=int, default=5, help="conversations in words per training picture")
     return parser.parse_args(argv)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,10 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 LOOK_STRENGTH, SHORTEST_WAVE, WAVE_RANGE = 2.0, 2.0, 10.0
 EMBEDDING_STRENGTH = 8.0
+# How a language model's heads look back: the mark of words, how strongly they look and how much they pass on, and the
+# slowest rotation, in radians per word, that tells a word from its neighbour.
+MARK, BACK_STRENGTH, PASSED_ON, SLOWEST_TO_TELL_NEIGHBOURS = 3.0, 14.0, 0.7, 0.05
+ROTARY_BASE = 1e6
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_heads,
         initializer_range=shape.initializer_range,
+        rope_parameters={"rope_type": "default", "rope_theta": ROTARY_BASE},
         max_position_embeddings=4 * shape.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -136,6 +141,7 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
     model = PixelLMForCausalLM(config).eval()
     look_at_neighbours(model.vision_tower)
     balance_residuals(model.language_model)
+    look_back(model)
     return BuiltModel(model, processor, LoadReport(fresh=dict.fromkeys(model.state_dict(), "made from nothing")))
 
 
@@ -150,6 +156,41 @@ def balance_residuals(language_model: PreTrainedModel) -> None:
     for layer in decoder.layers:
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight.div_((2 * len(decoder.layers)) ** 0.5)
+
+
+@torch.no_grad()
+def look_back(model: PixelLMForCausalLM) -> None:
+    """Start heads of the language model's first layer looking at the words one, two, three back; the last stays free.
+
+    To copy a list, or to look up what a picture shows beside a name, a word must know those before it, and learning to
+    look back is what this waits for. The last channel is given to a mark that all words bear, the one before it to a
+    mark of image tokens; query and key of a head read the words' mark, the query turned back by the head's distance,
+    and what it finds is passed on as it is. All of it trains on.
+    """
+    decoder = model.language_model.get_decoder()
+    words, to_tokens = decoder.embed_tokens.weight, cast(nn.Linear, model.projector.layers[2])
+    width, heads = words.shape[1], model.config.text_config.num_attention_heads
+    channels = width // heads
+    strength = words.square().mean().sqrt()
+    words[:, -2:] = torch.tensor([0.0, MARK])
+    to_tokens.weight[-2:] = 0
+    to_tokens.bias[-2:] = torch.tensor([MARK, 0.0])
+    mark_after_norm = MARK / ((strength**2 * (width - 2) + MARK**2) / width) ** 0.5
+    frequencies = ROTARY_BASE ** -(torch.arange(channels // 2) / (channels // 2))
+    fast = frequencies[frequencies > SLOWEST_TO_TELL_NEIGHBOURS]
+    gain = (BACK_STRENGTH * channels**0.5 / len(fast)) ** 0.5 / mark_after_norm
+    attention = decoder.layers[0].self_attn
+    passed_on = torch.linalg.qr(torch.randn(width, width))[0]
+    passed_on[:, -2:] = 0
+    for head in range(heads - 1):
+        own, angle = slice(head * channels, (head + 1) * channels), (head + 1) * frequencies[: len(fast)]
+        query, key = torch.zeros(channels, width), torch.zeros(channels, width)
+        key[: len(fast), -1] = gain
+        query[: len(fast), -1] = gain * angle.cos()
+        query[channels // 2 : channels // 2 + len(fast), -1] = -gain * angle.sin()
+        attention.q_proj.weight[own], attention.k_proj.weight[own] = query, key
+        attention.v_proj.weight[own] = PASSED_ON * heads**0.5 / (heads - 1) * passed_on[own]
+        attention.o_proj.weight[:, own] = passed_on[own].T
 
 
 @torch.no_grad()

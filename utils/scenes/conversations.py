@@ -114,6 +114,21 @@ def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
     return turn
 
 
+def _read_off(speaker: Speaker) -> Turn | None:
+    """What is at some columns, or rows: found by one word, the simplest way of looking something up in a picture."""
+    by_column = speaker.rng.random() < 0.5
+    found: dict[str, str] = {}
+    for shape in speaker.scene.shapes:
+        column, row = _pointer(speaker.scene, shape).split()[2:]
+        key, rest = (column, row) if by_column else (row, column)
+        found[key] = "" if key in found else f"{shape.name} {rest}"
+    keys = [key for key, said in found.items() if said]
+    if not keys:
+        return None
+    speaker.rng.shuffle(keys)
+    return f"Read {', '.join(keys)}.", f"{', '.join(f'{key} {found[key]}' for key in keys)}."
+
+
 def _exists(speaker: Speaker) -> Turn:
     rng, scene = speaker.rng, speaker.scene
     counts = names_of(scene)
@@ -233,6 +248,7 @@ _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
     (3.0, _referring("several")),
     (5.0, _reasoning),
     (2.5, _referring("no_target")),
+    (5.0, _read_off),
     (2.0, _describe),
     (1.5, _exists),
     (1.0, _how_many),

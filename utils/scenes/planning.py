@@ -42,8 +42,8 @@ class SceneDataSettings:
     questions: int = 1000
     seed: int = 0
     scene: SceneSettings = dataclasses.field(default_factory=SceneSettings)
-    conversations: int = 2
-    turns: tuple[int, int] = (4, 6)
+    conversations: int = 5
+    turns: tuple[int, int] = (1, 3)
     more_phrasings: bool = False
 
     def __post_init__(self) -> None:
