@@ -20,7 +20,7 @@ from utils.data.collate import collate
 from utils.data.dataset import TrainingDataset
 from utils.engine.setup import make_mixture
 from utils.scenes import named_shape
-from utils.scripts import run_script
+from utils.scripts import UserError, run_script
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 BATCH = 16
@@ -39,7 +39,12 @@ def examples(built: BuiltModel, dataset_dir: Path, count: int) -> Iterator[tuple
             for turn in conversation
             for target in turn.targets
         ]
-        yield batch.as_kwargs(), [name or "" for name in names]
+        unnamed = names.count(None)
+        if unnamed:
+            raise UserError(
+                f"{unnamed} targets in {dataset_dir} have no colour and form: expected scenes of make_scenes"
+            )
+        yield batch.as_kwargs(), [name for name in names if name]
 
 
 def main(argv: list[str] | None = None) -> None:

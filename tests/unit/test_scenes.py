@@ -192,6 +192,24 @@ def test_counts_and_exclusions_mean_what_they_say() -> None:
     assert "Which shapes are neither red nor circles?" not in targets, "nothing is left"
 
 
+def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
+    """Pointers say name, column and row; what is read off begins with the column or row asked for."""
+    pointer = re.compile(r"(\w+ \w+) c(\d+) r(\d+)[,. ]")
+    by_column, by_row = re.compile(r"c(\d+) (\w+ \w+) r(\d+)[,.]"), re.compile(r"r(\d+) (\w+ \w+) c(\d+)[,.]")
+    checked = Counter[str]()
+    for number, scene in enumerate(scenes):
+        true = {(s.name, int(s.centre_x // 8) + 1, int(s.centre_y // 8) + 1) for s in scene.shapes}
+        for question, answer in make_conversation(scene, random.Random(number), 15):
+            if question.startswith("Read "):
+                found = [(name, int(c), int(r)) for c, name, r in by_column.findall(answer)]
+                found += [(name, int(c), int(r)) for r, name, c in by_row.findall(answer)]
+            else:
+                found = [(name, int(c), int(r)) for name, c, r in pointer.findall(answer)]
+            checked["read" if question.startswith("Read ") else "pointed"] += len(found)
+            assert set(found) <= true, (question, answer)
+    assert len(checked) == 2 and min(checked.values()) > 300
+
+
 def test_patches_bear_their_shape_and_its_centre_size_and_place(scenes: list[Scene]) -> None:
     for scene in scenes[:100]:
         words = patch_words(scene, 16)

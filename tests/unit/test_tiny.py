@@ -42,6 +42,17 @@ def test_the_heads_of_a_tower_start_looking_at_neighbours() -> None:
     assert [divmod(int(place), 7) for place in looks.argmax(1)] == [(3, 2), (3, 4), (2, 3), (4, 3)]
 
 
+def test_heads_of_the_language_model_start_looking_back() -> None:
+    """Whatever the words are: one, two and three back, from the last of eight."""
+    built = make_tiny(TEXTS, replace(SHAPE, width=128, num_heads=4, vocab_size=400), seed=0)
+    decoder = built.model.language_model.get_decoder()
+    decoder.config._attn_implementation = "eager"
+    words = built.processor.tokenizer.encode(" red in the e2 and blue d4 circle", add_special_tokens=False)[-8:]
+    with torch.no_grad():
+        looks = decoder(input_ids=torch.tensor([words]), output_attentions=True).attentions[0][0, :3, -1]
+    assert looks.argmax(dim=1).tolist() == [6, 5, 4] and bool((looks.amax(dim=1) > 0.5).all())
+
+
 def test_a_tower_learns_to_tell_words_of_patches() -> None:
     """Pictures whose patches are red or blue or empty, named so: a few steps, and the loss falls."""
     built = make_tiny(TEXTS, replace(SHAPE, vocab_size=400), seed=0)

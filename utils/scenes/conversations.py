@@ -1,7 +1,7 @@
 """Conversations in words about a scene: what is there, where it is, how it relates. No masks.
 
 An answer that names things often points at them in words, in the very spot where it will give a mask, by saying what is
-seen there and where: "Sure, the large one red circle c3 r5." Whoever is to say that keeps in mind what was named.
+seen there and where: "Sure, the red circle red circle c3 r5." Whoever is to say that keeps in mind what was named.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ def _describe(speaker: Speaker) -> Turn:
 
 def _pointer(scene: Scene, shape: Shape) -> str:
     """ "red circle c3 r5": what the patch at a shape's centre shows, then its column and row, of 14 each."""
-    column, row = (int(c / scene.side * len(COLUMNS)) for c in (shape.centre_x, shape.centre_y))
-    return f"{shape.name} {COLUMNS[column]} {ROWS[row]}"
+    return " ".join((shape.name, *scene.place(shape)))
 
 
 def _with_places(speaker: Speaker, ask: Ask, question: str, answer: str) -> Turn:
@@ -119,7 +118,7 @@ def _read_off(speaker: Speaker) -> Turn | None:
     by_column = speaker.rng.random() < 0.5
     found: dict[str, str] = {}
     for shape in speaker.scene.shapes:
-        column, row = _pointer(speaker.scene, shape).split()[2:]
+        column, row = speaker.scene.place(shape)
         key, rest = (column, row) if by_column else (row, column)
         found[key] = "" if key in found else f"{shape.name} {rest}"
     keys = [key for key, said in found.items() if said]
@@ -242,7 +241,7 @@ def _outermost(speaker: Speaker) -> Turn | None:
     return f"Which shape is the {word}?", f"The {word} shape is the {shape.name}."
 
 
-# (weight, turn): what a conversation is mixed from. More than half are the questions that will be asked for masks.
+# (weight, turn): what a conversation is mixed from. About half are the questions that will be asked for masks.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
     (2.0, _referring("direct")),
     (3.0, _referring("several")),

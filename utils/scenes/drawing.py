@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .words import FORMS
+from .words import COLUMNS, FORMS, ROWS
 
 # The side of a form's box for a shape whose nominal size is 1: it brings the areas of all forms close together (0.64 to
 # 0.81 of the square of the nominal size), so that "larger" means the same by area and to the eye.
@@ -70,6 +70,11 @@ class Scene:
     side: int
     shapes: tuple[Shape, ...]
     background: Background
+
+    def place(self, shape: Shape) -> tuple[str, str]:
+        """The words for the column and the row of a shape's centre."""
+        column, row = (int(c / self.side * len(COLUMNS)) for c in (shape.centre_x, shape.centre_y))
+        return COLUMNS[column], ROWS[row]
 
     @property
     def key(self) -> str:

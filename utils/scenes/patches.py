@@ -35,6 +35,6 @@ def patch_words(scene: Scene, patch: int) -> NDArray[np.int64]:
         covered[number][centre] = 1.0
         shown = (covered[number] >= _COVERED) & (covered[number] >= covered.max(axis=0))
         words[:2, shown] = [[1 + colours.index(shape.colour)], [1 + forms.index(shape.form)]]
-        place = [int(c / scene.side * len(names)) for c, names in ((shape.centre_x, COLUMNS), (shape.centre_y, ROWS))]
-        words[2:, centre[0], centre[1]] = 1 + SIZES.index(shape.size), 1 + place[0], 1 + place[1]
+        said = shape.size, *scene.place(shape)
+        words[2:, centre[0], centre[1]] = [names.index(word) for names, word in zip(PATCH_WORDS[2:], said, strict=True)]
     return words.reshape(len(PATCH_WORDS), -1)
