@@ -1,4 +1,4 @@
-"""Make the tiny base from nothing: a tokenizer and random weights, a tower that learns to see, then words about scenes.
+"""Make the tiny base from nothing: a tokenizer and random weights, a tower that learns to see, words about scenes.
 
 python tools/make_base.py --dataset_dir runs/demo/dataset --out runs/demo/base
 """
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from model.build.builder import MASK_PARTS, save_model
 from model.build.tiny import TinyShape, make_tiny
 from utils.demo import RANKS
-from utils.scenes import tokenizer_corpus
+from utils.scenes import COLOURS, FORMS, tokenizer_corpus
 from utils.scripts import UserError, run_script
 from utils.stages import Stage, launcher, run_stage
 
@@ -25,7 +25,7 @@ SMOKE_STEPS = 6
 
 
 def stages(args: argparse.Namespace, work: Path) -> Iterator[Stage]:
-    """Warm the tower, train in words, write the folder, start its mask parts."""
+    """Warm the tower, start lookups, train in words, write the folder, start its mask parts."""
     data, ranks = str(args.dataset_dir.resolve()), RANKS if args.engine == "deepspeed" else 1
     env = {"OMP_NUM_THREADS": str(RANKS // ranks)}
     start, out = str(work / "start"), str(args.out.resolve())
@@ -33,6 +33,11 @@ def stages(args: argparse.Namespace, work: Path) -> Iterator[Stage]:
     steps = ("--steps", str(SMOKE_STEPS if args.smoke else args.tower_steps))
     warm = (*spread, "tools/warm_tower.py", "--model", start, "--dataset_dir", data, *steps)
     yield Stage("tower", "show the tower what colours and forms are", (sys.executable, *warm), ROOT, env)
+    start_lookups = ("tools/start_lookups.py", "--model", start, "--dataset_dir", data)
+    few_scenes = ("--samples", "40") if args.smoke else ()
+    yield Stage(
+        "lookups", "start looking up words in pictures", (sys.executable, *start_lookups, *few_scenes), ROOT, env
+    )
     words = ("train_ds.py", "--config", CONFIG, "--version", start, "--dataset_dir", data, "--engine", args.engine)
     where = ("--log_base_dir", str(work), "--exp_name", "words")
     few = ("--max_steps", str(SMOKE_STEPS), "--warmup_steps", "2") if args.smoke else ()
@@ -72,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = TinyShape(**{f.name: getattr(args, f.name) for f in fields(TinyShape) if isinstance(f.default, int)})
     work = args.out.resolve().with_name(args.out.name + "_work")
     shutil.rmtree(work, ignore_errors=True)
-    built = make_tiny(tokenizer_corpus(), shape, args.seed)
+    built = make_tiny(tokenizer_corpus(), shape, args.seed, names=(*COLOURS, *FORMS))
     save_model(built.model, built.processor, work / "start", left_out=MASK_PARTS)
     for stage in stages(args, work):
         print(f"--- {stage.title}", flush=True)

@@ -2,8 +2,8 @@
 
 A query finds its map by a product of the two. From random weights neither side has a reason to turn towards the other
 before the other has, and a mask of every shape is where that leaves training for hundreds of steps. Here both start in
-one space: maps are the image tokens, which point where words do (`PatchReader`), and the codebook reads off a group's
-states the words that name its target. No mask is looked at.
+one space: maps are the image tokens less their mark, which are sums of words (`PatchReader`), and the codebook reads
+off a group's states the words that name its target. No mask is looked at.
 
 Axes: Q targets, S scales, K tokens per scale, H language width, D embedding width.
 """
@@ -19,7 +19,7 @@ from ..modeling_pixellm import PixelLMForCausalLM
 from ..pixel_decoder import Attention, PixelDecoder, TwoWayLayer
 from ..seg_codebook import SegCodebook, group_positions
 from .builder import BuiltModel
-from .tiny import word_id
+from .tiny import NUM_MARKS, word_id
 
 READING_STEPS, READING_BATCH, READING_RATE = 600, 256, 5e-3
 # Weights of a convolution's neighbours at the start, relative to what they would have been.
@@ -43,6 +43,7 @@ def start_masks_at_words(built: BuiltModel, examples: Iterable[tuple[dict[str, A
     model, config = built.model, built.model.config
     width, depth = config.text_config.hidden_size, config.embedding_dim
     model.mask_projector.load_state_dict(model.projector.state_dict())
+    cast(nn.Linear, model.mask_projector.layers[2]).bias[-NUM_MARKS:] = 0
     shared = _rotation(width)[:depth] * (width / depth) ** 0.5  # (D, H)
     _read_maps(model.pixel_decoder, shared)
     _match(model.pixel_decoder)
@@ -67,9 +68,11 @@ def _group_states(model: PixelLMForCausalLM, arguments: dict[str, Any]) -> torch
 
 
 def _meaning(built: BuiltModel, name: str) -> torch.Tensor:
-    """(H,) sum of the embeddings of a name's words."""
+    """(H,) sum of the embeddings of a name's words, less the mark of words."""
     ids = [word_id(built.processor, word) for word in name.split()]
-    return built.model.get_input_embeddings().weight[ids].sum(dim=0)
+    meaning = built.model.get_input_embeddings().weight[ids].sum(dim=0)
+    meaning[-NUM_MARKS:] = 0
+    return meaning
 
 
 def _read_maps(decoder: PixelDecoder, shared: torch.Tensor) -> None:

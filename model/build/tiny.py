@@ -28,17 +28,25 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 # apart, in radians per patch, and how many times longer the longest is.
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 LOOK_STRENGTH, SHORTEST_WAVE, WAVE_RANGE = 2.0, 2.0, 10.0
-EMBEDDING_STRENGTH = 8.0
-# How a language model's heads look back: the mark of words, how strongly they look and how much they pass on, and the
-# slowest rotation, in radians per word, that tells a word from its neighbour.
-MARK, BACK_STRENGTH, PASSED_ON, SLOWEST_TO_TELL_NEIGHBOURS = 3.0, 14.0, 0.7, 0.05
+# How strong embeddings are, how much is left of what the language model's MLPs add, and of a word's embedding in the
+# row that scores it.
+EMBEDDING_STRENGTH, MLP_SHARE, SCORING_SHARE = 8.0, 0.3, 0.06
+# The last channels of the language model's states: the mark of image tokens, then the mark of words. The marks outweigh
+# the rest, so that a norm leaves a word as strong beside many others as alone.
+NUM_MARKS, MARK = 2, 15.0
+# How a language model's heads look back: how strongly, what they look for as distances with the share they pass on, and
+# the slowest rotation, in radians per word, that tells a word from its neighbour.
+BACK_STRENGTH, LOOKS_BACK, SLOWEST_TO_TELL_NEIGHBOURS = 14.0, {1: 2.0, 2: 1.4, 3: 1.4}, 0.05
 ROTARY_BASE = 1e6
+# How image tokens learn their words: a word that is there scores about 10 above one that is not.
+SCORE_SHARPNESS, SUM_WEIGHT = 8.0, 4.0
 
 
 @dataclass(frozen=True)
 class TinyShape:
     """Sizes of the tiny model; the fields mean what they mean in `PixelLMConfig` and in the CLIP and Llama configs.
 
+    num_heads are the tower's, text_num_heads of text_head_dim channels the language model's.
     initializer_range is Llama's: at this width 0.02 sits on a plateau, 0.08 to 0.12 learns.
     """
 
@@ -51,6 +59,8 @@ class TinyShape:
     width: int = 128
     layers: int = 4
     num_heads: int = 4
+    text_num_heads: int = 8
+    text_head_dim: int = 32
     mlp_width: int = 384
     initializer_range: float = 0.1
     vocab_size: int = 1000
@@ -83,11 +93,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
+def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int, names: Sequence[str] = ()) -> BuiltModel:
     """A tiny PixelLM with random weights.
 
     Args:
         texts: what the tokenizer is trained on.
+        names: words that names of several words are made of, see `look_back`.
     """
     tokenizer = train_tokenizer(texts, shape.vocab_size)
     PixelLMProcessor.prepare_tokenizer(tokenizer, shape.num_scales, shape.tokens_per_scale)
@@ -109,8 +120,9 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
         hidden_size=shape.width,
         intermediate_size=shape.mlp_width,
         num_hidden_layers=shape.layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_heads,
+        num_attention_heads=shape.text_num_heads,
+        num_key_value_heads=shape.text_num_heads,
+        head_dim=shape.text_head_dim,
         initializer_range=shape.initializer_range,
         rope_parameters={"rope_type": "default", "rope_theta": ROTARY_BASE},
         max_position_embeddings=4 * shape.model_max_length,
@@ -140,57 +152,66 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int) -> BuiltModel:
     torch.manual_seed(seed)
     model = PixelLMForCausalLM(config).eval()
     look_at_neighbours(model.vision_tower)
+    built = BuiltModel(model, processor, LoadReport(fresh=dict.fromkeys(model.state_dict(), "made from nothing")))
     balance_residuals(model.language_model)
-    look_back(model)
-    return BuiltModel(model, processor, LoadReport(fresh=dict.fromkeys(model.state_dict(), "made from nothing")))
+    look_back(model, [word_id(processor, name) for name in names])
+    return built
 
 
 @torch.no_grad()
 def balance_residuals(language_model: PreTrainedModel) -> None:
-    """Let words weigh as much in the residual stream as what the layers add to them.
+    """Let words weigh as much in the residual stream as what the layers add to them, and the head score what it holds.
 
     With one `initializer_range` for all, embeddings are far weaker than the output of the first layer.
     """
     decoder = language_model.get_decoder()
-    decoder.embed_tokens.weight.mul_(EMBEDDING_STRENGTH)
+    words = decoder.embed_tokens.weight.mul_(EMBEDDING_STRENGTH)
     for layer in decoder.layers:
-        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            projection.weight.div_((2 * len(decoder.layers)) ** 0.5)
+        layer.self_attn.o_proj.weight.div_((2 * len(decoder.layers)) ** 0.5)
+        layer.mlp.down_proj.weight.mul_(MLP_SHARE / (2 * len(decoder.layers)) ** 0.5)
+    language_model.get_output_embeddings().weight.copy_(words * SCORING_SHARE)
 
 
 @torch.no_grad()
-def look_back(model: PixelLMForCausalLM) -> None:
-    """Start heads of the language model's first layer looking at the words one, two, three back; the last stays free.
+def look_back(model: PixelLMForCausalLM, name_ids: Sequence[int] = ()) -> None:
+    """Start heads of the language model's first layer looking at the words one, two, three back; the others stay free.
 
     To copy a list, or to look up what a picture shows beside a name, a word must know those before it, and learning to
-    look back is what this waits for. The last channel is given to a mark that all words bear, the one before it to a
-    mark of image tokens; query and key of a head read the words' mark, the query turned back by the head's distance,
-    and what it finds is passed on as it is. All of it trains on.
+    look back is what this waits for. Query and key of such a head read the words' mark, the query turned back by the
+    head's distance. What is found one back is added as it is, as far as a head has channels, the words `name_ids`
+    first: "red circle" is then a sum of two words where it ends. What is found farther back is turned, so that words
+    are told apart by their distance. All of it trains on.
     """
-    decoder = model.language_model.get_decoder()
+    decoder, text = model.language_model.get_decoder(), model.config.text_config
     words, to_tokens = decoder.embed_tokens.weight, cast(nn.Linear, model.projector.layers[2])
-    width, heads = words.shape[1], model.config.text_config.num_attention_heads
-    channels = width // heads
+    width, channels = words.shape[1], text.head_dim
     strength = words.square().mean().sqrt()
-    words[:, -2:] = torch.tensor([0.0, MARK])
-    to_tokens.weight[-2:] = 0
-    to_tokens.bias[-2:] = torch.tensor([MARK, 0.0])
-    mark_after_norm = MARK / ((strength**2 * (width - 2) + MARK**2) / width) ** 0.5
+    words[:, -NUM_MARKS:] = torch.tensor([0.0, MARK])
+    model.language_model.get_output_embeddings().weight[:, -NUM_MARKS:] = 0
+    to_tokens.weight[-NUM_MARKS:] = 0
+    to_tokens.bias[-NUM_MARKS:] = torch.tensor([MARK, 0.0])
+    mark_after_norm = MARK / ((strength**2 * (width - NUM_MARKS) + MARK**2) / width) ** 0.5
     frequencies = ROTARY_BASE ** -(torch.arange(channels // 2) / (channels // 2))
     fast = frequencies[frequencies > SLOWEST_TO_TELL_NEIGHBOURS]
     gain = (BACK_STRENGTH * channels**0.5 / len(fast)) ** 0.5 / mark_after_norm
     attention = decoder.layers[0].self_attn
-    passed_on = torch.linalg.qr(torch.randn(width, width))[0]
-    passed_on[:, -2:] = 0
-    for head in range(heads - 1):
-        own, angle = slice(head * channels, (head + 1) * channels), (head + 1) * frequencies[: len(fast)]
+    first = torch.randn(width, width)
+    first[:, : len(name_ids)] = words[list(name_ids)].T
+    first[-NUM_MARKS:] = 0
+    found, turned = torch.linalg.qr(first)[0].T, torch.linalg.qr(torch.randn(width, width))[0]
+    fitting = min(text.num_attention_heads - 1, width // channels)
+    for head, (distance, share) in enumerate(list(LOOKS_BACK.items())[:fitting]):
+        own, angle = slice(head * channels, (head + 1) * channels), distance * frequencies[: len(fast)]
         query, key = torch.zeros(channels, width), torch.zeros(channels, width)
         key[: len(fast), -1] = gain
         query[: len(fast), -1] = gain * angle.cos()
         query[channels // 2 : channels // 2 + len(fast), -1] = -gain * angle.sin()
         attention.q_proj.weight[own], attention.k_proj.weight[own] = query, key
-        attention.v_proj.weight[own] = PASSED_ON * heads**0.5 / (heads - 1) * passed_on[own]
-        attention.o_proj.weight[:, own] = passed_on[own].T
+        attention.v_proj.weight[own] = found[own]
+        passed_on = found[own].T if distance == 1 else turned[:, own]
+        attention.o_proj.weight[:, own] = share * passed_on
+        attention.v_proj.weight[own, -NUM_MARKS:] = 0
+        attention.o_proj.weight[-NUM_MARKS:, own] = 0
 
 
 @torch.no_grad()
@@ -229,18 +250,20 @@ def look_at_neighbours(tower: VisionTower) -> None:
 class PatchReader(nn.Module):
     """Tells the words of each patch: how a tower and its projector learn to see before there are sentences.
 
-    A word's score at a patch is the product of the patch's image token with the word's embedding, which stays as it is:
-    the language model will find image tokens that point where its words do.
+    An image token becomes the sum of the embeddings of the words that are there, which stay as they are: the language
+    model will find them in it as it finds words. A word's score is its embedding's product with the token.
 
     Args:
-        words: for each kind of word (colour, form, …) the words; each must be one token.
+        words: for each kind of word (colour, form, …) the words, the first one for what is not there; each must be one
+            token.
     """
 
     def __init__(self, built: BuiltModel, words: Sequence[Sequence[str]]) -> None:
         super().__init__()
         self.tower, self.projector = built.model.vision_tower, built.model.projector
-        embeddings = built.model.get_input_embeddings().weight.detach()
-        self.words = [embeddings[[word_id(built.processor, word) for word in kind]] for kind in words]
+        self.words = embeddings_of(built, words)
+        for kind in self.words[1:]:
+            kind[0] = 0  # that there is nothing is said once
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and share of right words.
@@ -251,18 +274,31 @@ class PatchReader(nn.Module):
                 the first kind, it shows background.
 
         Returns:
-            The sum over kinds of the mean cross entropy, and (kinds,) the share of right words where there is one. The
-            first kind is asked of all patches, the others of what is no background.
+            The loss, of how far tokens are from their sums and of the cross entropy of each kind, and (kinds,) the
+            share of right words where there is one. The first kind is asked of all patches, the others of what is no
+            background.
         """
         size = torch.tensor(pixel_values.shape[-2:]).expand(len(pixel_values), -1)
         tokens = self.projector(self.tower(pixel_values, size)[0])
-        shown, losses, right = labels[:, 0] > 0, [], []
+        sums = torch.stack([words[labels[:, kind]] for kind, words in enumerate(self.words)]).sum(dim=0)
+        shown = labels[:, 0] > 0
+        losses = [SUM_WEIGHT * F.mse_loss(tokens[..., :-NUM_MARKS], sums[..., :-NUM_MARKS])]
+        right = []
         for kind, words in enumerate(self.words):
             asked = shown if kind else torch.ones_like(shown)
             scores, truth = tokens[asked] @ words.T, labels[:, kind][asked]
-            losses.append(F.cross_entropy(scores, truth))
+            losses.append(F.cross_entropy(scores / SCORE_SHARPNESS, truth))
             right.append((scores.argmax(-1) == truth)[truth > 0].float().mean())
         return torch.stack(losses).sum(), torch.stack(right).detach()
+
+
+def embeddings_of(built: BuiltModel, words: Sequence[Sequence[str]]) -> list[torch.Tensor]:
+    """For each kind of word the (words, H) embeddings, less their marks. BuildError: a word takes several tokens."""
+    table = built.model.get_input_embeddings().weight.detach()
+    found = [table[[word_id(built.processor, word) for word in kind]] for kind in words]
+    for kind in found:
+        kind[:, -NUM_MARKS:] = 0
+    return found
 
 
 def word_id(processor: PixelLMProcessor, word: str) -> int:

@@ -23,7 +23,8 @@ def started() -> tuple[BuiltModel, dict[str, Any], float]:
     """The model, the batch its mask parts were started on (every name for each of two pictures), and what was read."""
     torch.manual_seed(0)
     words = "It is the " + " ".join([*COLOURS, *FORMS])
-    built = make_tiny([words, words], replace(SHAPE, width=64, embedding_dim=16, vocab_size=400), seed=0)
+    shape = replace(SHAPE, width=64, text_num_heads=4, text_head_dim=16, embedding_dim=16, vocab_size=400)
+    built = make_tiny([words, words], shape, seed=0, names=(*COLOURS, *FORMS))
     batch = make_batch(built.processor, ROWS, [(20, 40), (24, 24)])
     with patch("model.build.mask_start.READING_STEPS", 400):
         read = start_masks_at_words(built, [(batch, NAMES * 2)] * 5)
@@ -48,7 +49,8 @@ def test_maps_start_as_the_image_tokens(started: tuple[BuiltModel, dict[str, Any
     with torch.no_grad():
         pictures = model.encode_pictures(batch["pixel_values"], batch["resized_sizes"])
         coarsest = model.feature_maps(pictures)[0].flatten(2).transpose(1, 2)
-    assert torch.equal(coarsest, pictures.image_tokens)
+    assert torch.equal(coarsest[..., :-2], pictures.image_tokens[..., :-2])
+    assert not coarsest[..., -2:].any(), "the mark that tells pictures from words is nothing to see"
 
 
 def test_patches_look_at_the_token_that_is_like_them(started: tuple[BuiltModel, dict[str, Any], float]) -> None:

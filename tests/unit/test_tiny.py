@@ -44,7 +44,8 @@ def test_the_heads_of_a_tower_start_looking_at_neighbours() -> None:
 
 def test_heads_of_the_language_model_start_looking_back() -> None:
     """Whatever the words are: one, two and three back, from the last of eight."""
-    built = make_tiny(TEXTS, replace(SHAPE, width=128, num_heads=4, vocab_size=400), seed=0)
+    shape = replace(SHAPE, width=128, text_num_heads=4, text_head_dim=32, vocab_size=400)
+    built = make_tiny(TEXTS, shape, seed=0)
     decoder = built.model.language_model.get_decoder()
     decoder.config._attn_implementation = "eager"
     words = built.processor.tokenizer.encode(" red in the e2 and blue d4 circle", add_special_tokens=False)[-8:]

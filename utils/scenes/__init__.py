@@ -8,12 +8,15 @@ from .patches import PATCH_WORDS, patch_words
 from .planning import SceneDataSettings
 from .questions import find_asks
 from .sampling import SceneSettings, sample_scenes
-from .words import category_names, named_shape
+from .words import COLOURS, FORMS, PLURALS, category_names, named_shape
 from .writers import HELD_OUT_SPEC, write_scene_data
 
 __all__ = [
+    "COLOURS",
+    "FORMS",
     "HELD_OUT_SPEC",
     "PATCH_WORDS",
+    "PLURALS",
     "Difficulty",
     "LeakReport",
     "Scene",

@@ -243,13 +243,13 @@ def _outermost(speaker: Speaker) -> Turn | None:
 
 # (weight, turn): what a conversation is mixed from. About half are the questions that will be asked for masks.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
-    (2.0, _referring("direct")),
-    (3.0, _referring("several")),
-    (5.0, _reasoning),
-    (2.5, _referring("no_target")),
-    (5.0, _read_off),
-    (2.0, _describe),
-    (1.5, _exists),
+    (1.5, _referring("direct")),
+    (3.5, _referring("several")),
+    (7.0, _reasoning),
+    (3.0, _referring("no_target")),
+    (0.7, _read_off),
+    (1.5, _describe),
+    (1.0, _exists),
     (1.0, _how_many),
     (0.5, _how_large),
     (0.5, _is_larger),

@@ -21,6 +21,7 @@ COLOURS = MappingProxyType(
 FORMS = MappingProxyType(
     {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
 )
+PLURALS = MappingProxyType({plural: form for form, plural in FORMS.items()})
 SIZES = ("small", "medium", "large")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 TIMES = MappingProxyType({1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times", 6: "six times"})

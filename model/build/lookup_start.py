@@ -1,0 +1,247 @@
+"""Where the language model of a tiny base starts: looking up in the picture what words name.
+
+From random weights, attention and what it passes on wait for each other, and a bag of words about the whole picture is
+where that leaves training. Image tokens are already sums of words (`PatchReader`); here heads of every layer but the
+first start to compare them with the words of the text. What a state holds is read by least squares, from the states of
+some conversations as the untrained layers make them; all weights train on. Nothing is learned from answers.
+
+Axes: N image tokens, M words of the text, H language width, W words that patches bear.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..modeling_pixellm import ExpandedRows, PixelLMForCausalLM
+from .builder import BuiltModel
+from .tiny import NUM_MARKS, embeddings_of, word_id
+
+# What a query's agreement with a key is worth, before softmax: for a word of a name, for being where a shape's centre
+# is, for places (from -1 to 1, squared distance), for the same word, for any name in the text.
+NAME, CENTRE, PLACE, SAME_WORD, ANY_NAME = 5.0, 12.0, 1.5, 6.0, 6.0
+# What other patches are worth beside a centre. How much of each word of a name the first token answers to: a shape that
+# bears both words of a name outdoes it, a shape that bears one does not.
+ELSEWHERE, NOT_FOUND = 0.6, 0.6
+# How much of a word is added where it is found, and of random weights left in queries and keys.
+PASSED_ON, LEFT_RANDOM = 0.2, 0.3
+# Numbers a word is told by, where any word of the text may be meant.
+CODE_SIZE = 18
+RIDGE = 1e-4
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What image tokens show: words (N, W) of 0 and 1, centre (N, 1), size and place (N, 1) and (N, 2) in -1 to 1."""
+
+    words: torch.Tensor
+    centre: torch.Tensor
+    size: torch.Tensor
+    place: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Said:
+    """What words of the text mean.
+
+    own (M, names): the words of a name that end here: one, or a form with the colour before it. named (M, names): the
+    same, and after a name its last word. first (M, 1): the first token of all. ids, previous (M,): of the token and of
+    the one before it, -1 where that is no word.
+    """
+
+    own: torch.Tensor
+    named: torch.Tensor
+    first: torch.Tensor
+    ids: torch.Tensor
+    previous: torch.Tensor
+
+
+@torch.no_grad()
+def start_looking_up(
+    built: BuiltModel,
+    words: Sequence[Sequence[str]],
+    plurals: Mapping[str, str],
+    examples: Mapping[str, Any],
+    labels: torch.Tensor,
+) -> dict[int, float]:
+    """Let heads of a model with a trained projector look for what words name, for its place, and for words said before.
+
+    Args:
+        words: of colours, forms, sizes (from small to large), columns and rows, as `PatchReader` had them.
+        plurals: other spellings of colours and forms.
+        examples: arguments of forward, of one conversation about each of B pictures.
+        labels: (B, 5, patches) what each patch bears, numbers of `words`.
+
+    Returns:
+        For each layer that was started, how much of colours and forms its queries read in the text: the share of
+        variance explained.
+
+    Raises:
+        BuildError: a word is not one token.
+    """
+    model = built.model
+    rows = _rows(model, examples)
+    names = [*words[0][1:], *words[1][1:]]
+    shown, said = _shown(words, labels), _said(built, names, len(words[0]) - 1, plurals, rows)
+    embeddings = torch.cat([kind[1:] for kind in embeddings_of(built, words)])
+    width = embeddings.shape[1]
+    away = _without_marks(embeddings @ torch.linalg.qr(torch.randn(width, width))[0])
+    not_found = _without_marks(torch.randn(1, width) * embeddings.square().mean().sqrt())
+    codes = torch.randn(model.config.text_config.vocab_size, CODE_SIZE) / CODE_SIZE**0.5
+    read = {}
+    layers = model.language_model.get_decoder().layers
+    for number in range(1, len(layers)):
+        image, text = _normed_states(model, rows, number)
+        reader = _Reader(image, text, shown, said, codes)
+        heads = _heads(reader, embeddings, torch.cat([away, not_found]), len(names), len(words[2]) - 1)
+        for head, (query, key, value, output) in enumerate(heads):
+            _write_head(layers[number].self_attn, head, query, key, value, PASSED_ON * output)
+        read[number] = reader.share_of_names_read()
+    return read
+
+
+class _Reader:
+    """Linear maps (…, H) that read facts off a layer's states, image tokens' (N, H) and words' (M, H)."""
+
+    def __init__(self, image: torch.Tensor, text: torch.Tensor, shown: Shown, said: Said, codes: torch.Tensor) -> None:
+        both, self._text, self._said = torch.cat([image, text]), text, said
+        first, known = said.first[:, 0] > 0, said.previous >= 0
+        of_centres = 1 + torch.cat([shown.centre, torch.zeros(len(text), 1)])
+        names = said.named.shape[1]
+
+        def of_image(facts: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+            return _read(both, torch.cat([facts, torch.zeros(len(text), facts.shape[1])]), weights)
+
+        def of_text(facts: torch.Tensor) -> torch.Tensor:
+            return _read(both, torch.cat([torch.zeros(len(image), facts.shape[1]), facts]))
+
+        not_found = torch.full((int(first.sum()), names), NOT_FOUND)
+        may_be_named = 1 + torch.cat([shown.centre, torch.zeros(len(not_found), 1)])
+        self.image_names = _read(
+            torch.cat([image, text[first]]), torch.cat([shown.words[:, :names], not_found]), may_be_named
+        )
+        worth = ELSEWHERE + (1 - ELSEWHERE) * shown.centre
+        self.centre = _read(both, torch.cat([worth, said.first]))
+        self.geometry = of_image(torch.cat([shown.size, shown.place, shown.place**2], dim=1))
+        self.words = of_image(shown.words, of_centres)
+        self.is_text, self.is_first = of_text(torch.ones_like(said.first)), of_text(said.first)
+        self.named, self.own = _read(text, said.named), _read(text, said.own)
+        self.is_name = of_text((said.own.sum(dim=1, keepdim=True) > 0).float())
+        self.code = _read(text, codes[said.ids])
+        self.previous_code = _read(text, codes[said.previous.clamp(min=0)] * known[:, None])
+
+    def share_of_names_read(self) -> float:
+        missed = (self._text @ self.named.T - self._said.named).square().mean()
+        return float(1 - missed / self._said.named.var(dim=0).mean())
+
+
+def _heads(
+    reader: _Reader, embeddings: torch.Tensor, away: torch.Tensor, names: int, sizes: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Query, key and value (channels, H) and output (H, channels) of each head that is started.
+
+    All heads that look at the picture have the same keys, so that training may turn any of them to anything.
+    """
+    looks = names + sizes  # colour, form and size, which a head passes on together; places are another head's
+
+    def nothing(channels: int) -> torch.Tensor:
+        return torch.zeros(channels, embeddings.shape[1])
+
+    def query(named: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
+        return torch.cat([named * NAME**0.5, geometry * PLACE**0.5, reader.is_text * CENTRE**0.5])
+
+    key = torch.cat([reader.image_names * NAME**0.5, reader.geometry * PLACE**0.5, reader.centre * CENTRE**0.5])
+    size, x, y, _, _ = reader.geometry.split(1)
+    far = -reader.is_text
+    named, any_shape = query(reader.named, nothing(5)), query(nothing(names), nothing(5))
+    near = query(nothing(names), torch.cat([torch.zeros_like(size), 2 * x, 2 * y, far, far]))
+    # What is found by its name is kept apart from the name, and whether anything was; the rest is added as words are.
+    yield named, key, torch.cat([reader.words[:looks], reader.is_first]), torch.cat([away[:looks], away[-1:]]).T
+    yield named, key, reader.words[looks:], embeddings[looks:].T
+    yield any_shape, key, reader.words[:looks], embeddings[:looks].T
+    yield near, key, reader.words[:looks], embeddings[:looks].T
+    same = SAME_WORD**0.5
+    yield reader.code * same, reader.previous_code * same, reader.own, embeddings[:names].T
+    yield reader.is_text * ANY_NAME**0.5, reader.is_name * ANY_NAME**0.5, reader.own, embeddings[:names].T
+
+
+def _write_head(
+    attention: Any, head: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+) -> None:
+    """Put a head's query and key where rotations are slowest, as what they compare may be far apart."""
+    channels = attention.head_dim
+    half, first = channels // 2, head * channels
+    slowest = [channel for pair in range(half - 1, -1, -1) for channel in (pair, pair + half)]
+    own, places = slice(first, first + channels), [first + channel for channel in slowest[: len(query)]]
+    for projection, rows in ((attention.q_proj, query), (attention.k_proj, key)):
+        projection.weight[own] *= LEFT_RANDOM
+        projection.weight[places] += rows * channels**0.25  # attention divides by the root of its channels
+    attention.v_proj.weight[first : first + len(value)] = value
+    attention.o_proj.weight[:, first : first + len(value)] = output
+
+
+def _read(states: torch.Tensor, facts: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """(facts, H) the linear map that tells facts (…, facts) from states (…, H) by weighted least squares."""
+    if weights is not None:
+        states, facts = states * weights, facts * weights
+    gram = states.T @ states
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram, states.T @ facts).T
+
+
+def _rows(model: PixelLMForCausalLM, examples: Mapping[str, Any]) -> ExpandedRows:
+    pictures = model.encode_pictures(examples["pixel_values"], examples["resized_sizes"])
+    return model.expand_rows(examples["input_ids"], examples["attention_mask"], pictures, examples["image_index"])
+
+
+def _in_picture(model: PixelLMForCausalLM, rows: ExpandedRows) -> torch.Tensor:
+    return rows.ids == model.config.image_token_id
+
+
+def _normed_states(model: PixelLMForCausalLM, rows: ExpandedRows, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, H) and (M, H): what a layer's attention is given of image tokens and of words."""
+    seen: list[torch.Tensor] = []
+    norm = model.language_model.get_decoder().layers[layer].input_layernorm
+    with norm.register_forward_hook(lambda module, given, output: seen.append(output)):
+        model.hidden_states(rows, torch.arange(len(rows.ids)))
+    in_picture = _in_picture(model, rows)
+    return seen[0][in_picture], seen[0][rows.attention_mask & ~in_picture]
+
+
+def _shown(words: Sequence[Sequence[str]], labels: torch.Tensor) -> Shown:
+    kinds = [
+        F.one_hot(numbers.flatten(), len(kind))[:, 1:].float()
+        for kind, numbers in zip(words, labels.unbind(1), strict=True)
+    ]
+    ordered = [kind @ torch.linspace(-1, 1, kind.shape[1]) for kind in kinds[2:]]
+    centre = kinds[2].sum(dim=1, keepdim=True)
+    return Shown(torch.cat(kinds, dim=1), centre, ordered[0][:, None], torch.stack(ordered[1:], dim=1))
+
+
+def _said(
+    built: BuiltModel, names: Sequence[str], num_colours: int, plurals: Mapping[str, str], rows: ExpandedRows
+) -> Said:
+    place = {word_id(built.processor, name): number for number, name in enumerate(names)}
+    place |= {word_id(built.processor, other): names.index(name) for other, name in plurals.items()}
+    number_of = torch.full((built.model.config.text_config.vocab_size,), -1)
+    number_of[list(place)] = torch.tensor(list(place.values()))
+    in_picture = _in_picture(built.model, rows)
+    numbers = number_of[rows.ids]
+    before = torch.roll(numbers, 1, dims=1)
+    before[:, 0] = -1
+    completes = (numbers >= num_colours) & (before >= 0) & (before < num_colours)
+    own, prior = (F.one_hot(n + 1, len(names) + 1)[..., 1:].float() for n in (numbers, before))
+    own = own + prior * completes[..., None]
+    named = own + prior * (numbers < 0)[..., None]
+    previous = torch.roll(rows.ids, 1, dims=1).masked_fill(torch.roll(in_picture, 1, dims=1), -1)
+    previous[:, 0] = -1
+    first = torch.zeros(rows.ids.shape).index_fill(1, torch.tensor([0]), 1.0)
+    text = rows.attention_mask & ~in_picture
+    return Said(own[text], named[text], first[text][:, None], rows.ids[text], previous[text])
+
+
+def _without_marks(vectors: torch.Tensor) -> torch.Tensor:
+    vectors[:, -NUM_MARKS:] = 0
+    return vectors

@@ -1,0 +1,133 @@
+"""Where the language model of a tiny base starts: finding in the picture what words name."""
+
+import random
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from model.build.builder import BuildError
+from model.build.lookup_start import start_looking_up
+from model.build.tiny import MARK, embeddings_of, make_tiny
+from model.modeling_pixellm import EncodedPictures, ExpandedRows
+from tests.unit.tiny_pixellm import SHAPE
+
+COLOURS, FORMS, SIZES = ("red", "blue", "green"), ("circle", "square", "star"), ("small", "large")
+COLUMNS, ROWS = ("c1", "c2", "c3", "c4"), ("r1", "r2", "r3", "r4")
+WORDS = [("nothing", *kind) for kind in (COLOURS, FORMS, SIZES, COLUMNS, ROWS)]
+PLURALS = {f"{form}s": form for form in FORMS}
+PICTURES, SIDE, SHAPES = 200, 4, 3
+PATCHES = SIDE * SIDE
+
+
+def draw(rng: random.Random) -> tuple[torch.Tensor, list[str]]:
+    """(5, patches) what the patches of a picture bear, three of them a shape each, and the three names."""
+    labels, names = torch.zeros(len(WORDS), PATCHES, dtype=torch.long), []
+    kinds = rng.sample([(c, f) for c in range(1, 4) for f in range(1, 4)], SHAPES)
+    for place, (colour, form) in zip(rng.sample(range(PATCHES), SHAPES), kinds, strict=True):
+        shape = [colour, form, rng.randint(1, 2), 1 + place % SIDE, 1 + place // SIDE]
+        labels[:, place] = torch.tensor(shape)
+        names.append(f"{COLOURS[colour - 1]} {FORMS[form - 1]}")
+    return labels, names
+
+
+class World:
+    """Pictures whose image tokens are sums of words, with questions for a name that is there or not."""
+
+    def __init__(self) -> None:
+        rng = random.Random(0)
+        words = " ".join(word for kind in WORDS for word in kind) + " " + " ".join(PLURALS) + " is there a ? yes no"
+        shape = replace(SHAPE, width=128, text_num_heads=8, text_head_dim=32, vocab_size=420)
+        self.built = make_tiny([words, words], shape, seed=0, names=(*COLOURS, *FORMS))
+        pictures = [draw(rng) for _ in range(PICTURES)]
+        self.labels = torch.stack([labels for labels, _ in pictures])
+        self.names = [names for _, names in pictures]
+        self.asked = [f"{rng.choice(COLOURS)} {rng.choice(FORMS)}" for _ in pictures]
+        embeddings = embeddings_of(self.built, WORDS)
+        tokens = torch.stack([kind[self.labels[:, number]] for number, kind in enumerate(embeddings)]).sum(dim=0)
+        tokens[..., -2] = MARK
+        self.seen = EncodedPictures([], tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
+        ids = [
+            self.built.processor.encode_conversation([(f"is there a {name} ?", "yes" if name in names else "no")])
+            for name, names in zip(self.asked, self.names, strict=True)
+        ]
+        self.arguments: dict[str, Any] = {
+            "input_ids": pad_sequence([one.input_ids for one in ids], batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(one.input_ids) for one in ids], batch_first=True),
+            "pixel_values": {},
+            "resized_sizes": torch.full((PICTURES, 2), 32),
+            "image_index": torch.arange(PICTURES),
+        }
+
+    def start(self) -> dict[int, float]:
+        with patch.object(self.built.model, "encode_pictures", lambda *_: self.seen):
+            return start_looking_up(self.built, WORDS, PLURALS, self.arguments, self.labels)
+
+    def rows(self) -> ExpandedRows:
+        ids, mask = self.arguments["input_ids"], self.arguments["attention_mask"]
+        return self.built.model.expand_rows(ids, mask, self.seen, self.arguments["image_index"])
+
+
+@pytest.fixture(scope="module")
+def looked() -> tuple[World, torch.Tensor, torch.Tensor]:
+    """A started world; (B, heads, P) where the last word of the asked name looks in layer 1, and (B, P) ids."""
+    world = World()
+    with torch.no_grad():
+        assert all(share > 0.8 for share in world.start().values())
+        rows = world.rows()
+        decoder = world.built.model.language_model.get_decoder()
+        decoder.config._attn_implementation = "eager"
+        looks = decoder(
+            inputs_embeds=rows.embeddings, attention_mask=rows.attention_mask.long(), output_attentions=True
+        ).attentions[1]
+    forms = [world.built.processor.tokenizer.encode(f" {form}", add_special_tokens=False)[0] for form in FORMS]
+    end_of_name = torch.isin(rows.ids, torch.tensor(forms)).long().argmax(dim=1)
+    return world, looks[torch.arange(PICTURES), :, end_of_name], rows.ids
+
+
+def patch_of(world: World, picture: int) -> int | None:
+    """The patch that shows what is asked for."""
+    colour, form = world.asked[picture].split()
+    bears = (world.labels[picture, 0] == 1 + COLOURS.index(colour)) & (
+        world.labels[picture, 1] == 1 + FORMS.index(form)
+    )
+    return int(bears.long().argmax()) if bears.any() else None
+
+
+def test_a_name_looks_at_what_it_names(looked: tuple[World, torch.Tensor, torch.Tensor]) -> None:
+    """Two heads, one that passes on what is there and one that passes on where."""
+    world, looks, ids = looked
+    first_patch = int((ids[0] == world.built.model.config.image_token_id).long().argmax())
+    on_patches = looks[:, :2, first_patch : first_patch + PATCHES]
+    there = [(picture, place) for picture in range(PICTURES) if (place := patch_of(world, picture)) is not None]
+    assert 40 < len(there) < 160
+    found = torch.stack([on_patches[picture, :, place] for picture, place in there])
+    assert bool((found.mean(dim=0) > 0.6).all()), found.mean(dim=0)
+
+
+def test_a_name_that_is_not_there_looks_at_the_first_token(looked: tuple[World, torch.Tensor, torch.Tensor]) -> None:
+    world, looks, _ = looked
+    absent = torch.tensor([patch_of(world, picture) is None for picture in range(PICTURES)])
+    on_first = looks[:, 0, 0]
+    assert on_first[absent].mean() > on_first[~absent].mean() + 0.2
+
+
+def test_the_layers_before_and_the_words_stay_as_they_are() -> None:
+    world = World()
+    before = {name: value.clone() for name, value in world.built.model.state_dict().items()}
+    world.start()
+    changed = {name for name, value in world.built.model.state_dict().items() if not torch.equal(value, before[name])}
+    own = "language_model.model.layers.1.self_attn"
+    assert changed == {f"{own}.{part}_proj.weight" for part in "qkvo"}
+
+
+def test_a_plural_of_several_tokens_is_refused() -> None:
+    world = World()
+    with (
+        patch.object(world.built.model, "encode_pictures", lambda *_: world.seen),
+        pytest.raises(BuildError, match="the word 'xylophones' takes"),
+    ):
+        start_looking_up(world.built, WORDS, {"xylophones": "circle"}, world.arguments, world.labels)
