@@ -23,7 +23,7 @@ def started() -> tuple[BuiltModel, dict[str, Any], float]:
     """The model, the batch its mask parts were started on (every name for each of two pictures), and what was read."""
     torch.manual_seed(0)
     words = "It is the " + " ".join([*COLOURS, *FORMS])
-    shape = replace(SHAPE, width=64, text_num_heads=4, text_head_dim=16, embedding_dim=16, vocab_size=400)
+    shape = replace(SHAPE, width=128, text_num_heads=4, text_head_dim=32, embedding_dim=16, vocab_size=400)
     built = make_tiny([words, words], shape, seed=0, names=(*COLOURS, *FORMS))
     batch = make_batch(built.processor, ROWS, [(20, 40), (24, 24)])
     with patch("model.build.mask_start.READING_STEPS", 400):
