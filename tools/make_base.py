@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
     parser.add_argument("--engine", choices=("deepspeed", "plain"), default="plain")
-    parser.add_argument("--tower_steps", type=int, default=500)
+    parser.add_argument("--tower_steps", type=int, default=650)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything: learns nothing")
     parser.add_argument("--seed", type=int, default=0)
     for field in fields(TinyShape):

@@ -47,7 +47,8 @@ class Said:
     """What words of the text mean.
 
     own (M, names): the words of a name that end here: one, or a form with the colour before it. named (M, names): the
-    same, and after a name its last word. first (M, 1): the first token of all. ids, previous (M,): of the token and of
+    same, after a name its last word, and with a colour a form up to three words before it ("the star that is red").
+    first (M, 1): the first token of all. ids, previous (M,): of the token and of
     the one before it, -1 where that is no word.
     """
 
@@ -234,12 +235,21 @@ def _said(
     completes = (numbers >= num_colours) & (before >= 0) & (before < num_colours)
     own, prior = (F.one_hot(n + 1, len(names) + 1)[..., 1:].float() for n in (numbers, before))
     own = own + prior * completes[..., None]
-    named = own + prior * (numbers < 0)[..., None]
+    two, three = (_forms_before(numbers, distance, num_colours, len(names)) for distance in (2, 3))
+    is_colour = (numbers >= 0) & (numbers < num_colours)
+    named = own + prior * (numbers < 0)[..., None] + (two + three) * is_colour[..., None]
     previous = torch.roll(rows.ids, 1, dims=1).masked_fill(torch.roll(in_picture, 1, dims=1), -1)
     previous[:, 0] = -1
     first = torch.zeros(rows.ids.shape).index_fill(1, torch.tensor([0]), 1.0)
     text = rows.attention_mask & ~in_picture
     return Said(own[text], named[text], first[text][:, None], rows.ids[text], previous[text])
+
+
+def _forms_before(numbers: torch.Tensor, distance: int, num_colours: int, num_names: int) -> torch.Tensor:
+    """(B, P, names) the form that stands `distance` words before each."""
+    before = torch.roll(numbers, distance, dims=1)
+    before[:, :distance] = -1
+    return F.one_hot(before.masked_fill(before < num_colours, -1) + 1, num_names + 1)[..., 1:].float()
 
 
 def _without_marks(vectors: torch.Tensor) -> torch.Tensor:
