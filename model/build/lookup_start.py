@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from ..modeling_pixellm import ExpandedRows, PixelLMForCausalLM
-from .builder import BuiltModel
-from .tiny import NUM_MARKS, embeddings_of, word_id
+from .builder import BuildError, BuiltModel
+from .tiny import embeddings_of, without_marks, word_id
 
 # What a query's agreement with a key is worth, before softmax: for a word of a name, for being where a shape's centre
 # is, for places (from -1 to 1, squared distance), for the same word, for any name in the text.
@@ -48,8 +48,8 @@ class Said:
 
     own (M, names): the words of a name that end here: one, or a form with the colour before it. named (M, names): the
     same, after a name its last word, and with a colour a form up to three words before it ("the star that is red").
-    first (M, 1): the first token of all. ids, previous (M,): of the token and of
-    the one before it, -1 where that is no word.
+    first (M, 1): the first token of all. ids, previous (M,): of the token and of the one before it, -1 where that is no
+    word.
     """
 
     own: torch.Tensor
@@ -80,7 +80,7 @@ def start_looking_up(
         variance explained.
 
     Raises:
-        BuildError: a word is not one token.
+        BuildError: a word is not one token, or the language model has fewer or narrower heads than are started.
     """
     model = built.model
     rows = _rows(model, examples)
@@ -88,15 +88,16 @@ def start_looking_up(
     shown, said = _shown(words, labels), _said(built, names, len(words[0]) - 1, plurals, rows)
     embeddings = torch.cat([kind[1:] for kind in embeddings_of(built, words)])
     width = embeddings.shape[1]
-    away = _without_marks(embeddings @ torch.linalg.qr(torch.randn(width, width))[0])
-    not_found = _without_marks(torch.randn(1, width) * embeddings.square().mean().sqrt())
+    away = without_marks(embeddings @ torch.linalg.qr(torch.randn(width, width))[0])
+    not_found = without_marks(torch.randn(1, width) * embeddings.square().mean().sqrt())
     codes = torch.randn(model.config.text_config.vocab_size, CODE_SIZE) / CODE_SIZE**0.5
     read = {}
     layers = model.language_model.get_decoder().layers
     for number in range(1, len(layers)):
         image, text = _normed_states(model, rows, number)
         reader = _Reader(image, text, shown, said, codes)
-        heads = _heads(reader, embeddings, torch.cat([away, not_found]), len(names), len(words[2]) - 1)
+        heads = list(_heads(reader, embeddings, torch.cat([away, not_found]), len(names), len(words[2]) - 1))
+        _check_room(model, len(heads), max(max(len(query), len(value)) for query, _, value, _ in heads))
         for head, (query, key, value, output) in enumerate(heads):
             _write_head(layers[number].self_attn, head, query, key, value, PASSED_ON * output)
         read[number] = reader.share_of_names_read()
@@ -168,6 +169,15 @@ def _heads(
     yield reader.is_text * ANY_NAME**0.5, reader.is_name * ANY_NAME**0.5, reader.own, embeddings[:names].T
 
 
+def _check_room(model: PixelLMForCausalLM, heads: int, channels: int) -> None:
+    text = model.config.text_config
+    if text.num_attention_heads < heads or text.head_dim < channels:
+        raise BuildError(
+            f"the language model has {text.num_attention_heads} heads of {text.head_dim} channels: looking up takes at "
+            f"least {heads} of {channels}"
+        )
+
+
 def _write_head(
     attention: Any, head: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
 ) -> None:
@@ -230,28 +240,26 @@ def _said(
     number_of[list(place)] = torch.tensor(list(place.values()))
     in_picture = _in_picture(built.model, rows)
     numbers = number_of[rows.ids]
-    before = torch.roll(numbers, 1, dims=1)
-    before[:, 0] = -1
-    completes = (numbers >= num_colours) & (before >= 0) & (before < num_colours)
-    own, prior = (F.one_hot(n + 1, len(names) + 1)[..., 1:].float() for n in (numbers, before))
-    own = own + prior * completes[..., None]
-    two, three = (_forms_before(numbers, distance, num_colours, len(names)) for distance in (2, 3))
-    is_colour = (numbers >= 0) & (numbers < num_colours)
+    before = _earlier(numbers, 1)
+    is_colour, was_colour = ((n >= 0) & (n < num_colours) for n in (numbers, before))
+    own, prior = _one_hot(numbers, len(names)), _one_hot(before, len(names))
+    own = own + prior * ((numbers >= num_colours) & was_colour)[..., None]
+    forms = numbers.masked_fill(numbers < num_colours, -1)
+    two, three = (_one_hot(_earlier(forms, distance), len(names)) for distance in (2, 3))
     named = own + prior * (numbers < 0)[..., None] + (two + three) * is_colour[..., None]
-    previous = torch.roll(rows.ids, 1, dims=1).masked_fill(torch.roll(in_picture, 1, dims=1), -1)
-    previous[:, 0] = -1
+    previous = _earlier(rows.ids.masked_fill(in_picture, -1), 1)
     first = torch.zeros(rows.ids.shape).index_fill(1, torch.tensor([0]), 1.0)
     text = rows.attention_mask & ~in_picture
     return Said(own[text], named[text], first[text][:, None], rows.ids[text], previous[text])
 
 
-def _forms_before(numbers: torch.Tensor, distance: int, num_colours: int, num_names: int) -> torch.Tensor:
-    """(B, P, names) the form that stands `distance` words before each."""
-    before = torch.roll(numbers, distance, dims=1)
-    before[:, :distance] = -1
-    return F.one_hot(before.masked_fill(before < num_colours, -1) + 1, num_names + 1)[..., 1:].float()
+def _earlier(numbers: torch.Tensor, distance: int) -> torch.Tensor:
+    """(B, P) what stood `distance` places before each, -1 before the beginning."""
+    earlier = torch.roll(numbers, distance, dims=1)
+    earlier[:, :distance] = -1
+    return earlier
 
 
-def _without_marks(vectors: torch.Tensor) -> torch.Tensor:
-    vectors[:, -NUM_MARKS:] = 0
-    return vectors
+def _one_hot(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """(B, P, count), all 0 where a number is -1."""
+    return F.one_hot(numbers + 1, count + 1)[..., 1:].float()

@@ -19,7 +19,7 @@ from ..modeling_pixellm import PixelLMForCausalLM
 from ..pixel_decoder import Attention, PixelDecoder, TwoWayLayer
 from ..seg_codebook import SegCodebook, group_positions
 from .builder import BuiltModel
-from .tiny import NUM_MARKS, word_id
+from .tiny import NUM_MARKS, without_marks, word_id
 
 READING_STEPS, READING_BATCH, READING_RATE = 600, 256, 5e-3
 # Weights of a convolution's neighbours at the start, relative to what they would have been.
@@ -70,9 +70,7 @@ def _group_states(model: PixelLMForCausalLM, arguments: dict[str, Any]) -> torch
 def _meaning(built: BuiltModel, name: str) -> torch.Tensor:
     """(H,) sum of the embeddings of a name's words, less the mark of words."""
     ids = [word_id(built.processor, word) for word in name.split()]
-    meaning = built.model.get_input_embeddings().weight[ids].sum(dim=0)
-    meaning[-NUM_MARKS:] = 0
-    return meaning
+    return without_marks(built.model.get_input_embeddings().weight[ids].sum(dim=0))
 
 
 def _read_maps(decoder: PixelDecoder, shared: torch.Tensor) -> None:

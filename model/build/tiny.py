@@ -295,10 +295,12 @@ class PatchReader(nn.Module):
 def embeddings_of(built: BuiltModel, words: Sequence[Sequence[str]]) -> list[torch.Tensor]:
     """For each kind of word the (words, H) embeddings, less their marks. BuildError: a word takes several tokens."""
     table = built.model.get_input_embeddings().weight.detach()
-    found = [table[[word_id(built.processor, word) for word in kind]] for kind in words]
-    for kind in found:
-        kind[:, -NUM_MARKS:] = 0
-    return found
+    return [without_marks(table[[word_id(built.processor, word) for word in kind]]) for kind in words]
+
+
+def without_marks(vectors: torch.Tensor) -> torch.Tensor:
+    """(…, H) the same, with 0 for the marks of words and of image tokens."""
+    return torch.cat([vectors[..., :-NUM_MARKS], torch.zeros_like(vectors[..., -NUM_MARKS:])], dim=-1)
 
 
 def word_id(processor: PixelLMProcessor, word: str) -> int:

@@ -124,6 +124,13 @@ def test_the_layers_before_and_the_words_stay_as_they_are() -> None:
     assert changed == {f"{own}.{part}_proj.weight" for part in "qkvo"}
 
 
+def test_too_few_heads_are_refused() -> None:
+    world = World()
+    world.built.model.config.text_config.num_attention_heads = 4
+    with pytest.raises(BuildError, match="has 4 heads of 32 channels: looking up takes at least 6 of 18"):
+        world.start()
+
+
 def test_a_plural_of_several_tokens_is_refused() -> None:
     world = World()
     with (

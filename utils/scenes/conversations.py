@@ -241,7 +241,7 @@ def _outermost(speaker: Speaker) -> Turn | None:
     return f"Which shape is the {word}?", f"The {word} shape is the {shape.name}."
 
 
-# (weight, turn): what a conversation is mixed from. About half are the questions that will be asked for masks.
+# (weight, turn): what a conversation is mixed from. About two thirds are the questions that will be asked for masks.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
     (1.5, _referring("direct")),
     (3.5, _referring("several")),
