@@ -194,3 +194,105 @@ def write_ade20k(root: Path, labels: np.ndarray | None = None, folder: str = "tr
     (root / "ade20k" / "annotations" / folder).mkdir(parents=True, exist_ok=True)
     Image.fromarray(labels).save(root / "ade20k" / "annotations" / folder / "ADE_1.png")
     return root
+
+
+def write_labels(path: Path, labels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels).save(path)
+    return path
+
+
+def striped(*stripes: tuple[int, int], rest: int = 255) -> np.ndarray:
+    """A label map of (label, rows) from the top; the rows below have `rest`."""
+    labels = np.full((HEIGHT, WIDTH), rest, dtype=np.uint8)
+    top = 0
+    for label, rows in stripes:
+        labels[top : top + rows] = label
+        top += rows
+    return labels
+
+
+def write_cocostuff(root: Path, labels: np.ndarray | None = None) -> Path:
+    """Sky, a wall that is "other", a person, and unlabelled pixels."""
+    write_picture(root / "coco/train2017/0001.jpg")
+    write_labels(
+        root / "cocostuff/train2017/0001.png", striped((156, 10), (172, 5), (0, 3)) if labels is None else labels
+    )
+    return root
+
+
+MAPILLARY_LABELS = [
+    {"name": "nature--sky", "readable": "Sky", "evaluate": True},
+    {"name": "marking--discrete--stop-line", "readable": "Lane Marking - Stop Line", "evaluate": True},
+    {"name": "object--sign--ambiguous", "readable": "Ambiguous Sign", "evaluate": True},
+    {"name": "object--traffic-sign--back", "readable": "Traffic Sign (Back)"},
+    {"name": "object--bench", "readable": "Bench", "evaluate": False},
+    {"name": "void--unlabeled", "readable": "Unlabeled", "evaluate": False},
+]
+
+
+def write_mapillary(root: Path, config: str = "config_v2.0.json", labels: str = "v2.0/labels", label: int = 1) -> Path:
+    """Sky, rows of `label`, an ambiguous sign, a bench that does not count, and nothing."""
+    write_json(root / "mapillary" / config, {"labels": MAPILLARY_LABELS, "version": "2.0"})
+    write_picture(root / "mapillary/training/images/a.jpg")
+    write_labels(
+        root / "mapillary/training" / labels / "a.png", striped((0, 6), (label, 4), (2, 3), (3, 2), (4, 1), rest=5)
+    )
+    return root
+
+
+def rle(mask: np.ndarray) -> dict[str, Any]:
+    """Uncompressed run lengths of a mask (H, W)."""
+    flat = mask.astype(np.uint8).ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    return {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
+
+
+def parts(pictures: dict[int, str], categories: dict[int, str]) -> dict[str, Any]:
+    """Annotations of two pictures in COCO's form, of categories 3 (a thing), 8 and 40 (its parts, numbered alike)."""
+    crowd = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    crowd[0:12, 0:16] = 1
+    sizes = {"height": HEIGHT, "width": WIDTH}
+    return {
+        "images": [{"id": number, "file_name": name, **sizes} for number, name in pictures.items()],
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
+        "annotations": [
+            annotation(1, 5, [square(2, 2, 6), square(5, 5, 6)], 3),
+            annotation(2, 5, [square(20, 2, 4)], 3),
+            annotation(3, 5, rle(crowd), 3, iscrowd=1),
+            annotation(4, 5, [square(2, 2, 3)], 8),
+            annotation(5, 5, [square(4, 4, 3)], 40),
+            annotation(6, 5, [[1, 1, 5, 5]], 8),
+            annotation(7, 5, [[1, 1, 5, 5, 9, 9]], 8),
+            annotation(8, 6, rle(crowd), 3, iscrowd=1),
+            annotation(9, 6, [], 8),
+            annotation(10, 404, [square(0, 0, 3)], 3),
+        ],
+    }
+
+
+PART_PICTURES = {
+    "pascal_part": ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages", "2008_1.jpg"),
+    "paco_lvis": ("coco", "train2017/0001.jpg"),
+    "partimagenet": ("vlpart/partimagenet/train", "n01_1.jpg"),
+}
+PART_FILES = {
+    "pascal_part": "vlpart/pascal_part/train.json",
+    "paco_lvis": "vlpart/paco/annotations/paco_lvis_v1_train.json",
+    "partimagenet": "vlpart/partimagenet/train.json",
+}
+PART_CATEGORIES = {
+    "pascal_part": {3: "cow", 8: "cow:lfleg", 40: "cow:lfleg_2"},
+    "paco_lvis": {3: "mouse_(computer_equipment)", 8: "mouse_(computer_equipment):left_button", 40: "can:inner_body"},
+    "partimagenet": {3: "Car", 8: "Car Side Mirror", 40: "Bicycle Tier"},
+}
+
+
+def write_parts(root: Path, name: str = "pascal_part", content: Any = None) -> Path:
+    folder, picture = PART_PICTURES[name]
+    pictures = {5: picture, 6: picture.replace("1.jpg", "2.jpg")}
+    for file in pictures.values():
+        write_picture(root / folder / file)
+    write_json(root / PART_FILES[name], parts(pictures, PART_CATEGORIES[name]) if content is None else content)
+    return root

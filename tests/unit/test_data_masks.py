@@ -11,12 +11,12 @@ from PIL import Image
 from pycocotools import mask as coco_rle
 
 from tests.unit.data_sets import HEIGHT, WIDTH, square, write_picture
-from utils.data.ade20k_classes import ADE20K_CLASSES
 from utils.data.errors import DataError
 from utils.data.files import DataRoot, picture_size
 from utils.data.masks import CocoMask, LabelMask, PaintedMask, UnionMask, coco_mask
 from utils.data.pickles import load_plain_pickle
 from utils.data.samples import IGNORE_LABEL, SEG_MARKER, Target, Turn
+from utils.data.sem_seg.label_map_classes import ADE20K_CLASSES, COCO_STUFF_CLASSES
 from utils.data.templates import listed, pick_phrasing, target_name
 
 
@@ -183,3 +183,8 @@ def test_class_list() -> None:
         *("wall", "person", "counter", "bus", "shower", "flag"),
     ]
     assert "" not in ADE20K_CLASSES
+    assert len(COCO_STUFF_CLASSES) == len(set(COCO_STUFF_CLASSES)) == 182
+    assert [COCO_STUFF_CLASSES[label] for label in (0, 2, 37, 50, 89, 91, 95, 144, 156, 168, 181)] == [
+        *("person", "car", "kite", "bowl", "toothbrush", "banner", "building-other", "playing field", "sky", "tree"),
+        "wood",
+    ]

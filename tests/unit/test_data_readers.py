@@ -229,12 +229,12 @@ def test_evaluation_samples_never_change_and_are_joined(tmp_path: Path) -> None:
             build_eval_reader(spec, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cocostuff", "mapillary", "pascal_part", "paco_lvis"])
-def test_data_sets_without_a_reader_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=rf"no reader for '{name}' \(--sem_seg_data\); supported are ade20k: "):
-        build_training_readers("sem_seg", f"{name}||ade20k", tmp_path, ReaderOptions())
-    with pytest.raises(DataError, match=f"no reader for '{name}'.*refcocog"):
-        build_reader(name, tmp_path, "train")
+def test_data_sets_without_a_reader_are_refused_by_name(tmp_path: Path) -> None:
+    supported = "ade20k, cocostuff, mapillary, pascal_part, paco_lvis, partimagenet"
+    with pytest.raises(DataError, match=rf"no reader for 'cityscapes' \(--sem_seg_data\); supported are {supported}: "):
+        build_training_readers("sem_seg", "cityscapes||ade20k", tmp_path, ReaderOptions())
+    with pytest.raises(DataError, match=r"no reader for 'cityscapes'.*refcocog"):
+        build_reader("cityscapes", tmp_path, "train")
 
 
 def test_a_family_that_is_unknown_or_a_set_of_another_family(tmp_path: Path) -> None:
@@ -264,6 +264,8 @@ FAMILY_FILES: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "vqa": ("llava_instruct_150k", data_sets.write_vqa, "llava_dataset/llava_instruct_150k.json"),
     "multi_reason_seg": ("MultiReasonSeg", data_sets.write_muse, "muse/muse_train.json"),
     "reason_seg": ("ReasonSeg", data_sets.write_reason_seg, "reason_seg/ReasonSeg/train/train_a.json"),
+    "parts": ("pascal_part", data_sets.write_parts, data_sets.PART_FILES["pascal_part"]),
+    "mapillary": ("mapillary", data_sets.write_mapillary, "mapillary/config_v2.0.json"),
 }
 
 
@@ -311,6 +313,18 @@ MISSING_KEYS = [
     ("reason_seg", ["shapes"], ""),
     ("reason_seg", ["is_sentence"], ""),
     ("reason_seg", ["shapes", 0, "points"], "a shape"),
+    ("parts", ["images"], ""),
+    ("parts", ["annotations"], ""),
+    ("parts", ["categories"], ""),
+    ("parts", ["images", 0, "file_name"], "picture 5"),
+    ("parts", ["images", 0, "width"], "picture 5"),
+    ("parts", ["annotations", 0, "segmentation"], "annotation 1"),
+    ("parts", ["annotations", 0, "image_id"], "an annotation"),
+    ("parts", ["annotations", 0, "category_id"], "annotation 1"),
+    ("parts", ["categories", 1, "name"], "category 8"),
+    ("mapillary", ["labels"], ""),
+    ("mapillary", ["labels", 0, "name"], "label 0"),
+    ("mapillary", ["labels", 0, "readable"], "label 0"),
 ]
 
 
@@ -343,6 +357,7 @@ def test_missing_keys_and_wrong_types_are_named(
         ("refcoco", data_sets.write_refer_seg, f"{data_sets.COCO}/train2014/COCO_1.jpg"),
         ("llava_instruct_150k", data_sets.write_vqa, "coco/train2017/0001.jpg"),
         ("MultiReasonSeg", data_sets.write_muse, f"{data_sets.COCO}/train2014/COCO_1.jpg"),
+        ("pascal_part", data_sets.write_parts, "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages/2008_1.jpg"),
     ],
 )
 def test_a_missing_picture_is_named_when_it_is_read(
@@ -394,21 +409,44 @@ def test_pickled_refs_that_are_cut_or_carry_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "absent"),
+    ("name", "absent", "archive"),
     [
-        ("ade20k", "ade20k/images/training"),
-        ("refcoco", r"refer_seg/refcoco/refs\(unc\)\.p"),
-        ("grefcoco", r"refer_seg/grefcoco/grefs\(unc\)\.json"),
-        ("llava_instruct_150k", "llava_dataset/llava_instruct_150k.json"),
-        ("MultiReasonSeg", "muse/muse_train.json"),
-        ("ReasonSeg", "reason_seg/ReasonSeg/train"),
+        ("ade20k", "ade20k/images/training", r"ADEChallengeData2016\.zip"),
+        ("cocostuff", "coco/train2017", r"train2017\.zip"),
+        ("mapillary", r"mapillary/config_v2\.0\.json", "Mapillary Vistas"),
+        ("mapillary|v1.2", r"mapillary/config_v1\.2\.json", "Mapillary Vistas"),
+        ("pascal_part", r"vlpart/pascal_part/train\.json", r"train\.json of Pascal-Part"),
+        ("paco_lvis", r"vlpart/paco/annotations/paco_lvis_v1_train\.json", r"paco_lvis_v1\.zip"),
+        ("partimagenet", r"vlpart/partimagenet/train_format\.json", "PartImageNet"),
+        ("refclef", r"refer_seg/refclef/refs\(unc\)\.p", r"refclef\.zip"),
+        ("refcoco", r"refer_seg/refcoco/refs\(unc\)\.p", r"refcoco\.zip"),
+        ("refcoco+", r"refer_seg/refcoco\+/refs\(unc\)\.p", r"refcoco\+\.zip"),
+        ("refcocog", r"refer_seg/refcocog/refs\(umd\)\.p", r"refcocog\.zip"),
+        ("grefcoco", r"refer_seg/grefcoco/grefs\(unc\)\.json", "gRefCOCO"),
+        ("llava_instruct_150k", "llava_dataset/llava_instruct_150k.json", "LLaVA-Instruct-150K"),
+        ("MultiReasonSeg", "muse/muse_train.json", "PixelLM's page"),
+        ("ReasonSeg", "reason_seg/ReasonSeg/train", "LISA's page"),
     ],
 )
-def test_an_absent_data_set_is_named_by_its_path(tmp_path: Path, name: str, absent: str) -> None:
-    with pytest.raises(DataError, match=rf"{absent} is missing.*dataset/README\.md"):
+def test_an_absent_data_set_is_named_by_its_path_and_archive(
+    tmp_path: Path, name: str, absent: str, archive: str
+) -> None:
+    with pytest.raises(DataError, match=rf"{absent} is missing; it comes with .*{archive}.*dataset/README\.md") as told:
         build_reader(name, tmp_path, "train")
+    assert "\n" not in str(told.value)
     with pytest.raises(DataError, match="no data root"):
         build_reader(name, tmp_path / "nowhere", "train")
+
+
+def test_pictures_folders_are_looked_for_before_training(tmp_path: Path) -> None:
+    data_sets.write_parts(tmp_path)
+    (tmp_path / "vlpart/pascal_part/VOCdevkit").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"the folder .*VOC2010/JPEGImages is missing; .*VOCtrainval_03-May-2010\.tar"):
+        build_reader("pascal_part", tmp_path, "train")
+    data_sets.write_parts(tmp_path, "paco_lvis")
+    (tmp_path / "coco/train2017").rename(tmp_path / "elsewhere2")
+    with pytest.raises(DataError, match=r"the folder .*coco/train2017 is missing; .*train2017\.zip"):
+        build_reader("paco_lvis", tmp_path, "train")
 
 
 def test_files_with_nothing_usable_say_why(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The readers on real pictures and annotations; areas and texts were computed without them (expected.json)."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from utils.data.mixture import build_mixture
 from utils.data.reader import ReaderOptions
 from utils.data.readers import build_eval_reader, build_reader
 from utils.data.samples import IGNORE_LABEL, Sample, Turn
+from utils.data.sem_seg.label_map_classes import COCO_STUFF_CLASSES
+from utils.data.sem_seg.part_names import pascal_part_names
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,59 @@ def test_ade20k(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
         assert (turns[0].targets[0].decode() == IGNORE_LABEL).sum() == entry["label_counts"]["0"]
 
 
+def counted(sample: Sample) -> dict[str, tuple[int, int]]:
+    """By the name of each target of a sample: how many pixels it has, and how many are ignored."""
+    masks = {turn.targets[0].name: turn.targets[0].decode() for turn in all_turns([sample])}
+    return {name: (int((mask == 1).sum()), int((mask == IGNORE_LABEL).sum())) for name, mask in masks.items()}
+
+
+def test_cocostuff(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
+    reader = build_reader("cocostuff", root, "train")
+    samples = [reader.read_all(index, np.random.default_rng(0)) for index in range(len(reader))]
+    wanted = {f"cocostuff/train/{entry['image_id']:012d}": entry["label_counts"] for entry in expected["cocostuff"]}
+    assert {sample.sample_id for sample in samples} == set(wanted)
+    for sample in samples:
+        labels = wanted[sample.sample_id]
+        classes = {f"the {COCO_STUFF_CLASSES[int(label)]}": count for label, count in labels.items() if label != "255"}
+        assert counted(sample) == {name: (count, labels["255"]) for name, count in classes.items()}
+
+
+def test_pascal_part(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
+    """Only the torsos of two birds overlap, by 22 pixels: a sum would count those twice."""
+    reader = build_reader("pascal_part", root, "train")
+    assert len(reader) == 2 and not reader.skipped
+    found: Counter[str] = Counter()
+    for index in range(len(reader)):
+        found.update(
+            {name: area for name, (area, _) in counted(reader.read_all(index, np.random.default_rng(0))).items()}
+        )
+    raw = {entry["ann_id"]: entry["name"] for entry in expected["pascal_part"]}
+    wanted: Counter[str] = Counter()
+    for entry in expected["pascal_part"]:
+        wanted[f"the {pascal_part_names(raw)[entry['ann_id']]}"] += entry["area"]
+    wanted["the torso of the bird"] -= 22
+    assert len(raw) == 38 and found == wanted
+    assert "the right ear of the person" in found and "the left lower arm of the person" in found
+
+
+def test_pascal_part_annotations_one_by_one(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
+    found = json.loads((root / "vlpart/pascal_part/train.json").read_text(encoding="utf-8"))
+    sizes = {image["id"]: (image["height"], image["width"]) for image in found["images"]}
+    areas = {}
+    for annotation in found["annotations"]:
+        source = coco_mask(annotation["segmentation"], *sizes[annotation["image_id"]], "it")
+        assert source is not None
+        areas[annotation["id"]] = int(source().sum())
+    assert areas == {entry["ann_id"]: entry["area"] for entry in expected["pascal_part"]}
+
+
+def test_paco(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
+    reader = build_reader("paco_lvis", root, "train")
+    (sample,) = [reader.read_all(index, np.random.default_rng(0)) for index in range(len(reader))]
+    wanted = {f"the {entry['name']}": (entry["mask_area_pycocotools"], 0) for entry in expected["lvis"]}
+    assert counted(sample) == wanted and sample.image_path.endswith("coco/val2017/000000006894.jpg")
+
+
 def test_reason_seg(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
     reader = build_reader("ReasonSeg", root, "train|val", ReaderOptions(explanatory=-1))
     found = {}
@@ -130,7 +186,7 @@ def test_all_families_mixed(root: Path) -> None:
         "sem_seg||refer_seg||vqa||multi_reason_seg||reason_seg",
         "2,9,2,4,1",
         str(root),
-        sem_seg_data="ade20k",
+        sem_seg_data="ade20k||cocostuff||pascal_part||paco_lvis",
         refer_seg_data="refcoco||grefcoco",
         vqa_data="llava_instruct_150k",
         reason_seg_data="ReasonSeg|train",
@@ -139,7 +195,17 @@ def test_all_families_mixed(root: Path) -> None:
     )
     samples = [mixed[i] for i in range(60)]
     assert {sample.dataset for sample in samples} == {
-        *("ade20k", "refcoco", "grefcoco", "llava_instruct_150k", "MultiReasonSeg", "ReasonSeg"),
+        *(
+            "ade20k",
+            "cocostuff",
+            "pascal_part",
+            "paco_lvis",
+            "refcoco",
+            "grefcoco",
+            "llava_instruct_150k",
+            "MultiReasonSeg",
+            "ReasonSeg",
+        ),
     }
     sizes = {sample.image_path: Image.open(sample.image_path).size[::-1] for sample in samples}
     for sample in samples[:20]:

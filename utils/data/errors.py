@@ -1,10 +1,17 @@
 """What is wrong with data, in one sentence."""
 
+_UNUSABLE = "unusable annotation"
+
 
 class DataError(ValueError):
     """A file, an annotation or a setting of the data cannot be used.
 
-    The message is one sentence for a person: what was found and where, what was expected, what to do.
+    The message is one sentence for a person: what was found and where, what was expected, what to do. `cause` names the
+    kind of trouble in a few words, the same for every sample that has it, so that such samples can be counted.
     """
 
     user_message = True
+
+    def __init__(self, message: str, cause: str = _UNUSABLE) -> None:
+        super().__init__(message)
+        self.cause = cause

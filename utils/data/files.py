@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from utils.data.archives import archive_of
 from utils.data.errors import DataError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -35,24 +37,40 @@ class DataRoot:
             )
         self._real_root = os.path.realpath(self.path)
         self._real_folders: dict[str, str] = {}
+        self._folders: dict[tuple[str, ...], str] = {}
 
     def file(self, *parts: str) -> str:
-        """Path of a file of the official layout. DataError when it is not there."""
+        """Path of a file of the official layout. DataError, with the archive that holds it, when it is not there."""
         path = os.path.join(self.path, *parts)
         if not os.path.isfile(path):
-            raise DataError(
-                f"{path} is missing; put the file there as dataset/README.md draws it, or set --dataset_dir"
-            )
+            raise DataError(_missing(path, parts), cause="missing file")
         return path
 
     def folder(self, *parts: str) -> str:
-        """Path of a folder of the official layout. DataError when it is not there."""
+        """Path of a folder of the official layout. DataError, with the archive that holds it, when it is not there."""
         path = os.path.join(self.path, *parts)
         if not os.path.isdir(path):
-            raise DataError(
-                f"the folder {path} is missing; put it there as dataset/README.md draws it, or set --dataset_dir"
-            )
+            raise DataError(_missing(path, parts, "the folder "), cause="missing folder")
         return path
+
+    def has(self, *parts: str) -> bool:
+        """Whether the official layout's file or folder is there."""
+        return os.path.exists(os.path.join(self.path, *parts))
+
+    def placed(self, base: tuple[str, ...], folders: Sequence[str], name: str, named_by: str) -> tuple[str, str]:
+        """The folder, and the rest of the name, of a picture whose name begins with one of the official `folders`.
+
+        `folders` lie below `base` and may be links of their own (a mounted train2017, say). DataError for a name that
+        begins otherwise and for a folder that is not there.
+        """
+        for folder in folders:
+            rest = name.removeprefix(f"{folder}/")
+            if rest != name:
+                return self._known_folder((*base, *folder.split("/"))), rest
+        raise DataError(
+            f"{named_by} names the picture {name!r}; expected a path that begins with {' or '.join(folders)}: correct "
+            f"the file"
+        )
 
     def picture(self, folder: str, name: str, named_by: str) -> str:
         """Path of the picture an annotation file calls `name`, inside `folder`.
@@ -60,24 +78,53 @@ class DataRoot:
         DataError when the name leaves the folder (absolute, "..", a link out of the root) or nothing is there;
         `named_by` is the annotation file, for the message.
         """
+        path = self.inside(folder, name, named_by, "the picture")
+        if not os.path.isfile(path):
+            raise DataError(
+                f"the picture {path}, named by {named_by}, is missing; add it or take its entries out",
+                cause="missing picture",
+            )
+        return path
+
+    def inside(self, folder: str, name: str, named_by: str, what: str) -> str:
+        """Path of `name` in `folder`, whether it is there or not; the one place that keeps names inside the root.
+
+        DataError when the name is absolute, climbs up or is a link out of both the folder and the root; `what` is
+        "the picture" or "the file".
+        """
         if not name or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
-            raise DataError(f"{named_by} names the picture {name!r}; expected a path inside {folder}: correct the file")
+            raise DataError(
+                f"{named_by} names {what} {name!r}; expected a path inside {folder}: correct the file",
+                cause="path out of the data root",
+            )
         path = os.path.join(folder, name)
         real = os.path.realpath(path)
         if not (_is_below(real, self._real_folder(folder)) or _is_below(real, self._real_root)):
             raise DataError(
                 f"{path}, named by {named_by}, is a link to {real}, outside the data root {self.path}: put a copy in "
-                f"its place"
+                f"its place",
+                cause="path out of the data root",
             )
-        if not os.path.isfile(real):
-            raise DataError(f"the picture {path}, named by {named_by}, is missing; add it or take its entries out")
         return path
+
+    def _known_folder(self, parts: tuple[str, ...]) -> str:
+        """`folder`, looked up on the disk once."""
+        known = self._folders.get(parts)
+        if known is None:
+            known = self._folders[parts] = self.folder(*parts)
+        return known
 
     def _real_folder(self, folder: str) -> str:
         known = self._real_folders.get(folder)
         if known is None:
             known = self._real_folders[folder] = os.path.realpath(folder)
         return known
+
+
+def _missing(path: str, parts: tuple[str, ...], what: str = "") -> str:
+    archive = archive_of("/".join(parts))
+    source = f"it comes with {archive}: put it there" if archive else "put it there"
+    return f"{what}{path} is missing; {source} as dataset/README.md draws it, or set --dataset_dir"
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -164,7 +211,11 @@ def picture_size(path: str) -> tuple[int, int]:
                 return width, height
             return height, width
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a picture that can be opened ({error}): replace it") from error
+        raise _no_picture(path, error) from error
+
+
+def _no_picture(path: str, error: Exception) -> DataError:
+    return DataError(f"{path} is not a picture that can be opened ({error}): replace it", cause="damaged picture")
 
 
 def read_label_map(path: str) -> np.ndarray:
@@ -175,7 +226,7 @@ def read_label_map(path: str) -> np.ndarray:
         with Image.open(path) as image:
             labels = np.asarray(image)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a picture that can be opened ({error}): replace it") from error
+        raise _no_picture(path, error) from error
     if labels.ndim != 2 or labels.dtype != np.uint8:
         raise DataError(
             f"{path} holds {labels.dtype} of shape {labels.shape}; expected one class number of 8 bits per pixel: it "

@@ -14,9 +14,12 @@ from pycocotools import mask as coco_rle
 from utils.data.errors import DataError
 from utils.data.samples import IGNORE_LABEL
 
-_COORDINATES_OF_A_TRIANGLE = 6
+_POINTS_OF_A_TRIANGLE = 3
 _FARTHEST = 1_000_000
 """No picture reaches so far; beyond, rastering would take all memory there is."""
+
+_MOST_DIGITS = 7
+"""Of five bits each; more would be a run longer than any picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,16 @@ class CocoMask:
 
 @dataclass(frozen=True, slots=True)
 class UnionMask:
-    """The union of several sources of one picture."""
+    """The union of several sources of one picture; pixels of `ignored` alone become IGNORE_LABEL."""
 
     sources: tuple[CocoMask, ...]
+    ignored: tuple[CocoMask, ...] = ()
 
     def __call__(self) -> np.ndarray:
-        return np.maximum.reduce([source() for source in self.sources])
+        mask = np.maximum.reduce([source() for source in self.sources])
+        for source in self.ignored:
+            mask[(mask == 0) & (source() == 1)] = IGNORE_LABEL
+        return mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +101,9 @@ class PaintedMask:
 def coco_mask(segmentation: Any, height: int, width: int, where: str) -> CocoMask | None:
     """The source of a COCO `segmentation`: polygons, an RLE (counts compressed or not) or a list of RLEs.
 
-    Polygons of fewer than three points have no inside and are left out; None when nothing is left. DataError,
-    starting with `where`, when it is anything else, is not finite, or belongs to a picture of another size.
+    Polygons of fewer than three points, or with all of them on one line, have no inside and are left out; None when
+    nothing is left. DataError, starting with `where`, when it is anything else, is not finite, or belongs to a picture
+    of another size.
     """
     if height < 1 or width < 1:
         raise DataError(
@@ -113,9 +121,18 @@ def coco_mask(segmentation: Any, height: int, width: int, where: str) -> CocoMas
     polygons = tuple(
         polygon
         for polygon in (_checked_polygon(part, where) for part in segmentation)
-        if polygon.size >= _COORDINATES_OF_A_TRIANGLE
+        if has_inside(polygon.reshape(-1, 2))
     )
     return CocoMask(height, width, polygons=polygons) if polygons else None
+
+
+def has_inside(points: np.ndarray) -> bool:
+    """Whether the polygon through `points` (N, 2) encloses anything: three of its points are not on one line."""
+    if len(points) < _POINTS_OF_A_TRIANGLE:
+        return False
+    arms = points - points[0]
+    longest = arms[np.abs(arms).sum(axis=1).argmax()]
+    return bool((arms[:, 0] * longest[1] != arms[:, 1] * longest[0]).any())
 
 
 def points_of(polygon: Any, where: str) -> np.ndarray:
@@ -157,7 +174,32 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int, where: str) -> di
         return _compressed(counts, height, width, where)
     if not isinstance(counts, str | bytes) or not counts:
         raise DataError(f"{where} has run lengths without counts: correct the file")
-    return {"size": [height, width], "counts": counts.encode("ascii", "replace") if isinstance(counts, str) else counts}
+    packed = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+    if _packed_total(packed) != height * width:
+        raise DataError(f"{where} has run lengths that do not add up to {height}×{width} pixels: correct the file")
+    return {"size": [height, width], "counts": packed}
+
+
+def _packed_total(counts: bytes) -> int:
+    """How many pixels compressed run lengths cover; −1 where they are none.
+
+    pycocotools fills the rest of a mask whose runs end early with whatever is in memory. COCO's coding (maskApi.c,
+    rleToString): digits of 5 bits from character 48 on, lowest first, bit 32 says that more follow, the highest bit
+    of the last is the sign; from the fourth on a run is told as the difference to the one before the last.
+    """
+    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    if digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        return -1
+    ends = np.flatnonzero((digits & 32) == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if (ends - starts).max() >= _MOST_DIGITS:
+        return -1
+    place = 5 * (np.arange(len(digits)) - np.repeat(starts, ends - starts + 1))
+    runs = np.add.reduceat((digits & 31) << place, starts)
+    runs -= np.where(digits[ends] & 16, np.int64(32) << place[ends], 0)
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return int(runs.sum()) if runs.min() >= 0 else -1
 
 
 def _compressed(counts: list[Any], height: int, width: int, where: str) -> dict[str, Any]:

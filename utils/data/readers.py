@@ -14,7 +14,8 @@ from utils.data.reader import Reader, ReaderOptions
 from utils.data.reason_seg import ReasonSegReader
 from utils.data.refer_seg import REFER_SETS, ReferSegReader
 from utils.data.samples import Sample
-from utils.data.sem_seg import SEM_SEG_SETS, Ade20kReader
+from utils.data.sem_seg.label_maps import LABEL_MAP_SETS, LabelMapReader
+from utils.data.sem_seg.parts import PART_SETS, PartReader
 from utils.data.vqa import VQA_SETS, VqaReader
 
 JOIN = "||"
@@ -23,7 +24,7 @@ JOIN = "||"
 MUSE, REASON_SEG = "MultiReasonSeg", "ReasonSeg"
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "sem_seg": SEM_SEG_SETS,
+    "sem_seg": (*LABEL_MAP_SETS, *PART_SETS),
     "refer_seg": tuple(REFER_SETS),
     "vqa": VQA_SETS,
     "multi_reason_seg": (MUSE,),
@@ -36,8 +37,8 @@ _EVALUATION_SEED = 20231204
 def build_reader(name: str, root: str | os.PathLike[str], split: str, options: ReaderOptions | None = None) -> Reader:
     """The reader of split `split` of the data set `name` below the data root.
 
-    A referring set may say how it is split: "refcocog|google". DataError in one sentence for a name without a reader,
-    and for anything missing or malformed on disk.
+    A referring set may say how it is split, Mapillary which edition it is: "refcocog|google", "mapillary|v1.2".
+    DataError in one sentence for a name without a reader, and for anything missing or malformed on disk.
     """
     return _build(name, DataRoot(root), split, options or ReaderOptions())
 
@@ -120,11 +121,13 @@ def _build(name: str, root: DataRoot, split: str, options: ReaderOptions) -> Rea
 
 
 def _new_reader(name: str, root: DataRoot, split: str, options: ReaderOptions) -> Reader:
-    base, _, split_by = name.partition("|")
+    base, _, edition = name.partition("|")
     if base in REFER_SETS:
-        return ReferSegReader(base, root, split, options, split_by or None)
-    if name in SEM_SEG_SETS:
-        return Ade20kReader(name, root, split, options)
+        return ReferSegReader(base, root, split, options, edition or None)
+    if base in LABEL_MAP_SETS:
+        return LabelMapReader(base, root, split, options, edition or None)
+    if name in PART_SETS:
+        return PartReader(name, root, split, options)
     if name in VQA_SETS:
         return VqaReader(name, root, split, options)
     if name == MUSE:

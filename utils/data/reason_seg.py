@@ -62,7 +62,7 @@ class ReasonSegReader(Reader):
         for part in split.split("|"):
             folder = root.folder(*_FOLDER, part)
             for file_name in list_pictures(folder):
-                path = os.path.join(folder, os.path.splitext(file_name)[0] + ".json")
+                path = root.inside(folder, os.path.splitext(file_name)[0] + ".json", folder, "the file")
                 if not os.path.isfile(path):
                     self.skipped["picture without a json file"] += 1
                     continue

@@ -10,6 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from utils.data.coco_json import (
+    CocoPicture,
+    category_name,
+    index_annotations,
+    index_categories,
+    index_pictures,
+    is_crowd,
+)
 from utils.data.errors import DataError
 from utils.data.files import DataRoot, digest, expect, parse_json, read_bytes
 from utils.data.files import field as json_field
@@ -55,10 +63,7 @@ class _Asked:
 class _Picture:
     """A picture listed in instances.json and what is asked about it."""
 
-    image_id: int
-    file_name: str
-    height: int
-    width: int
+    listed: CocoPicture
     asked: list[_Asked] = field(default_factory=list)
 
 
@@ -116,8 +121,8 @@ class ReferSegReader(Reader):
         return (phrasing.turn([asked.phrase for asked in together], targets),)
 
     def _sample(self, picture: _Picture, conversations: list[Conversation]) -> Sample:
-        path = self._root.picture(self._folder, picture.file_name, self._instances_path)
-        return Sample(path, tuple(conversations), self.name, f"{self.name}/{self.split}/{picture.image_id}")
+        path = self._root.picture(self._folder, picture.listed.file_name, self._instances_path)
+        return Sample(path, tuple(conversations), self.name, f"{self.name}/{self.split}/{picture.listed.number}")
 
     def _without_held_out(self, refs: list[dict[str, Any]], root: DataRoot, refs_path: str) -> list[dict[str, Any]]:
         held_out = _held_out_pictures(root, self.name)
@@ -128,9 +133,10 @@ class ReferSegReader(Reader):
     def _index(self, refs: list[dict[str, Any]], refs_path: str, instances: Any) -> list[_Picture]:
         path = self._instances_path
         wanted = {json_field(ref, "image_id", int, f"a ref of {refs_path}") for ref in refs}
-        pictures = _index_pictures(instances, path, wanted)
-        names = _index_categories(instances, path)
-        annotations = _index_annotations(instances, path, wanted)
+        listed = index_pictures(instances, path, self.skipped, wanted)
+        pictures = {number: _Picture(picture) for number, picture in listed.items()}
+        names = index_categories(instances, path)
+        annotations = index_annotations(instances, path, self.skipped, wanted)
         masks: dict[int, CocoMask | None] = {}
         for ref in refs:
             picture = pictures.get(ref["image_id"])
@@ -142,28 +148,24 @@ class ReferSegReader(Reader):
             if unknown:
                 self.skipped["ref to an annotation instances.json does not hold"] += 1
                 continue
-            if any(annotations[number].get("iscrowd") for number in ids):
+            if any(is_crowd(annotations[number]) for number in ids):
                 self.skipped["ref to a crowd"] += 1
                 continue
             for number in ids:
                 if number not in masks:
                     where = f"annotation {number} of {path}"
                     segmentation = json_field(annotations[number], "segmentation", object, where)
-                    masks[number] = coco_mask(segmentation, picture.height, picture.width, where)
+                    masks[number] = coco_mask(segmentation, picture.listed.height, picture.listed.width, where)
             sources = [mask for number in ids if (mask := masks[number]) is not None]
             if len(sources) < len(ids):
                 self.skipped["ref to an annotation without a polygon that has an inside"] += 1
                 continue
-            labels = [self._label(annotations[number], names) for number in ids]
+            labels = [
+                category_name(annotations[number], names, f"annotation {number} of {self._instances_path}")
+                for number in ids
+            ]
             picture.asked += self._asked(ref, refs_path, sources, labels)
         return [picture for picture in pictures.values() if picture.asked]
-
-    def _label(self, annotation: dict[str, Any], names: dict[int, str]) -> str:
-        where = f"annotation {annotation['id']} of {self._instances_path}"
-        number = json_field(annotation, "category_id", int, where)
-        if number not in names:
-            raise DataError(f"{where} has category {number}, which 'categories' does not list: correct the file")
-        return names[number]
 
     def _asked(
         self, ref: dict[str, Any], refs_path: str, sources: list[CocoMask], labels: list[str]
@@ -218,37 +220,6 @@ def _held_out_pictures(root: DataRoot, name: str) -> set[int]:
                     if ref.get("split") != _TRAIN_SPLIT
                 }
     return held_out
-
-
-def _index_pictures(instances: Any, path: str, wanted: set[int]) -> dict[int, _Picture]:
-    pictures = {}
-    for image in json_field(instances, "images", list, path):
-        number = json_field(image, "id", int, f"a picture of {path}")
-        if number in wanted:
-            where = f"picture {number} of {path}"
-            name = json_field(image, "file_name", str, where)
-            height, width = (json_field(image, side, int, where) for side in ("height", "width"))
-            pictures[number] = _Picture(number, name, height, width)
-    return pictures
-
-
-def _index_categories(instances: Any, path: str) -> dict[Any, str]:
-    """Names by id; ids need not be contiguous."""
-    categories = json_field(instances, "categories", list, path)
-    where = f"a category of {path}"
-    return {json_field(entry, "id", int, where): json_field(entry, "name", str, where) for entry in categories}
-
-
-def _index_annotations(instances: Any, path: str, wanted: set[int]) -> dict[int, dict[str, Any]]:
-    """Annotations of the wanted pictures by id; those of pictures that are not listed (real files have them) do no
-    harm.
-    """
-    where = f"an annotation of {path}"
-    return {
-        json_field(annotation, "id", int, where): annotation
-        for annotation in json_field(instances, "annotations", list, path)
-        if json_field(annotation, "image_id", int, where) in wanted
-    }
 
 
 def _annotation_ids(ref: dict[str, Any], refs_path: str) -> list[int]:

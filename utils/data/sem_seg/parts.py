@@ -1,0 +1,165 @@
+"""Semantic segmentation by annotations in COCO's form: things and their parts, each with its own outline.
+
+Layouts: vlpart/pascal_part/{train,val}.json over vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages,
+vlpart/paco/annotations/paco_lvis_v1_{train,val}.json over coco/{train2017,val2017}, and
+vlpart/partimagenet/{train,val}.json (or …_format.json, as VLPart writes it) over vlpart/partimagenet/{train,val}.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.data.coco_json import CocoPicture, category_name, index_categories, index_pictures, is_crowd
+from utils.data.errors import DataError
+from utils.data.files import DataRoot, digest, expect, parse_json, read_bytes
+from utils.data.files import field as json_field
+from utils.data.masks import CocoMask, UnionMask, coco_mask
+from utils.data.reader import ReaderOptions
+from utils.data.samples import SEG_MARKER, Target
+from utils.data.sem_seg.class_reader import ClassReader
+from utils.data.sem_seg.part_names import paco_names, partimagenet_names, pascal_part_names
+
+_PASCAL = ("vlpart", "pascal_part")
+_PACO = ("vlpart", "paco", "annotations")
+_PARTIMAGENET = ("vlpart", "partimagenet")
+_COCO_FOLDERS = ("train2017", "val2017")
+_SPLITS = ("train", "val")
+_PARTIAL = "not_exhaustive_category_ids"
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Of one data set: its annotation files by split ("{}"), the first that is there; what its categories are called;
+    and (root, split, file name, annotation file) -> (folder, name in it) of a picture.
+    """
+
+    files: tuple[tuple[str, ...], ...]
+    names: Callable[[Mapping[int, str]], dict[int, str]]
+    place: Callable[[DataRoot, str, str, str], tuple[str, str]]
+
+
+@dataclass(slots=True)
+class _Regions:
+    """Of one class in one picture: what belongs to it, and what cannot be told apart."""
+
+    sources: list[CocoMask] = field(default_factory=list)
+    crowds: list[CocoMask] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Picture:
+    folder: str
+    file_name: str
+    listed: CocoPicture
+    classes: dict[str, _Regions] = field(default_factory=dict)
+
+
+class PartReader(ClassReader):
+    """One split of a data set of parts. Everything of a class in a picture is one target: the union of its
+    annotations; crowd regions have IGNORE_LABEL.
+
+    Annotation ids and boxes are not read.
+    """
+
+    def __init__(self, name: str, root: DataRoot, split: str, options: ReaderOptions) -> None:
+        super().__init__(name, split, options)
+        if split not in _SPLITS:
+            raise DataError(f"{name} has no split {split!r}; it has {', '.join(_SPLITS)}: name one of these")
+        layout = _LAYOUTS[name]
+        files = [tuple(part.format(split) for part in parts) for parts in layout.files]
+        path = root.file(*next((parts for parts in files if root.has(*parts)), files[0]))
+        content = read_bytes(path)
+        self.fingerprint = digest(content)
+        self._root, self._path = root, path
+        annotated = parse_json(content, path)
+        categories = index_categories(annotated, path)
+        names = layout.names(categories)
+        self._names = sorted(set(names.values()))
+        pictures = {
+            number: _Picture(*layout.place(root, split, listed.file_name, path), listed)
+            for number, listed in index_pictures(annotated, path, self.skipped).items()
+        }
+        for annotation in json_field(annotated, "annotations", list, path):
+            self._add(annotation, pictures, names)
+        for picture in pictures.values():
+            self._settle(picture, names)
+        self._pictures = [picture for picture in pictures.values() if picture.classes]
+        if len(self._pictures) < len(pictures):
+            self.skipped["picture without a usable annotation"] += len(pictures) - len(self._pictures)
+        self._refuse_if_empty(self._pictures, path)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def _class_names(self) -> Sequence[str]:
+        return self._names
+
+    def _located(self, index: int) -> tuple[str, str]:
+        picture = self._pictures[index]
+        return self._root.picture(picture.folder, picture.file_name, self._path), str(picture.listed.number)
+
+    def _targets(self, index: int) -> Sequence[Target]:
+        return [
+            Target(name, UnionMask(tuple(regions.sources), tuple(regions.crowds)))
+            for name, regions in self._pictures[index].classes.items()
+        ]
+
+    def _add(self, annotation: Any, pictures: Mapping[int, _Picture], names: dict[int, str]) -> None:
+        picture = pictures.get(json_field(annotation, "image_id", int, f"an annotation of {self._path}"))
+        if picture is None:
+            self.skipped["annotation of a picture that is not listed"] += 1
+            return
+        where = f"annotation {annotation.get('id')} of {self._path}"
+        name = category_name(annotation, names, where)
+        segmentation = json_field(annotation, "segmentation", object, where)
+        source = coco_mask(segmentation, picture.listed.height, picture.listed.width, where)
+        if source is None:
+            self.skipped["annotation without a polygon that has an inside"] += 1
+            return
+        regions = picture.classes.setdefault(name, _Regions())
+        (regions.crowds if is_crowd(annotation) else regions.sources).append(source)
+
+    def _settle(self, picture: _Picture, names: dict[int, str]) -> None:
+        """Take out the classes that cannot be asked for, such as those LVIS says it did not mark everywhere."""
+        where = f"'{_PARTIAL}' of picture {picture.listed.number} of {self._path}"
+        numbers = expect(picture.listed.record.get(_PARTIAL) or [], list, where)
+        partial = {names.get(expect(number, int, f"a number in {where}")) for number in numbers}
+        for name, regions in list(picture.classes.items()):
+            if not regions.sources:
+                self.skipped["class of a picture with a crowd region only"] += 1
+            elif name in partial:
+                self.skipped["class of a picture that is not annotated exhaustively"] += 1
+            elif SEG_MARKER in name:
+                self.skipped["class whose name holds a marker"] += 1
+            else:
+                continue
+            del picture.classes[name]
+
+
+def _pascal_place(root: DataRoot, split: str, name: str, named_by: str) -> tuple[str, str]:
+    return root.placed(_PASCAL, ("VOCdevkit/VOC2010/JPEGImages",), f"VOCdevkit/VOC2010/JPEGImages/{name}", named_by)
+
+
+def _paco_place(root: DataRoot, split: str, name: str, named_by: str) -> tuple[str, str]:
+    """PACO names pictures "train2017/NAME.jpg" below coco/."""
+    return root.placed(("coco",), _COCO_FOLDERS, name, named_by)
+
+
+def _partimagenet_place(root: DataRoot, split: str, name: str, named_by: str) -> tuple[str, str]:
+    """Pictures lie in a folder per ImageNet class, with which their names begin ("n01440764_1.JPEG"), or all in one."""
+    folder, name = root.placed(_PARTIMAGENET, (split,), f"{split}/{name}", named_by)
+    in_class = f"{name.partition('_')[0]}/{name}"
+    flat = "/" in name or not os.path.exists(os.path.join(folder, in_class))
+    return folder, name if flat else in_class
+
+
+_LAYOUTS = {
+    "pascal_part": _Layout(((*_PASCAL, "{}.json"),), pascal_part_names, _pascal_place),
+    "paco_lvis": _Layout(((*_PACO, "paco_lvis_v1_{}.json"),), paco_names, _paco_place),
+    "partimagenet": _Layout(
+        ((*_PARTIMAGENET, "{}_format.json"), (*_PARTIMAGENET, "{}.json")), partimagenet_names, _partimagenet_place
+    ),
+}
+
+PART_SETS = tuple(_LAYOUTS)
