@@ -283,15 +283,17 @@ class PixelLMProcessor(ProcessorMixin):
 
     # -- conversations -------------------------------------------------------------------------------------------------
 
-    def encode_conversation(self, turns: list[tuple[str, str]]) -> EncodedConversation:
+    def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool = True) -> EncodedConversation:
         """Token ids and labels of a conversation about one picture.
 
         Args:
             turns: (question, answer) pairs; in answers every target is written SEG_MARKER.
+            with_picture: False for a conversation in words alone. It has no placeholder, so that the model sees nothing
+                of the picture its row belongs to in a batch.
 
         Returns:
             As many whole turns from the beginning as fit: ids of the text, less the placeholder, plus num_image_tokens
-            are at most model_max_length.
+            are at most model_max_length; without a picture, the ids of the text.
 
         Raises:
             ConversationError: no turn, an empty question or answer, or SEG_MARKER in a question.
@@ -302,7 +304,7 @@ class PixelLMProcessor(ProcessorMixin):
         group_turns: list[int] = []
         for index, (question, answer) in enumerate(turns):
             start = len(row.ids)
-            self._add_question(row, question, index)
+            self._add_question(row, question, index, with_picture)
             self._add_answer(row, answer)
             if self._positions(row) > self.model_max_length:
                 if index == 0:
@@ -382,12 +384,12 @@ class PixelLMProcessor(ProcessorMixin):
     def _new_row(self) -> _Row:
         return _Row(self.tokenizer, self._implies_space, self._reserved_ids)
 
-    def _add_question(self, row: _Row, question: str, index: int) -> None:
+    def _add_question(self, row: _Row, question: str, index: int, with_picture: bool = True) -> None:
         scaffold = self._format
         if scaffold.bos_at_turns or (index == 0 and scaffold.bos_at_start):
             row.add_ids([self.tokenizer.bos_token_id])
         row.add_text(scaffold.between if index else scaffold.opening, scaffold=True)
-        if index == 0:
+        if index == 0 and with_picture:
             image = [self._image_token_id]
             row.add_ids([self._image_start_id, *image, self._image_end_id] if self.use_mm_start_end else image)
         row.add_text(question.strip())
@@ -404,11 +406,12 @@ class PixelLMProcessor(ProcessorMixin):
         row.add_ids([self.end_token_id], labelled=True)
 
     def _positions(self, row: _Row) -> int:
-        return len(row.ids) - 1 + self.num_image_tokens
+        return len(row.ids) + (self.num_image_tokens - 1) * row.ids.count(self._image_token_id)
 
     def _too_long(self, row: _Row) -> str:
+        pictured = self.num_image_tokens * row.ids.count(self._image_token_id)
         return (
-            f"the conversation takes {self._positions(row)} positions, {self.num_image_tokens} of them for the picture,"
+            f"the conversation takes {self._positions(row)} positions, {pictured} of them for the picture,"
             f" and model_max_length is {self.model_max_length}: shorten the text or raise model_max_length"
         )
 

@@ -167,9 +167,7 @@ def test_the_readme_command_builds_a_new_pixellm(
     flags = [f"--version={language}", f"--vision-tower={tower}", f"--dataset_dir={smoke_data}", *README.split()]
     flags += [f"--log_base_dir={tmp_path}", "--exp_name=pixellm-7b", "--out_dim=16", "--decoder_mlp_dim=16"]
     families = ["--dataset=sem_seg||refer_seg||vqa||multi_reason_seg", "--sample_rates=2,9,2,4"]
-    assert "coco/train2017 is missing; it comes with" in refusal(
-        capsys, [*flags, *families, "--sem_seg_data=cocostuff"]
-    )
+    assert "cocostuff/train2017 is missing" in refusal(capsys, [*flags, *families, "--sem_seg_data=cocostuff"])
     families = ["--dataset=refer_seg||vqa||multi_reason_seg", "--sample_rates=9,2,4", "--refer_seg_data=refcoco"]
     short = ["--max_steps=1", "--grad_accumulation_steps=1", "--no_eval", "--workers=1", "--decoder_num_heads=2"]
     assert run_script(train_ds.main, [*flags, *families, *short]) == 0, capsys.readouterr().err

@@ -160,6 +160,30 @@ def write_vqa(root: Path, records: Any = None) -> Path:
     return root
 
 
+MIXED_FOLDERS = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
+
+
+def mixed_records() -> list[dict[str, Any]]:
+    """A record about a picture of each folder, another about the first, and two in words alone."""
+    names = [f"{folder}/0001.jpg" for folder in MIXED_FOLDERS]
+    asked = [message("human", "<image>\nWhat is it?"), message("gpt", "A cup.")]
+    words = [
+        message("human", "Who wrote it?"),
+        message("gpt", "Nobody."),
+        message("human", "When?"),
+        message("gpt", "Never."),
+    ]
+    pictured = [{"id": name, "image": name, "conversations": asked} for name in [*names, names[0]]]
+    return [*pictured[:3], {"id": "w", "conversations": words}, *pictured[3:], {"id": "v", "conversations": words[:2]}]
+
+
+def write_mixed(root: Path, records: Any = None) -> Path:
+    write_json(root / "llava_dataset" / "llava_v1_5_mix665k.json", mixed_records() if records is None else records)
+    for folder in MIXED_FOLDERS:
+        write_picture(root / folder / "0001.jpg")
+    return root
+
+
 def shape(label: str, *points: tuple[float, float]) -> dict[str, Any]:
     return {"label": label, "points": [list(point) for point in points], "shape_type": "polygon"}
 

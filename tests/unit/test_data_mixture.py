@@ -1,6 +1,7 @@
 """Which sample is number i, and what becomes of it: mixture, dataset, batches, loader."""
 
 import pickle
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,17 @@ import torch
 from scipy.stats import chisquare
 
 from tests.unit import data_sets
+from utils.arguments import TrainArguments
 from utils.data.collate import IGNORED_TOKEN, PICTURE_KEY, Batch, collate
 from utils.data.dataset import RankBatches, TrainingDataset, build_loader
 from utils.data.errors import DataError
 from utils.data.mixture import Mixture, build_mixture
 from utils.data.reader import Reader, ReaderOptions
-from utils.data.samples import Sample, Target, Turn
+from utils.data.samples import NO_PICTURE, Sample, Target, Turn
+from utils.engine.setup import make_mixture
 
 SIDE = 8
+SAIAPR = "refer_seg/images/saiapr_tc-12"
 
 
 class FakeReader(Reader):
@@ -72,6 +76,44 @@ def test_each_picture_comes_once_before_any_comes_twice() -> None:
         assert len(rounds) > 2
         assert all(sorted(pictures) == list(range(length)) for pictures in rounds)
         assert rounds[0] != rounds[1]
+
+
+README_SETS = {
+    "ade20k": (data_sets.write_ade20k, "ade20k/annotations"),
+    "cocostuff": (data_sets.write_cocostuff, "cocostuff"),
+    "pascal_part": (data_sets.write_parts, "vlpart/pascal_part"),
+    "paco_lvis": (lambda root: data_sets.write_parts(root, "paco_lvis"), "vlpart/paco"),
+    "mapillary": (data_sets.write_mapillary, "mapillary"),
+    "refclef": (lambda root: data_sets.write_refer_seg(root, "refclef"), "refer_seg/refclef"),
+    "saiapr": (lambda root: data_sets.write_picture(root / SAIAPR / "COCO_1.jpg"), SAIAPR),
+    "refcoco": (data_sets.write_refer_seg, "refer_seg/refcoco"),
+    "refcoco+": (lambda root: data_sets.write_refer_seg(root, "refcoco+"), "refer_seg/refcoco+"),
+    "refcocog": (
+        lambda root: data_sets.write_refer_seg(root, "refcocog", refs_file="refs(umd).p"),
+        "refer_seg/refcocog",
+    ),
+    "llava_instruct_150k": (data_sets.write_vqa, "llava_dataset"),
+    "MUSE": (data_sets.write_muse, "muse"),
+}
+
+
+def test_the_readmes_data_are_read_and_each_is_missed_by_its_path(tmp_path: Path) -> None:
+    """With the defaults of --dataset, --sem_seg_data and the others, which are those of the README's command."""
+    args = TrainArguments(version="base", dataset_dir=str(tmp_path))
+    for write, _ in README_SETS.values():
+        write(tmp_path)
+    mixed = make_mixture(args)
+    names = {reader.name for reader in mixed.readers}
+    assert names == {"MultiReasonSeg", *README_SETS} - {"MUSE", "saiapr"}
+    shares = dict(zip([reader.name for reader in mixed.readers], mixed.shares * 17, strict=True))
+    assert shares["ade20k"] == pytest.approx(2 / 5) and shares["refclef"] == pytest.approx(9 / 4)
+    assert shares["MultiReasonSeg"] == pytest.approx(4)
+    for _, path in README_SETS.values():
+        (tmp_path / path).rename(tmp_path / "away")
+        with pytest.raises(DataError, match=rf"{re.escape(path)}.* is missing; it comes with ") as caught:
+            make_mixture(args)
+        assert "\n" not in str(caught.value)
+        (tmp_path / "away").rename(tmp_path / path)
 
 
 def test_wrong_rates_are_refused(tmp_path: Path) -> None:
@@ -147,8 +189,8 @@ class FakeProcessor:
     def encode_picture(self, array: np.ndarray) -> FakePicture:
         return FakePicture(torch.full((3, SIDE, SIDE), float(array.mean())), (6, SIDE), array.shape[:2])
 
-    def encode_conversation(self, turns: list[tuple[str, str]]) -> FakeEncoded:
-        ids: list[int] = []
+    def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> FakeEncoded:
+        ids: list[int] = [] if with_picture else [3]
         groups: list[int] = []
         kept = 0
         for number, (question, answer) in enumerate(turns):
@@ -263,6 +305,20 @@ def test_a_mask_of_another_size_is_refused(picture: str) -> None:
     odd = Turn("q", "a {seg}", (Target("thing", Square(1, (5, 4))),), "direct")
     with pytest.raises(DataError, match=r"mask of 'thing' in s1 has 5×4 pixels, its picture .*picture\.png 4×5"):
         dataset([Sample(picture, ((odd,),), "d", "s1")], FakeProcessor())[0]
+
+
+def test_a_sample_without_a_picture(picture: str) -> None:
+    samples = [
+        Sample(NO_PICTURE, ((turn(), turn()),), "d", "words alone"),
+        Sample(picture, ((turn(2),),), "d", "pictured"),
+    ]
+    made = dataset(samples, FakeProcessor())
+    batch = collate([made[0], made[1]])
+    assert batch.image_index.tolist() == [0, 1] and batch.input_ids[:, 0].tolist() == [3, 1]
+    assert [masks.shape for masks in batch.masks] == [(0, 1, 1), (1, 4, 5)]
+    assert (batch.pixel_values[PICTURE_KEY][0] == 0).all() and batch.original_sizes.tolist() == [[1, 1], [4, 5]]
+    with pytest.raises(ValueError, match="words has targets but no picture"):
+        Sample(NO_PICTURE, ((turn(1),),), "d", "words")
 
 
 def samples_in_order(batches: list[list[Batch]]) -> list[str]:

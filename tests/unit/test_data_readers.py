@@ -14,7 +14,7 @@ from tests.unit.data_sets import HEIGHT, WIDTH
 from utils.data.errors import DataError
 from utils.data.reader import Reader, ReaderOptions
 from utils.data.readers import FAMILIES, build_eval_reader, build_reader, build_training_readers
-from utils.data.samples import IGNORE_LABEL, SEG_MARKER, Sample, Turn
+from utils.data.samples import IGNORE_LABEL, NO_PICTURE, SEG_MARKER, Sample, Turn
 
 MANY = ReaderOptions(num_classes_per_sample=10)
 
@@ -114,14 +114,43 @@ def test_exclude_val_looks_at_every_referring_set(tmp_path: Path) -> None:
 
 def test_vqa(tmp_path: Path) -> None:
     reader = build_reader("llava_instruct_150k", data_sets.write_vqa(tmp_path), "train", MANY)
-    assert len(reader) == 1
+    assert len(reader) == 2
     sample = reader.read_all(0, np.random.default_rng(0))
     assert [len(conversation) for conversation in sample.conversations] == [2, 1]
     told = [(turn.question, turn.answer, turn.kind) for turn in turns(sample)]
     assert told == [("What is it?", "A cup.", "text"), ("Which colour?", "Blue.", "text"), ("Why?", "Because.", "text")]
-    assert sorted(reader.skipped.values()) == [1, 1, 1]
+    assert sorted(reader.skipped.values()) == [1, 1]
+    assert reader.read(1, np.random.default_rng(0)).image_path == NO_PICTURE
     short = build_reader("llava_instruct_150k", tmp_path, "train", ReaderOptions(num_classes_per_sample=1))
     assert len(short.read(0, np.random.default_rng(0)).conversations) == 1
+
+
+def test_mixed_vqa_has_pictures_in_several_folders_and_rows_in_words_alone(tmp_path: Path) -> None:
+    reader = build_reader("llava_v1_5_mix665k", data_sets.write_mixed(tmp_path), "train", MANY)
+    samples = [reader.read_all(index, np.random.default_rng(0)) for index in range(len(reader))]
+    assert len({sample.sample_id for sample in samples}) == len(samples) == 8
+    paths = [sample.image_path.removeprefix(f"{tmp_path}/") for sample in samples]
+    pictures = [f"{folder}/0001.jpg" for folder in data_sets.MIXED_FOLDERS]
+    assert paths == [*pictures[:3], NO_PICTURE, *pictures[3:], NO_PICTURE]
+    assert [len(sample.conversations) for sample in samples] == [2, *[1] * 7]
+    assert [turn.answer for turn in turns(samples[3])] == ["Nobody.", "Never."]
+    assert all(turn.kind == "text" and "<image>" not in turn.question for sample in samples for turn in turns(sample))
+    (tmp_path / "gqa/images").rename(tmp_path / "gqa/other")
+    with pytest.raises(DataError, match=r"the folder .*gqa/images is missing; it comes with images\.zip of GQA"):
+        build_reader("llava_v1_5_mix665k", tmp_path, "train")
+
+
+def test_mixed_vqa_refuses_pictures_elsewhere_and_other_splits(tmp_path: Path) -> None:
+    for name in ("sam/images/0001.jpg", "/etc/passwd", "../0001.jpg", ""):
+        record = data_sets.mixed_records()[0] | {"image": name}
+        root = data_sets.write_mixed(tmp_path, [record])
+        with pytest.raises(DataError, match="expected a path that begins with coco/train2017 or gqa/images"):
+            build_reader("llava_v1_5_mix665k", root, "train")
+    root = data_sets.write_mixed(tmp_path, [data_sets.mixed_records()[0] | {"image": "coco/train2017/../../up.jpg"}])
+    with pytest.raises(DataError, match=r"names the picture '\.\./\.\./up\.jpg'; expected a path inside"):
+        build_reader("llava_v1_5_mix665k", root, "train").read(0, np.random.default_rng(0))
+    with pytest.raises(DataError, match="has no split 'val'; it has train only"):
+        build_reader("llava_v1_5_mix665k", root, "val")
 
 
 def test_muse(tmp_path: Path) -> None:

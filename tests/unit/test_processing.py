@@ -87,6 +87,27 @@ def test_whole_turns_are_dropped_from_the_end():
         make_processor(model_max_length=20).encode_prompt([(ONE[0], None)])
 
 
+def test_a_conversation_in_words_alone_has_no_picture():
+    processor = make_processor(model_max_length=10_000)
+    vocabulary = processor.tokenizer.get_vocab()
+    pictured, alone = (processor.encode_conversation([ONE, TWO], with_picture=given) for given in (True, False))
+    marks = [vocabulary[name] for name in ("<im_start>", "<image>", "<im_end>")]
+    assert not set(marks) & set(alone.input_ids.tolist())
+    words = [
+        "".join(processor.tokenizer.decode([token for token in encoded.input_ids if token not in marks]).split())
+        for encoded in (pictured, alone)
+    ]
+    assert words[0] == words[1]
+    assert (alone.labels != -100).sum() == (pictured.labels != -100).sum()
+    length = len(alone.input_ids)
+    assert make_processor(model_max_length=length).encode_conversation([ONE, TWO], with_picture=False).kept_turns == 2
+    assert (
+        make_processor(model_max_length=length - 1).encode_conversation([ONE, TWO], with_picture=False).kept_turns == 1
+    )
+    with pytest.raises(ConversationTooLong, match="0 of them for the picture"):
+        make_processor(model_max_length=8).encode_conversation([ONE], with_picture=False)
+
+
 @pytest.mark.parametrize(
     "turns",
     [[], [("", "yes")], [("what?", " ")], [("where is {seg}?", "here")], [("what?", None)], [ONE, ("  ", "yes")]],

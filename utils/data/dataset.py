@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from utils.data.collate import EncodedRow, Example, collate
 from utils.data.errors import DataError
 from utils.data.mixture import Mixture
-from utils.data.samples import Conversation, Sample, Target
+from utils.data.samples import NO_PICTURE, Conversation, Sample, Target
 
 _STAND_INS = 8
 """Most samples tried in place of one whose conversations are all too long."""
@@ -45,7 +45,7 @@ class Processor(Protocol):
 
     def encode_picture(self, array: np.ndarray) -> Picture: ...
 
-    def encode_conversation(self, turns: list[tuple[str, str]]) -> EncodedConversation: ...
+    def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> EncodedConversation: ...
 
 
 class TrainingDataset(Dataset):
@@ -93,7 +93,8 @@ class TrainingDataset(Dataset):
         for conversation in sample.conversations:
             turns = [(turn.question, turn.answer) for turn in conversation]
             try:
-                encoded.append((conversation, self.processor.encode_conversation(turns)))
+                tokens = self.processor.encode_conversation(turns, with_picture=sample.image_path != NO_PICTURE)
+                encoded.append((conversation, tokens))
             except self.too_long_errors:
                 lost["dropped_conversations"] += 1
                 lost["dropped_turns"] += len(conversation)
@@ -103,7 +104,7 @@ class TrainingDataset(Dataset):
     def _example(
         self, sample: Sample, encoded: list[tuple[Conversation, EncodedConversation]], lost: Counter[str]
     ) -> Example:
-        picture = self.processor.encode_picture(self.processor.open_picture(sample.image_path))
+        picture = self.processor.encode_picture(self._pixels(sample))
         rows, targets = [], []
         for conversation, tokens in encoded:
             kept = conversation[: tokens.kept_turns]
@@ -127,6 +128,14 @@ class TrainingDataset(Dataset):
         }
         masks = decode_masks(targets, picture.original_size, sample)
         return Example(picture.pixel_values, picture.resized_size, picture.original_size, rows, masks, info)
+
+    def _pixels(self, sample: Sample) -> np.ndarray:
+        """(H, W, 3) uint8. Without a picture a single black pixel: every row of a batch belongs to a picture, but
+        rows in words alone have no place to see it.
+        """
+        if sample.image_path == NO_PICTURE:
+            return np.zeros((1, 1, 3), dtype=np.uint8)
+        return self.processor.open_picture(sample.image_path)
 
 
 _LOSSES = ("dropped_turns", "dropped_targets", "dropped_conversations", "replaced_samples")

@@ -12,6 +12,9 @@ IGNORE_LABEL = 255
 """Value of mask pixels that take no part in any loss or score."""
 
 DIRECT, SEVERAL, REASONING, NO_TARGET, TEXT = "direct", "several", "reasoning", "no_target", "text"
+NO_PICTURE = ""
+"""Path of the picture that a conversation in words alone is about."""
+
 KINDS = (DIRECT, SEVERAL, REASONING, NO_TARGET, TEXT)
 
 
@@ -51,13 +54,19 @@ Conversation = tuple[Turn, ...]
 class Sample:
     """One picture and at least one conversation about it.
 
-    dataset: name of the data set; sample_id: unique within a run, says which picture of which split it is.
+    image_path: NO_PICTURE where the conversations are in words alone; then no turn has targets. dataset: name of the
+    data set; sample_id: unique within a run, says which picture of which split it is.
     """
 
     image_path: str
     conversations: tuple[Conversation, ...]
     dataset: str
     sample_id: str
+
+    def __post_init__(self) -> None:
+        turns = (turn for conversation in self.conversations for turn in conversation)
+        if self.image_path == NO_PICTURE and any(turn.targets for turn in turns):
+            raise ValueError(f"{self.sample_id} has targets but no picture")
 
 
 def kind_by_count(num_targets: int) -> str:
