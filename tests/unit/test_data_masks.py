@@ -56,6 +56,26 @@ def test_polygons_without_an_inside_are_left_out() -> None:
     assert source_of([[1, 1, 20, 20], square(2, 2, 5), []])().sum() == 25
     assert coco_mask([[1, 1, 20, 20]], HEIGHT, WIDTH, "it") is None
     assert coco_mask([], HEIGHT, WIDTH, "it") is None
+    assert coco_mask([[3, 3] * 5, [1, 1, 4, 4, 9, 9, 2, 2]], HEIGHT, WIDTH, "it") is None
+    # A bow's two halves have areas of opposite sign, but an inside all the same.
+    assert source_of([[2, 2, 10, 10, 2, 10, 10, 2]])().sum() > 0
+
+
+def test_pixels_of_a_crowd_are_ignored_but_where_the_thing_is() -> None:
+    thing, crowd = source_of([square(2, 2, 6)]), source_of([square(0, 0, 10)])
+    mask = UnionMask((thing, thing), (crowd,))()
+    assert (mask == 1).sum() == 36 and (mask == IGNORE_LABEL).sum() == 100 - 36
+
+
+def test_compressed_run_lengths_are_added_up_as_they_decode() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = (int(side) for side in rng.integers(1, 300, 2))
+        blocks = rng.random((height // 7 + 1, width // 7 + 1)) < rng.random()
+        mask = np.kron(blocks, np.ones((7, 7))).astype(np.uint8)[:height, :width]
+        packed = {"size": [height, width], "counts": coco_rle.encode(np.asfortranarray(mask))["counts"]}
+        source = coco_mask(packed, height, width, "it")
+        assert source is not None and np.array_equal(source(), mask)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +90,13 @@ def test_polygons_without_an_inside_are_left_out() -> None:
         (None, "neither polygons nor run lengths"),
         ({"size": [WIDTH, HEIGHT], "counts": [0, HEIGHT * WIDTH]}, "its picture has"),
         ({"size": [HEIGHT, WIDTH], "counts": [5, 5]}, "add up"),
+        ({"size": [HEIGHT, WIDTH], "counts": "0"}, "add up"),
+        ({"size": [HEIGHT, WIDTH], "counts": b"\xff\xfe"}, "add up"),
+        ({"size": [HEIGHT, WIDTH], "counts": "o" * 40 + "0"}, "add up"),
+        (
+            {"size": [HEIGHT, WIDTH], "counts": coco_rle.encode(np.ones((9, 9), np.uint8, order="F"))["counts"]},
+            "add up",
+        ),
         ({"size": [HEIGHT, WIDTH], "counts": [-1, HEIGHT * WIDTH + 1]}, "add up"),
         ({"size": [HEIGHT, WIDTH]}, "without counts"),
     ],
@@ -114,6 +141,16 @@ def test_plain_pickles_are_read_and_others_refused() -> None:
         b"cos\nsystem\n(S'true'\ntR.",
         pickle.dumps(os.getcwd),
         pickle.dumps(Path("x")),
+        pickle.dumps(eval, protocol=4),
+        pickle.dumps(np.load),
+        pickle.dumps(range(3)),
+        pickle.dumps(1j),
+        pickle.dumps(np.random.default_rng(0)),
+        b"cnumpy\nload\n(Vx\ntR.",
+        b"cbuiltins\ngetattr\n(cnumpy\nndarray\nVdump\ntR.",
+        b"cnumpy.core.multiarray\nfromfile\n(Vx\ntR.",
+        b"\x82\x01.",
+        b"Px\n.",
         b"c_codecs\nencode\n(Vx\nVzlib\ntR.",
     ):
         with pytest.raises(DataError, match=r"^refs\.p is not a pickle of plain data"):

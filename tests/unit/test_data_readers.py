@@ -87,7 +87,7 @@ def test_grefcoco_has_several_targets_and_none(tmp_path: Path) -> None:
     assert found["grefcoco/train/3"][0].kind == "no_target"
 
 
-def test_refcocog_by_its_two_splits_and_refclef(tmp_path: Path) -> None:
+def test_refcocog_by_its_two_splits(tmp_path: Path) -> None:
     root = data_sets.write_refer_seg(tmp_path, "refcocog", refs_file="refs(umd).p")
     data_sets.write_refer_seg(tmp_path, "refcocog", data_sets.refs()[:2], refs_file="refs(google).p")
     assert len(build_reader("refcocog", root, "train")) == 2
@@ -97,10 +97,33 @@ def test_refcocog_by_its_two_splits_and_refclef(tmp_path: Path) -> None:
         build_reader("refcocog|unc", root, "train")
     with pytest.raises(DataError, match=r"has no split 'testC'; it has train, val"):
         build_reader("refcocog", root, "testC")
-    data_sets.write_refer_seg(tmp_path, "refclef", data_sets.refs()[:1])
+
+
+def test_refclef_has_lists_of_run_lengths_and_pictures_of_its_own(tmp_path: Path) -> None:
+    halves = np.zeros((2, HEIGHT, WIDTH), dtype=np.uint8)
+    halves[0, 2:10, 2:10], halves[1, 6:14, 6:14] = 1, 1
+    root = data_sets.write_refer_seg(tmp_path, "refclef", data_sets.refs()[:1])
+    content = data_sets.instances()
+    content["annotations"][0]["segmentation"] = [data_sets.rle(half) for half in halves]
+    data_sets.write_json(root / "refer_seg/refclef/instances.json", content)
     data_sets.write_picture(tmp_path / "refer_seg/images/saiapr_tc-12/COCO_1.jpg")
-    sample = build_reader("refclef", root, "train").read(0, np.random.default_rng(0))
-    assert "saiapr_tc-12" in sample.image_path
+    reader = build_reader("refclef", root, "train")
+    sample = reader.read(0, np.random.default_rng(0))
+    assert "saiapr_tc-12" in sample.image_path and areas(turns(sample)[0]) == [64 + 64 - 16]
+    build_reader("refclef|berkeley", data_sets.write_refer_seg(root, "refclef", refs_file="refs(berkeley).p"), "val")
+
+
+def test_what_is_listed_twice_under_one_id_is_left_out_of_refer_seg(tmp_path: Path) -> None:
+    root = data_sets.write_refer_seg(tmp_path)
+    content = data_sets.instances()
+    content["annotations"] += [dict(content["annotations"][1]), {**content["annotations"][0], "category_id": 90}]
+    content["images"].append({**content["images"][1], "file_name": "COCO_3.jpg"})
+    data_sets.write_json(root / "refer_seg/refcoco/instances.json", content)
+    reader = build_reader("refcoco", root, "train", MANY)
+    assert [turn.targets[0].name for turn in everything(reader)["refcoco/train/1"]] == ["a light high up"]
+    assert "refcoco/train/2" not in everything(reader)
+    assert reader.skipped["annotation id listed twice for different annotations"] == 1
+    assert reader.skipped["picture id listed twice for different pictures"] == 1
 
 
 def test_exclude_val_looks_at_every_referring_set(tmp_path: Path) -> None:
@@ -172,6 +195,18 @@ def test_muse(tmp_path: Path) -> None:
     assert len(build_eval_reader("MultiReasonSeg|test_less", data_sets.write_muse(tmp_path, split="test_less"))) == 2
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test_less", "test_many"])
+def test_muse_in_its_folder_or_where_the_release_has_it(tmp_path: Path, split: str) -> None:
+    data_sets.write_muse(tmp_path, split=split)
+    file = f"muse_{split}.json"
+    (tmp_path / "muse" / file).rename(tmp_path / file)
+    assert len(build_reader("MultiReasonSeg", tmp_path, split)) == 2
+    data_sets.write_muse(tmp_path, data_sets.muse_records()[:1], split)
+    assert len(build_reader("MultiReasonSeg", tmp_path, split)) == 1, "the folder's own file comes first"
+    with pytest.raises(DataError, match="MUSE has no split 'test'; it has train, val, test_less, test_many"):
+        build_reader("MultiReasonSeg", tmp_path, "test")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "utf-8-sig"])
 def test_reason_seg(tmp_path: Path, encoding: str) -> None:
     data_sets.write_reason_seg(tmp_path, encoding=encoding)
@@ -194,6 +229,29 @@ def test_reason_seg_phrases_splits_and_pictures_alone(tmp_path: Path) -> None:
     (turn,) = found["ReasonSeg/train/train_a"]
     assert "the tallest cup" in turn.question and turn.targets[0].name == "the tallest cup"
     assert reader.skipped["picture without a json file"] == 1
+
+
+def test_reason_seg_splits_by_name_and_joined(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        data_sets.write_reason_seg(tmp_path, split)
+    no_words = ReaderOptions(explanatory=-1)
+    for spec, ids in (
+        ("ReasonSeg|test", ["ReasonSeg/test/test_a"]),
+        ("ReasonSeg|train|val", ["ReasonSeg/train/train_a", "ReasonSeg/val/val_a"]),
+        ("ReasonSeg", ["ReasonSeg/train/train_a"]),
+    ):
+        (reader,) = build_training_readers("reason_seg", spec, tmp_path, no_words)
+        assert list(everything(reader)) == ids
+    assert [sample.sample_id for sample in build_eval_reader("ReasonSeg|test", tmp_path)] == ["ReasonSeg/test/test_a"]
+    (tmp_path / "reason_seg/ReasonSeg/explanatory").mkdir()
+    with pytest.raises(DataError, match=r"no split 'explanatory'.*ask for ReasonSeg\|train and set --explanatory"):
+        build_training_readers("reason_seg", "ReasonSeg|train|explanatory", tmp_path, no_words)
+
+
+def test_reason_seg_without_a_polygon_of_the_target(tmp_path: Path) -> None:
+    record = data_sets.reason_record("what?") | {"shapes": [data_sets.shape("ignore", *data_sets.corners(1, 1, 5))]}
+    with pytest.raises(DataError, match="1 × picture without a polygon of the target"):
+        build_reader("ReasonSeg", data_sets.write_reason_seg(tmp_path, record=record), "train")
 
 
 def test_explanations_come_in_their_share(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

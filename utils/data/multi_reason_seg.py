@@ -1,7 +1,8 @@
 """MUSE: questions that need thought and whose answers name several targets.
 
 Layout: muse/muse_{train,val,test_less,test_many}.json over
-refer_seg/images/mscoco/images/{train2014,train2017,val2017}.
+refer_seg/images/mscoco/images/{train2014,train2017,val2017}. The release reads its file from the data root itself
+(muse_train.json): that is read too where there is none in muse/.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class MultiReasonSegReader(Reader):
         if split not in MUSE_SPLITS:
             raise DataError(f"MUSE has no split {split!r}; it has {', '.join(MUSE_SPLITS)}: name one of these")
         self._root = root
-        self._path = root.file("muse", f"muse_{split}.json")
+        file = f"muse_{split}.json"
+        self._path = root.file(file) if root.has(file) and not root.has("muse", file) else root.file("muse", file)
         content = read_bytes(self._path)
         self.fingerprint = digest(content)
         self._pictures: list[_Picture] = []

@@ -60,6 +60,11 @@ class ReasonSegReader(Reader):
         self._pictures: list[_Picture] = []
         contents = []
         for part in split.split("|"):
+            if part == _EXPLANATIONS[0]:
+                raise DataError(
+                    f"{name} has no split {part!r}: its explanations belong to pictures of train; ask for {name}|train "
+                    f"and set --explanatory"
+                )
             folder = root.folder(*_FOLDER, part)
             for file_name in list_pictures(folder):
                 path = root.inside(folder, os.path.splitext(file_name)[0] + ".json", folder, "the file")
@@ -69,10 +74,12 @@ class ReasonSegReader(Reader):
                 content = read_bytes(path)
                 contents.append(content)
                 picture = self._picture(folder, file_name, parse_json(content, path, _ENCODINGS), path)
-                if picture.texts:
-                    self._pictures.append(picture)
-                else:
+                if not picture.texts:
                     self.skipped["picture without a usable question"] += 1
+                elif all(picture.ignored):
+                    self.skipped["picture without a polygon of the target"] += 1
+                else:
+                    self._pictures.append(picture)
         self.fingerprint = digest(b"\0".join(contents))
         self._refuse_if_empty(self._pictures, os.path.join(root.path, *_FOLDER, split))
         self._explanations: dict[str, list[_Explanation]] = {}
