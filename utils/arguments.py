@@ -201,9 +201,15 @@ class DataArguments(Arguments):
     exclude_val: bool = option(False, "leave out training pictures that validation shows")
     masks_process_with_clip: bool = option(False, "resize masks like the picture")
     workers: int = option(4, "processes that load data; 0 loads in the training process", low=0)
+    max_bad_samples: float = option(
+        0.02, "share of samples that may be unreadable before training stops", low=0.0, high=1.0
+    )
+    strict_data: bool = option(False, "stop at the first sample that cannot be read")
 
     def without_effect(self) -> dict[str, str]:
         found = super().without_effect()
+        if self.strict_data and "max_bad_samples" in self.given:
+            found["max_bad_samples"] = "--strict_data stops at the first sample that cannot be read"
         if self.masks_process_with_clip:
             found["masks_process_with_clip"] = _OWN_SIZE
         return found

@@ -295,7 +295,7 @@ def test_a_sample_that_is_too_long_altogether_is_replaced_by_one_that_follows_fr
     made = dataset([long, short], FakeProcessor(most=20), length=3)
     assert [made[i].info["sample_id"] for i in (0, 1, 2)] == ["2 words"] * 3
     assert [made[i].info["replaced_samples"] for i in (0, 1, 2)] == [1, 0, 1]
-    with pytest.raises(DataError, match=r"50 words the last.*raise --model_max_length"):
+    with pytest.raises(DataError, match=r"^9 samples in a row, from number 0 on.*raise --model_max_length"):
         dataset([long], FakeProcessor(most=20))[0]
     with pytest.raises(TooLong):
         TrainingDataset(Listed([long]), FakeProcessor(most=20), 1)[0]  # type: ignore[arg-type]

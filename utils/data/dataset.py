@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils.data.bad_samples import BAD_SAMPLES, BadSample, as_bad_sample
 from utils.data.collate import EncodedRow, Example, collate
 from utils.data.errors import DataError
 from utils.data.mixture import Mixture
 from utils.data.samples import NO_PICTURE, Conversation, Sample, Target
 
 _STAND_INS = 8
-"""Most samples tried in place of one whose conversations are all too long."""
+"""Most samples tried in place of one that cannot be used."""
 _STAND_IN_STEP = 7919
 """How far on in the mixture the next of them is."""
 
@@ -53,8 +54,11 @@ class TrainingDataset(Dataset):
 
     processor: opens and encodes pictures and conversations. length: how many examples a run may ask for.
     too_long_errors: what the processor raises when not even the first turn of a conversation fits; such conversations
-    are left out. A sample that loses all of them is replaced by another, which follows from i as well. What was lost
-    is counted in Example.info: dropped_turns, dropped_targets, dropped_conversations, replaced_samples.
+    are left out. strict: raise DataError at the first sample that cannot be read.
+
+    A sample that loses all its conversations or cannot be read is replaced by another, which follows from i as well.
+    Example.info tells what was lost: the counts dropped_turns, dropped_targets, dropped_conversations and
+    replaced_samples, and under BAD_SAMPLES why samples could not be read. DataError when none of nine can be used.
     """
 
     def __init__(
@@ -63,28 +67,46 @@ class TrainingDataset(Dataset):
         processor: Processor,
         length: int,
         too_long_errors: tuple[type[Exception], ...] = (),
+        strict: bool = False,
     ) -> None:
         self.mixture = mixture
         self.processor = processor
         self.length = length
         self.too_long_errors = too_long_errors
+        self.strict = strict
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> Example:
         lost: Counter[str] = Counter()
+        bad: list[BadSample] = []
         for attempt in range(_STAND_INS + 1):
-            sample = self.mixture[i + attempt * _STAND_IN_STEP]
-            encoded = self._encode_conversations(sample, lost)
-            if encoded:
-                lost["replaced_samples"] = attempt
-                return self._example(sample, encoded, lost)
-        raise DataError(
-            f"{_STAND_INS + 1} samples in a row, {sample.sample_id} the last, have no conversation that fits into "
-            f"the model's "
-            "text length: raise --model_max_length"
+            example = self._readable(i + attempt * _STAND_IN_STEP, lost, bad)
+            if example is not None:
+                example.info |= {"replaced_samples": attempt, BAD_SAMPLES: bad}
+                return example
+        why = (
+            f"for the last: {bad[-1].message}"
+            if bad
+            else "none has a conversation that fits into the model's text length: raise --model_max_length"
         )
+        raise DataError(f"{_STAND_INS + 1} samples in a row, from number {i} on, cannot be used; {why}")
+
+    def _readable(self, number: int, lost: Counter[str], bad: list[BadSample]) -> Example | None:
+        """Sample `number`, or None where it cannot be used: too long (see `lost`) or unreadable (added to `bad`)."""
+        try:
+            sample = self.mixture[number]
+            encoded = self._encode_conversations(sample, lost)
+            return self._example(sample, encoded, lost) if encoded else None
+        except Exception as error:
+            reason = as_bad_sample(error)
+            if reason is None:
+                raise
+            if self.strict:
+                raise DataError(reason.message, reason.cause) from error
+            bad.append(reason)
+            return None
 
     def _encode_conversations(
         self, sample: Sample, lost: Counter[str]
@@ -110,10 +132,9 @@ class TrainingDataset(Dataset):
             kept = conversation[: tokens.kept_turns]
             target_turns = [number for number, turn in enumerate(kept) for _ in turn.targets]
             if target_turns != list(tokens.group_turns):
-                raise DataError(
-                    f"the processor made seg groups for turns {list(tokens.group_turns)} of {sample.sample_id}, "
-                    f"whose targets "
-                    f"belong to turns {target_turns}; they must be the same"
+                raise RuntimeError(
+                    f"the processor made seg groups for turns {list(tokens.group_turns)} of {sample.sample_id}, whose "
+                    f"targets belong to turns {target_turns}; they must be the same"
                 )
             rows.append(EncodedRow(tokens.input_ids, tokens.labels, target_turns))
             targets += [target for turn in kept for target in turn.targets]
@@ -138,19 +159,26 @@ class TrainingDataset(Dataset):
         return self.processor.open_picture(sample.image_path)
 
 
-_LOSSES = ("dropped_turns", "dropped_targets", "dropped_conversations", "replaced_samples")
+_LOSSES = ("dropped_turns", "dropped_targets", "dropped_conversations")
 
 
 def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -> torch.Tensor:
-    """(Q, H, W) uint8 of 0, 1 and 255. DataError when a mask has another size than the picture."""
+    """(Q, H, W) uint8 of 0, 1 and 255. DataError when a mask has another size than the picture, or no pixel."""
     masks = np.zeros((len(targets), *size), dtype=np.uint8)
     for number, target in enumerate(targets):
         mask = target.decode()
         if mask.shape != tuple(size):
             raise DataError(
                 f"the mask of {target.name!r} in {sample.sample_id} has {mask.shape[0]}×{mask.shape[1]} pixels, its "
-                f"picture "
-                f"{sample.image_path} {size[0]}×{size[1]}: the annotations belong to another edition of the picture"
+                f"picture {sample.image_path} {size[0]}×{size[1]}: the annotations belong to another edition of the "
+                f"picture",
+                cause="mask of another size than its picture",
+            )
+        if not (mask == 1).any():
+            raise DataError(
+                f"the mask of {target.name!r} in {sample.sample_id} has no pixel in its picture {sample.image_path}: "
+                f"take it out of the annotations",
+                cause="target without a pixel",
             )
         masks[number] = mask
     return torch.from_numpy(masks)

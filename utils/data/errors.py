@@ -15,3 +15,9 @@ class DataError(ValueError):
     def __init__(self, message: str, cause: str = _UNUSABLE) -> None:
         super().__init__(message)
         self.cause = cause
+
+
+def without_traceback(error: DataError) -> DataError:
+    """`error` as it was raised: DataLoader puts the traceback of a worker process in front of its sentence."""
+    _, raised_there, sentence = str(error).rpartition(f"{DataError.__name__}: ")
+    return DataError(sentence.strip(), error.cause) if raised_there else error

@@ -1,7 +1,7 @@
 """From a run's arguments to its engine, its schedule and the steps' batches."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from utils.arguments import TrainArguments
+from utils.data.bad_samples import BadSamples
 from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
+from utils.data.errors import DataError, without_traceback
 from utils.data.mixture import Mixture, build_mixture
 from utils.data.reader import ReaderOptions
 from utils.engine.checkpoints import latest_tag
@@ -116,7 +118,7 @@ def make_mixture(args: TrainArguments) -> Mixture:
 class StepBatches:
     """The micro-batches of each optimizer step of one rank, from any step on. Step and rank alone say which samples.
 
-    lost: what did not fit into the model's text length so far, counted by what it was.
+    lost: what did not fit into the model's text length so far, counted by what it was. bad: what could not be read.
     """
 
     def __init__(
@@ -132,11 +134,15 @@ class StepBatches:
         pad = processor.tokenizer.pad_token_id
         self.pad_token_id = 0 if pad is None else pad
         length = args.total_steps() * self.samples_per_step
-        self.dataset = TrainingDataset(mixture, processor, length, too_long_errors)
+        self.dataset = TrainingDataset(mixture, processor, length, too_long_errors, strict=args.strict_data)
         self.lost: Counter[str] = Counter()
+        self.bad = BadSamples(args.max_bad_samples)
 
     def __call__(self, step: int) -> Iterator[list[Batch]]:
-        """A list of micro-batches per step, from optimizer step `step` to the end of the run."""
+        """A list of micro-batches per step, from optimizer step `step` to the end of the run.
+
+        DataError when a sample cannot be read under --strict_data, or more cannot than --max_bad_samples allows.
+        """
         loader = build_loader(
             self.dataset,
             rank=self.runtime.rank,
@@ -148,8 +154,9 @@ class StepBatches:
             pin_memory=self.runtime.device.type == "cuda",
         )
         gathered: list[Batch] = []
-        for batch in loader:
+        for batch in _sentences_only(loader):
             gathered.append(batch)
+            self.bad.add(batch.info)
             for info in batch.info:
                 self.lost.update({name: count for name, count in info.items() if name.startswith("dropped_")})
             if len(gathered) == self.rounds:
@@ -162,11 +169,21 @@ class StepBatches:
         yield from build_loader(self.dataset, rank=0, world_size=1, batch_size=batch, pad_token_id=pad, workers=0)
 
     def report_losses(self) -> None:
-        """Say what was too long, if anything was."""
+        """Say what was too long and what could not be read, if anything was."""
         found = {name.removeprefix("dropped_"): count for name, count in self.lost.items() if count}
         if found:
             what = ", ".join(f"{count} {name}" for name, count in found.items())
             note(f"left out on this rank because they do not fit into --model_max_length: {what}")
+        if self.bad.counts:
+            note(f"on this rank {self.bad.table()}")
+
+
+def _sentences_only(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of `loader`; what is wrong with the data is told without a worker's traceback."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise without_traceback(error) from None
 
 
 def seed_everything(seed: int) -> None:
