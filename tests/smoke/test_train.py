@@ -1,6 +1,7 @@
 """train_ds.py on a tiny model and drawn scenes: what a run leaves, how it goes on, what it says about bad input."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,22 @@ def test_bad_input_gets_one_sentence(
     sentence = refusal(capsys, [*training_flags(smoke_base, smoke_data, tmp_path, "bad"), *changes])
     assert part in sentence and "\n" not in sentence
     assert not (tmp_path / "bad" / "ckpt_model").exists()
+
+
+def test_damaged_pictures_are_passed_over_until_they_are_too_many(
+    smoke_base: Path, smoke_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = shutil.copytree(smoke_data, tmp_path / "data")
+    for picture in sorted((data / "refer_seg/images/mscoco/images/train2014").iterdir())[:16:2]:
+        picture.write_bytes(picture.read_bytes()[:200])
+    flags = [*training_flags(smoke_base, data, tmp_path, "damaged"), "--no_eval", "--workers=1"]
+    assert run_script(train_ds.main, [*flags, "--max_bad_samples=1"]) == 0
+    assert "samples were left out:" in capsys.readouterr().err
+    flags += ["--exp_name=damaged2"]
+    sentence = refusal(capsys, [*flags, "--max_bad_samples=0"])
+    assert "more than --max_bad_samples 0 allows" in sentence and "first: " in caplog.text
+    sentence = refusal(capsys, [*flags, "--strict_data"])
+    assert "train2014" in sentence and "Traceback" not in sentence
 
 
 def test_ctrl_c_leaves_a_message(smoke_base: Path, smoke_data: Path, tmp_path: Path) -> None:

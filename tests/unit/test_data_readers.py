@@ -195,6 +195,21 @@ def test_muse(tmp_path: Path) -> None:
     assert len(build_eval_reader("MultiReasonSeg|test_less", data_sets.write_muse(tmp_path, split="test_less"))) == 2
 
 
+def test_a_muse_target_of_several_parts_is_their_union(tmp_path: Path) -> None:
+    overlapping = [data_sets.square(2, 2, 6), data_sets.square(5, 5, 6)]
+    painted = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    painted[3:9, 4:20] = 1
+    instances = [
+        data_sets.muse_instance("cup", overlapping),
+        data_sets.muse_instance("tray", data_sets.rle(painted)),
+    ]
+    record = {**data_sets.muse_records()[0], "questions": ["Which?"], "answers": [instances], "text_answers": [None]}
+    reader = build_reader("MultiReasonSeg", data_sets.write_muse(tmp_path, [record]), "train")
+    (turn,) = turns(reader.read(0, np.random.default_rng(0)))
+    assert [int(target.decode().max()) for target in turn.targets] == [1, 1], "no pixel counts twice"
+    assert areas(turn) == [36 + 36 - 9, 6 * 16]
+
+
 @pytest.mark.parametrize("split", ["train", "val", "test_less", "test_many"])
 def test_muse_in_its_folder_or_where_the_release_has_it(tmp_path: Path, split: str) -> None:
     data_sets.write_muse(tmp_path, split=split)
@@ -295,6 +310,26 @@ def test_the_longer_list_of_questions_is_drawn_from(tmp_path: Path) -> None:
         reader = build_reader("refcoco", root, "train", ReaderOptions(use_expand_question_list=expand))
         asked.append({turns(reader.read(1, np.random.default_rng(number)))[0].question for number in range(300)})
     assert asked[0] < asked[1] and len(asked[1]) == 24
+
+
+HELD_OUT = {
+    "cocostuff|val": (data_sets.write_cocostuff, ("cocostuff/train2017", "coco/train2017"), ("train2017", "val2017")),
+    "mapillary|val": (data_sets.write_mapillary, ("mapillary/training",), ("training", "validation")),
+    "mapillary|v2.0|val": (data_sets.write_mapillary, ("mapillary/training",), ("training", "validation")),
+    "pascal_part|val": (data_sets.write_parts, ("vlpart/pascal_part/train.json",), ("train.json", "val.json")),
+}
+
+
+@pytest.mark.parametrize("spec", HELD_OUT)
+def test_held_out_splits_of_semantic_sets(tmp_path: Path, spec: str) -> None:
+    write, moved, (old, new) = HELD_OUT[spec]
+    write(tmp_path)
+    for path in moved:
+        (tmp_path / path).rename(tmp_path / path.replace(old, new))
+    (sample,) = build_eval_reader(spec, tmp_path)
+    assert all(len(conversation) == 1 for conversation in sample.conversations) and len(turns(sample)) >= 2
+    with pytest.raises(DataError, match=rf"{spec.split('|')[0]} has no split 'test'; it has train, val"):
+        build_eval_reader(spec.rpartition("|")[0] + "|test", tmp_path)
 
 
 def test_evaluation_samples_never_change_and_are_joined(tmp_path: Path) -> None:

@@ -130,6 +130,9 @@ def has_inside(points: np.ndarray) -> bool:
     """Whether the polygon through `points` (N, 2) encloses anything: three of its points are not on one line."""
     if len(points) < _POINTS_OF_A_TRIANGLE:
         return False
+    (x, y), (x1, y1), (x2, y2) = points[:_POINTS_OF_A_TRIANGLE].tolist()
+    if (x1 - x) * (y2 - y) != (x2 - x) * (y1 - y):  # nearly always, and much faster
+        return True
     arms = points - points[0]
     longest = arms[np.abs(arms).sum(axis=1).argmax()]
     return bool((arms[:, 0] * longest[1] != arms[:, 1] * longest[0]).any())
