@@ -16,9 +16,20 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.build.builder import MASK_PARTS, BuiltModel, build_model, save_model
-from model.build.lookup_start import start_looking_up
+from model.build.lookup_start import Meant, start_looking_up
 from utils.data.collate import PICTURE_KEY
-from utils.scenes import PATCH_WORDS, PLURALS, Scene, draw_scene, make_conversation, patch_words, read_scenes
+from utils.scenes import (
+    DIRECTIONS,
+    EXTREMES,
+    LIST_WORDS,
+    PATCH_WORDS,
+    PLURALS,
+    Scene,
+    draw_scene,
+    make_conversation,
+    patch_words,
+    read_scenes,
+)
 from utils.scripts import run_script
 
 TURNS = 3
@@ -51,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     patch = built.model.vision_tower.patch_size
     labels = torch.from_numpy(np.stack([patch_words(scene, patch) for scene in scenes]))
     asked = examples(built, scenes, random.Random(args.seed))
-    read = start_looking_up(built, PATCH_WORDS, PLURALS, asked, labels)
+    read = start_looking_up(built, PATCH_WORDS, Meant(PLURALS, EXTREMES, {**DIRECTIONS, **LIST_WORDS}), asked, labels)
     for layer, share in read.items():
         print(f"layer {layer}: queries read {share:.0%} of what is named in {len(scenes)} conversations")
     save_model(built.model, built.processor, args.model, left_out=MASK_PARTS)

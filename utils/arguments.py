@@ -150,6 +150,7 @@ class AdapterArguments(Arguments):
     lora_alpha: int = option(16, "LoRA's scale is alpha / rank", above=0)
     lora_dropout: float = option(0.05, "dropout in front of LoRA", low=0.0, high=1.0)
     lora_target_modules: str = option("q_proj,v_proj", "names of the layers LoRA is put on", join=",")
+    train_projector: bool = option(True, "train the projector that makes image tokens")
     train_mask_decoder: bool = option(True, "train what predicts masks; off for training in words alone")
     out_dim: int | None = option(None, "width of a target's embedding and of the pixel decoder", low=8)
     vision_pretrained: str = option("PATH_TO_SAM_ViT-H", "SAM's weights")
@@ -357,6 +358,7 @@ class MergeArguments(BaseArguments, PictureArguments, CodebookArguments, Adapter
         "attn_implementation": "merging computes no attention",
         "local_rank": "merging runs in one process",
         "lora_dropout": "merging does not train",
+        "train_projector": "all weights of the checkpoint are taken",
         "train_mask_decoder": "all weights of the checkpoint are taken",
     }
 

@@ -454,6 +454,7 @@ class TrainingRecipe:
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     lora_target_modules: str = "q_proj,v_proj"
+    train_projector: bool = True
     train_mask_decoder: bool = True
     train_vision_tower: bool = False
     train_language_model: bool = False
@@ -470,7 +471,9 @@ def choose_trainable(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> list[
         model.language_model.requires_grad_(True)
     elif recipe.lora_r > 0:
         inject_lora(model, recipe)
-    parts = [model.projector, model.get_input_embeddings(), model.get_output_embeddings()]
+    parts = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if recipe.train_projector:
+        parts.append(model.projector)
     without_loss: list[nn.Module] = []
     if recipe.train_mask_decoder:
         parts += model.mask_parts()

@@ -20,11 +20,15 @@ from .builder import BuildError, BuiltModel
 from .tiny import embeddings_of, without_marks, word_id
 
 # What a query's agreement with a key is worth, before softmax: for a word of a name, for being where a shape's centre
-# is, for places (from -1 to 1, squared distance), for the same word, for any name in the text.
-NAME, CENTRE, PLACE, SAME_WORD, ANY_NAME = 5.0, 12.0, 1.5, 6.0, 6.0
+# is, for places (from -1 to 1, squared distance), for size (-1 to 1), for coming first from
+# the left (-1 to 1), for the same word, for any name in the text.
+NAME, CENTRE, PLACE, SIZE, LEFTMOST, SAME_WORD, ANY_NAME = 5.0, 12.0, 20.0, 5.0, 6.0, 6.0, 6.0
+# How far off, in places, a shape is looked for in a direction. How many words back one looks for what to look for.
+A_STEP, WINDOW = 0.7, 4
 # What other patches are worth beside a centre. How much of each word of a name the first token answers to: a shape that
 # bears both words of a name outdoes it, a shape that bears one does not.
-ELSEWHERE, NOT_FOUND = 0.6, 0.6
+# The first token's say, beside that of one shape, where shapes are counted.
+ELSEWHERE, NOT_FOUND, COUNT = 0.6, 0.6, 1.0
 # How much of a word is added where it is found, and of random weights left in queries and keys.
 PASSED_ON, LEFT_RANDOM = 0.2, 0.3
 # Numbers a word is told by, where any word of the text may be meant.
@@ -43,17 +47,35 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Meant:
+    """Words that say what to look for. plurals: other spellings of names. sizes: words for the extremes of size, as 1
+    and -1. directions: words for steps to the right and down, as (1, 0), (0, 1) and so on."""
+
+    plurals: Mapping[str, str]
+    sizes: Mapping[str, float]
+    directions: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Said:
     """What words of the text mean.
 
     own (M, names): the words of a name that end here: one, or a form with the colour before it. named (M, names): the
     same, after a name its last word, and with a colour a form up to three words before it ("the star that is red").
+    recent (M, names), size (M, 1), in_order (M, 1): names and the extreme of size among the last WINDOW words, and
+    whether there is no such extreme. at (M, 2), known (M, 2):
+    column and row among these, and whether there is one; after a word of direction, a step from there.
     first (M, 1): the first token of all. ids, previous (M,): of the token and of the one before it, -1 where that is no
     word.
     """
 
     own: torch.Tensor
     named: torch.Tensor
+    recent: torch.Tensor
+    size: torch.Tensor
+    in_order: torch.Tensor
+    at: torch.Tensor
+    known: torch.Tensor
     first: torch.Tensor
     ids: torch.Tensor
     previous: torch.Tensor
@@ -63,7 +85,7 @@ class Said:
 def start_looking_up(
     built: BuiltModel,
     words: Sequence[Sequence[str]],
-    plurals: Mapping[str, str],
+    meant: Meant,
     examples: Mapping[str, Any],
     labels: torch.Tensor,
 ) -> dict[int, float]:
@@ -71,7 +93,7 @@ def start_looking_up(
 
     Args:
         words: of colours, forms, sizes (from small to large), columns and rows, as `PatchReader` had them.
-        plurals: other spellings of colours and forms.
+        meant: which words say what to look for.
         examples: arguments of forward, of one conversation about each of B pictures.
         labels: (B, 5, patches) what each patch bears, numbers of `words`.
 
@@ -85,18 +107,18 @@ def start_looking_up(
     model = built.model
     rows = _rows(model, examples)
     names = [*words[0][1:], *words[1][1:]]
-    shown, said = _shown(words, labels), _said(built, names, len(words[0]) - 1, plurals, rows)
+    shown, said = _shown(words, labels), _said(built, words, meant, rows)
     embeddings = torch.cat([kind[1:] for kind in embeddings_of(built, words)])
     width = embeddings.shape[1]
     away = without_marks(embeddings @ torch.linalg.qr(torch.randn(width, width))[0])
-    not_found = without_marks(torch.randn(1, width) * embeddings.square().mean().sqrt())
+    not_found, counting = without_marks(torch.randn(2, 1, width) * embeddings.square().mean().sqrt())
     codes = torch.randn(model.config.text_config.vocab_size, CODE_SIZE) / CODE_SIZE**0.5
     read = {}
     layers = model.language_model.get_decoder().layers
     for number in range(1, len(layers)):
         image, text = _normed_states(model, rows, number)
         reader = _Reader(image, text, shown, said, codes)
-        heads = list(_heads(reader, embeddings, torch.cat([away, not_found]), len(names), len(words[2]) - 1))
+        heads = list(_heads(reader, embeddings, torch.cat([away, not_found]), counting, len(names), len(words[2]) - 1))
         _check_room(model, len(heads), max(max(len(query), len(value)) for query, _, value, _ in heads))
         for head, (query, key, value, output) in enumerate(heads):
             _write_head(layers[number].self_attn, head, query, key, value, PASSED_ON * output)
@@ -129,7 +151,9 @@ class _Reader:
         self.geometry = of_image(torch.cat([shown.size, shown.place, shown.place**2], dim=1))
         self.words = of_image(shown.words, of_centres)
         self.is_text, self.is_first = of_text(torch.ones_like(said.first)), of_text(said.first)
-        self.named, self.own = _read(text, said.named), _read(text, said.own)
+        self.named, self.own, self.recent = (_read(text, facts) for facts in (said.named, said.own, said.recent))
+        self.wanted_size, self.in_order = _read(text, said.size), _read(text, said.in_order)
+        self.at, self.known = _read(text, said.at), _read(text, said.known)
         self.is_name = of_text((said.own.sum(dim=1, keepdim=True) > 0).float())
         self.code = _read(text, codes[said.ids])
         self.previous_code = _read(text, codes[said.previous.clamp(min=0)] * known[:, None])
@@ -140,7 +164,7 @@ class _Reader:
 
 
 def _heads(
-    reader: _Reader, embeddings: torch.Tensor, away: torch.Tensor, names: int, sizes: int
+    reader: _Reader, embeddings: torch.Tensor, away: torch.Tensor, counting: torch.Tensor, names: int, sizes: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Query, key and value (channels, H) and output (H, channels) of each head that is started.
 
@@ -151,19 +175,25 @@ def _heads(
     def nothing(channels: int) -> torch.Tensor:
         return torch.zeros(channels, embeddings.shape[1])
 
-    def query(named: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
-        return torch.cat([named * NAME**0.5, geometry * PLACE**0.5, reader.is_text * CENTRE**0.5])
+    def query(named: torch.Tensor, geometry: torch.Tensor, first: float = 0.0) -> torch.Tensor:
+        parts = named * NAME**0.5, geometry * PLACE**0.5, reader.is_text * CENTRE**0.5, reader.is_text * first
+        return torch.cat(parts)
 
-    key = torch.cat([reader.image_names * NAME**0.5, reader.geometry * PLACE**0.5, reader.centre * CENTRE**0.5])
-    size, x, y, _, _ = reader.geometry.split(1)
-    far = -reader.is_text
-    named, any_shape = query(reader.named, nothing(5)), query(nothing(names), nothing(5))
-    near = query(nothing(names), torch.cat([torch.zeros_like(size), 2 * x, 2 * y, far, far]))
+    key = torch.cat(
+        [reader.image_names * NAME**0.5, reader.geometry * PLACE**0.5, reader.centre * CENTRE**0.5, reader.is_first]
+    )
+    named = query(reader.named, nothing(5))
+    counted = query(reader.own, nothing(5), (1 - NOT_FOUND) * NAME + COUNT)
+    near = query(reader.recent, torch.cat([nothing(1), 2 * reader.at, -reader.known]))
+    leftmost = -reader.in_order * LEFTMOST / PLACE
+    extreme = query(reader.recent, torch.cat([reader.wanted_size * SIZE / PLACE, leftmost, nothing(3)]))
     # What is found by its name is kept apart from the name, and whether anything was; the rest is added as words are.
     yield named, key, torch.cat([reader.words[:looks], reader.is_first]), torch.cat([away[:looks], away[-1:]]).T
     yield named, key, reader.words[looks:], embeddings[looks:].T
-    yield any_shape, key, reader.words[:looks], embeddings[:looks].T
+    yield counted, key, torch.cat([reader.words[:looks], reader.is_first]), torch.cat([embeddings[:looks], counting]).T
     yield near, key, reader.words[:looks], embeddings[:looks].T
+    yield near, key, reader.words[looks:], embeddings[looks:].T
+    yield extreme, key, reader.words[looks:], embeddings[looks:].T
     same = SAME_WORD**0.5
     yield reader.code * same, reader.previous_code * same, reader.own, embeddings[:names].T
     yield reader.is_text * ANY_NAME**0.5, reader.is_name * ANY_NAME**0.5, reader.own, embeddings[:names].T
@@ -226,40 +256,73 @@ def _shown(words: Sequence[Sequence[str]], labels: torch.Tensor) -> Shown:
         F.one_hot(numbers.flatten(), len(kind))[:, 1:].float()
         for kind, numbers in zip(words, labels.unbind(1), strict=True)
     ]
-    ordered = [kind @ torch.linspace(-1, 1, kind.shape[1]) for kind in kinds[2:]]
+    ordered = [kind @ torch.tensor(_spread(kind.shape[1])) for kind in kinds[2:]]
     centre = kinds[2].sum(dim=1, keepdim=True)
     return Shown(torch.cat(kinds, dim=1), centre, ordered[0][:, None], torch.stack(ordered[1:], dim=1))
 
 
-def _said(
-    built: BuiltModel, names: Sequence[str], num_colours: int, plurals: Mapping[str, str], rows: ExpandedRows
-) -> Said:
-    place = {word_id(built.processor, name): number for number, name in enumerate(names)}
-    place |= {word_id(built.processor, other): names.index(name) for other, name in plurals.items()}
-    number_of = torch.full((built.model.config.text_config.vocab_size,), -1)
-    number_of[list(place)] = torch.tensor(list(place.values()))
+def _said(built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows: ExpandedRows) -> Said:
+    colours, forms, _, *places = (kind[1:] for kind in words)
+    names = [*colours, *forms]
     in_picture = _in_picture(built.model, rows)
-    numbers = number_of[rows.ids]
-    before = _earlier(numbers, 1)
-    is_colour, was_colour = ((n >= 0) & (n < num_colours) for n in (numbers, before))
-    own, prior = _one_hot(numbers, len(names)), _one_hot(before, len(names))
-    own = own + prior * ((numbers >= num_colours) & was_colour)[..., None]
-    forms = numbers.masked_fill(numbers < num_colours, -1)
-    two, three = (_one_hot(_earlier(forms, distance), len(names)) for distance in (2, 3))
-    named = own + prior * (numbers < 0)[..., None] + (two + three) * is_colour[..., None]
-    previous = _earlier(rows.ids.masked_fill(in_picture, -1), 1)
-    first = torch.zeros(rows.ids.shape).index_fill(1, torch.tensor([0]), 1.0)
+    ids = rows.ids.masked_fill(in_picture, -1)
+
+    def facts(meaning: Mapping[str, Sequence[float]]) -> torch.Tensor:
+        """(B, P, …) what each word means, 0 for words without a meaning."""
+        table = torch.zeros(built.model.config.text_config.vocab_size + 1, len(next(iter(meaning.values()))))
+        for word, values in meaning.items():
+            table[word_id(built.processor, word)] = torch.tensor(values)
+        return table[ids]
+
+    one_hot = dict(zip(names, torch.eye(len(names)).tolist(), strict=True))
+    here = facts(one_hot | {other: one_hot[name] for other, name in meant.plurals.items()})
+    form = torch.tensor([0.0] * len(colours) + [1.0] * len(forms))
+    before, two, three = (_earlier(here, distance) for distance in (1, 2, 3))
+    is_form, is_colour = ((here * share).sum(dim=-1, keepdim=True) for share in (form, 1 - form))
+    own = here + before * (1 - form) * is_form
+    named = own + before * (1 - here.sum(dim=-1, keepdim=True)) + (two + three) * form * is_colour
+    size = facts({word: (value,) for word, value in meant.sizes.items()})
+    at = [
+        _latest(facts({word: (value, 1.0) for word, value in zip(kind, _spread(len(kind)), strict=True)}))
+        for kind in places
+    ]
+    value, known = torch.stack(at, dim=-1).unbind(-2)
+    step = A_STEP * facts(meant.directions)
+    first = torch.zeros(*ids.shape, 1).index_fill(1, torch.tensor([0]), 1.0)
     text = rows.attention_mask & ~in_picture
-    return Said(own[text], named[text], first[text][:, None], rows.ids[text], previous[text])
+    return Said(
+        own=own[text],
+        named=named[text],
+        recent=_window(here).amax(dim=0)[text],
+        size=_window(size).sum(dim=0).clamp(-1, 1)[text],
+        in_order=1.0 - _window(size).abs().amax(dim=0)[text],
+        at=(known * (value + step))[text],
+        known=known[text],
+        first=first[text],
+        ids=rows.ids[text],
+        previous=_earlier(ids[..., None] + 1, 1)[..., 0][text] - 1,
+    )
 
 
-def _earlier(numbers: torch.Tensor, distance: int) -> torch.Tensor:
-    """(B, P) what stood `distance` places before each, -1 before the beginning."""
-    earlier = torch.roll(numbers, distance, dims=1)
-    earlier[:, :distance] = -1
+def _earlier(facts: torch.Tensor, distance: int) -> torch.Tensor:
+    """(B, P, …) what was said `distance` words before each, 0 before the beginning."""
+    earlier = torch.roll(facts, distance, dims=1)
+    earlier[:, :distance] = 0
     return earlier
 
 
-def _one_hot(numbers: torch.Tensor, count: int) -> torch.Tensor:
-    """(B, P, count), all 0 where a number is -1."""
-    return F.one_hot(numbers + 1, count + 1)[..., 1:].float()
+def _window(facts: torch.Tensor) -> torch.Tensor:
+    """(WINDOW, B, P, …) what the last words said, from the last one on."""
+    return torch.stack([_earlier(facts, distance) for distance in range(WINDOW)])
+
+
+def _latest(facts: torch.Tensor) -> torch.Tensor:
+    """(B, P, 2) the last of (value, 1.0) in the window, or 0."""
+    found = torch.zeros_like(facts)
+    for said in _window(facts).flip(0):
+        found = torch.where(said[..., 1:] > 0, said, found)
+    return found
+
+
+def _spread(count: int) -> list[float]:
+    return torch.linspace(-1, 1, count).tolist()

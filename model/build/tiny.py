@@ -281,11 +281,10 @@ class PatchReader(nn.Module):
         size = torch.tensor(pixel_values.shape[-2:]).expand(len(pixel_values), -1)
         tokens = self.projector(self.tower(pixel_values, size)[0])
         sums = torch.stack([words[labels[:, kind]] for kind, words in enumerate(self.words)]).sum(dim=0)
-        shown = labels[:, 0] > 0
         losses = [SUM_WEIGHT * F.mse_loss(tokens[..., :-NUM_MARKS], sums[..., :-NUM_MARKS])]
         right = []
         for kind, words in enumerate(self.words):
-            asked = shown if kind else torch.ones_like(shown)
+            asked = labels[:, kind] >= min(kind, 1)
             scores, truth = tokens[asked] @ words.T, labels[:, kind][asked]
             losses.append(F.cross_entropy(scores / SCORE_SHARPNESS, truth))
             right.append((scores.argmax(-1) == truth)[truth > 0].float().mean())

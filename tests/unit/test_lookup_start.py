@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from model.build.builder import BuildError
-from model.build.lookup_start import start_looking_up
+from model.build.lookup_start import Meant, start_looking_up
 from model.build.tiny import MARK, embeddings_of, make_tiny
 from model.modeling_pixellm import EncodedPictures, ExpandedRows
 from tests.unit.tiny_pixellm import SHAPE
@@ -18,7 +18,7 @@ from tests.unit.tiny_pixellm import SHAPE
 COLOURS, FORMS, SIZES = ("red", "blue", "green"), ("circle", "square", "star"), ("small", "large")
 COLUMNS, ROWS = ("c1", "c2", "c3", "c4"), ("r1", "r2", "r3", "r4")
 WORDS = [("nothing", *kind) for kind in (COLOURS, FORMS, SIZES, COLUMNS, ROWS)]
-PLURALS = {f"{form}s": form for form in FORMS}
+MEANT = Meant({f"{form}s": form for form in FORMS}, {"largest": 1.0, "smallest": -1.0}, {"left": (-1.0, 0.0)})
 PICTURES, SIDE, SHAPES = 200, 4, 3
 PATCHES = SIDE * SIDE
 
@@ -39,7 +39,12 @@ class World:
 
     def __init__(self) -> None:
         rng = random.Random(0)
-        words = " ".join(word for kind in WORDS for word in kind) + " " + " ".join(PLURALS) + " is there a ? yes no"
+        words = (
+            " ".join(word for kind in WORDS for word in kind)
+            + " "
+            + " ".join([*MEANT.plurals, *MEANT.sizes, *MEANT.directions])
+            + " is there a ? yes no"
+        )
         shape = replace(SHAPE, width=128, text_num_heads=8, text_head_dim=32, vocab_size=420)
         self.built = make_tiny([words, words], shape, seed=0, names=(*COLOURS, *FORMS))
         pictures = [draw(rng) for _ in range(PICTURES)]
@@ -64,7 +69,7 @@ class World:
 
     def start(self) -> dict[int, float]:
         with patch.object(self.built.model, "encode_pictures", lambda *_: self.seen):
-            return start_looking_up(self.built, WORDS, PLURALS, self.arguments, self.labels)
+            return start_looking_up(self.built, WORDS, MEANT, self.arguments, self.labels)
 
     def rows(self) -> ExpandedRows:
         ids, mask = self.arguments["input_ids"], self.arguments["attention_mask"]
@@ -127,7 +132,7 @@ def test_the_layers_before_and_the_words_stay_as_they_are() -> None:
 def test_too_few_heads_are_refused() -> None:
     world = World()
     world.built.model.config.text_config.num_attention_heads = 4
-    with pytest.raises(BuildError, match="has 4 heads of 32 channels: looking up takes at least 6 of 18"):
+    with pytest.raises(BuildError, match="has 4 heads of 32 channels: looking up takes at least 8 of 18"):
         world.start()
 
 
@@ -137,4 +142,6 @@ def test_a_plural_of_several_tokens_is_refused() -> None:
         patch.object(world.built.model, "encode_pictures", lambda *_: world.seen),
         pytest.raises(BuildError, match="the word 'xylophones' takes"),
     ):
-        start_looking_up(world.built, WORDS, {"xylophones": "circle"}, world.arguments, world.labels)
+        start_looking_up(
+            world.built, WORDS, replace(MEANT, plurals={"xylophones": "circle"}), world.arguments, world.labels
+        )

@@ -193,9 +193,10 @@ def test_counts_and_exclusions_mean_what_they_say() -> None:
 
 
 def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
-    """Pointers say name, column and row; what is read off begins with the column or row asked for."""
-    pointer = re.compile(r"(\w+ \w+) c(\d+) r(\d+)[,. ]")
-    by_column, by_row = re.compile(r"c(\d+) (\w+ \w+) r(\d+)[,.]"), re.compile(r"r(\d+) (\w+ \w+) c(\d+)[,.]")
+    """Places follow a name, or lead it in what is reasoned about; what is read off begins with what was asked for."""
+    named = rf"((?:{'|'.join(COLOURS)}) (?:{'|'.join(FORMS)}))"
+    pointer, told = re.compile(rf"{named} r(\d+) c(\d+)\b"), re.compile(rf"r(\d+) c(\d+) {named}")
+    by_column, by_row = re.compile(rf"c(\d+) {named} r(\d+)\b"), re.compile(rf"r(\d+) {named} c(\d+)\b")
     checked = Counter[str]()
     for number, scene in enumerate(scenes):
         true = {(s.name, int(s.centre_x // 8) + 1, int(s.centre_y // 8) + 1) for s in scene.shapes}
@@ -204,7 +205,8 @@ def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
                 found = [(name, int(c), int(r)) for c, name, r in by_column.findall(answer)]
                 found += [(name, int(c), int(r)) for r, name, c in by_row.findall(answer)]
             else:
-                found = [(name, int(c), int(r)) for name, c, r in pointer.findall(answer)]
+                found = [(name, int(c), int(r)) for name, r, c in pointer.findall(answer)]
+                found += [(name, int(c), int(r)) for r, c, name in told.findall(answer)]
             checked["read" if question.startswith("Read ") else "pointed"] += len(found)
             assert set(found) <= true, (question, answer)
     assert len(checked) == 2 and min(checked.values()) > 300

@@ -8,15 +8,33 @@ from .patches import PATCH_WORDS, patch_words
 from .planning import SceneDataSettings
 from .questions import find_asks
 from .sampling import SceneSettings, sample_scenes
-from .words import COLOURS, FORMS, PLURALS, category_names, named_shape
+from .words import (
+    COLOURS,
+    COLUMNS,
+    DIRECTIONS,
+    EXTREMES,
+    FORMS,
+    LIST_WORDS,
+    PLURALS,
+    ROWS,
+    SIZES,
+    category_names,
+    named_shape,
+)
 from .writers import HELD_OUT_SPEC, write_scene_data
 
 __all__ = [
     "COLOURS",
+    "COLUMNS",
+    "DIRECTIONS",
+    "EXTREMES",
     "FORMS",
     "HELD_OUT_SPEC",
+    "LIST_WORDS",
     "PATCH_WORDS",
     "PLURALS",
+    "ROWS",
+    "SIZES",
     "Difficulty",
     "LeakReport",
     "Scene",

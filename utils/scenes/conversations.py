@@ -1,7 +1,7 @@
 """Conversations in words about a scene: what is there, where it is, how it relates. No masks.
 
 An answer that names things often points at them in words, in the very spot where it will give a mask, by saying what is
-seen there and where: "Sure, the red circle red circle c3 r5." Whoever is to say that keeps in mind what was named.
+seen there and where: "Sure, the red circle red circle r5 c3." Whoever is to say that keeps in mind what was named.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def _describe(speaker: Speaker) -> Turn:
 
 
 def _pointer(scene: Scene, shape: Shape) -> str:
-    """ "red circle c3 r5": what the patch at a shape's centre shows, then its column and row, of 14 each."""
-    return " ".join((shape.name, *scene.place(shape)))
+    """ "red circle r5 c3": what the patch at a shape's centre shows, then its row and column, of 14 each."""
+    return f"{shape.name} {scene.where(shape)}"
 
 
 def _with_places(speaker: Speaker, ask: Ask, question: str, answer: str) -> Turn:
@@ -218,7 +218,7 @@ def _neighbours(speaker: Speaker) -> Turn | None:
     single = _single(speaker.scene)
     if not single:
         return None
-    index, direction = speaker.rng.choice(single), speaker.rng.choice(DIRECTIONS)
+    index, direction = speaker.rng.choice(single), speaker.rng.choice(list(DIRECTIONS))
     target = directly(speaker.scene, index, direction)
     if target is None:
         return None
@@ -228,7 +228,7 @@ def _neighbours(speaker: Speaker) -> Turn | None:
 
 
 def _outermost(speaker: Speaker) -> Turn | None:
-    direction = speaker.rng.choice(DIRECTIONS)
+    direction = speaker.rng.choice(list(DIRECTIONS))
     sign = -1 if direction in ("right", "below") else 1
     ranked = sorted(
         (sign * (s.centre_x if direction in ("left", "right") else s.centre_y), i)

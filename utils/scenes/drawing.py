@@ -76,6 +76,10 @@ class Scene:
         column, row = (int(c / self.side * len(COLUMNS)) for c in (shape.centre_x, shape.centre_y))
         return COLUMNS[column], ROWS[row]
 
+    def where(self, shape: Shape) -> str:
+        """ "r5 c3": the row and the column of a shape's centre."""
+        return " ".join(reversed(self.place(shape)))
+
     @property
     def key(self) -> str:
         """Hash of what is where: forms, colours, sizes and places.

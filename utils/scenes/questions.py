@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from utils.data.samples import SEG_MARKER
 
 from .drawing import Scene, Shape
-from .words import COLOURS, FORMS, NUMBERS, TIMES, capital, join_list
+from .words import COLOURS, FORMS, NUMBERS, TIMES
 
 # The largest (smallest) shape has at least this many times the area of the next one, wherever it is asked for.
 SIZE_RATIO = 1.3
@@ -68,13 +68,13 @@ _PAIR = (
 )
 
 # Questions to be reasoned about, each with the answer that goes with it: who reads the question knows how the answer
-# begins.
+# begins. An answer shows its steps: what was asked, where that leads, what is there.
 _RELATION = {
-    "Which shape is directly {where} the {reference}?": "The shape directly {where} the {reference} is the {named}.",
-    "What is directly {where} the {reference}?": "It is the {named}.",
-    "Find the shape directly {where} the {reference}.": "Here is the {named}.",
-    "Which shape comes first {where} the {reference}?": "The first shape {where} the {reference} is the {named}.",
-    "What is the nearest shape {where} the {reference}?": "The nearest shape {where} the {reference} is the {named}.",
+    "Which shape is directly {where} the {reference}?": "The {reference} {start}, {direction} {named}.",
+    "What is directly {where} the {reference}?": "From the {reference} {start}, {direction} {named}.",
+    "Find the shape directly {where} the {reference}.": "Found the {reference} {start}, {direction} {named}.",
+    "Which shape comes first {where} the {reference}?": "After the {reference} {start}, {direction} {named}.",
+    "What is the nearest shape {where} the {reference}?": "Near the {reference} {start}, {direction} {named}.",
 }
 _WHERE = {
     "left": ("left of", "to the left of"),
@@ -83,18 +83,18 @@ _WHERE = {
     "below": ("below", "under"),
 }
 _SIZE = {
-    "Which {thing} is the {extreme}?": "The {extreme} {thing} is the {named}.",
-    "What is the {extreme} {thing}?": "It is the {named}.",
-    "Find the {extreme} {thing}.": "Here is the {named}.",
-    "Which is the {extreme} {thing} in the picture?": "That is the {named}.",
-    "Show me the {extreme} {thing}.": "The {extreme} {thing} is the {named}.",
+    "Which {thing} is the {extreme}?": "The {extreme} {thing}: {named}.",
+    "What is the {extreme} {thing}?": "Here is the {extreme} {thing}: {named}.",
+    "Find the {extreme} {thing}.": "Found the {extreme} {thing}: {named}.",
+    "Which is the {extreme} {thing} in the picture?": "In the picture the {extreme} {thing}: {named}.",
+    "Show me the {extreme} {thing}.": "This is the {extreme} {thing}: {named}.",
 }
 _EXTREME = {"largest": ("largest", "biggest"), "smallest": ("smallest", "tiniest")}
 _COUNT = {
-    "Which shapes have the {attribute} that occurs exactly {times}?": "The {attribute} is {value}: {listed}.",
-    "Find the shapes of the {attribute} that appears exactly {times}.": "It is {value}: {listed}.",
-    "One {attribute} occurs {times}: show its shapes.": "The {attribute} that occurs {times} is {value}: {listed}.",
-    "Which {attribute} is there exactly {times}? Show every shape of it.": "{Value}: {listed}.",
+    "Which shapes have the {attribute} that occurs exactly {times}?": "Counted {tally}; {number} {value}: {listed}.",
+    "Find the shapes of the {attribute} that appears exactly {times}.": "Found {tally}; {number} {value}: {listed}.",
+    "One {attribute} occurs {times}: show its shapes.": "Seen {tally}; {number} {value}: {listed}.",
+    "Which {attribute} is there exactly {times}? Show all of it.": "There: {tally}; {number} {value}: {listed}.",
 }
 _EXCEPT = {
     "form": (
@@ -125,7 +125,14 @@ _EXCEPT = {
         "Show everything except the {forms}.",
     ),
 }
-_EXCEPT_ANSWERS = ("Here: {listed}.", "Only {listed}.", "{Listed}.", "Left over: {listed}.")
+_EXCEPT_OPENINGS = ("Here", "Only", "Found", "Left over")
+_EXCEPT_RESTATED = {
+    "form": "{forms} not {colour}",
+    "colour": "{colour} shapes not {forms}",
+    "neither": "not {colour}, not {forms}",
+    "not_colour": "not {colour}",
+    "not_form": "not {forms}",
+}
 # Which shapes each manner of exclusion keeps: (shape, colour, form) -> bool.
 _KEEPS: Mapping[str, Callable[[Shape, str, str], bool]] = {
     "form": lambda shape, colour, form: shape.form == form and shape.colour != colour,
@@ -175,9 +182,8 @@ class Ask:
         question = self.questions[wording].format(**fields)
         if not self.answers:
             return Phrased(question, "")
-        named = [f"{scene.shapes[i].name} {mark(scene.shapes[i])}" for i in self.targets]
-        listed = join_list([f"the {item}" for item in named])
-        fields |= {"named": named[0], "listed": listed, "Listed": capital(listed)}
+        named = [f"{scene.where(scene.shapes[i])} {scene.shapes[i].name} {mark(scene.shapes[i])}" for i in self.targets]
+        fields |= {"named": named[0], "listed": " and ".join(named)}
         return Phrased(question, self.answers[wording].format(**fields))
 
 
@@ -283,7 +289,12 @@ def _ask_relation(scene: Scene) -> list[Ask]:
         for direction, where in _WHERE.items():
             target = directly(scene, i, direction)
             if target is not None:
-                fields: Fields = {"where": where, "reference": shape.name}
+                fields: Fields = {
+                    "where": where,
+                    "reference": shape.name,
+                    "direction": direction,
+                    "start": scene.where(shape),
+                }
                 asks.append(_reasoning("relation", (target,), _RELATION, fields))
     return asks
 
@@ -316,6 +327,14 @@ def _ask_size(scene: Scene) -> list[Ask]:
     return asks
 
 
+def _tally(scene: Scene, values: list[str]) -> str:
+    """ "red c2 and c9 two, blue c5 one": where each value is, from left to right, and how often."""
+    columns: dict[str, list[str]] = {value: [] for value in (*COLOURS, *FORMS) if value in values}
+    for shape, value in zip(scene.shapes, values, strict=True):
+        columns[value].append(scene.place(shape)[0])
+    return ", ".join(f"{value} {' and '.join(found)} {NUMBERS[len(found)]}" for value, found in columns.items())
+
+
 def _ask_count(scene: Scene) -> list[Ask]:
     asks = []
     for attribute, values in (("colour", [s.colour for s in scene.shapes]), ("form", [s.form for s in scene.shapes])):
@@ -325,8 +344,14 @@ def _ask_count(scene: Scene) -> list[Ask]:
             if len(matching) != 1 or len(how_many) == 1:
                 continue
             targets = tuple(i for i, v in enumerate(values) if v == matching[0])
-            word = matching[0] if attribute == "colour" else f"the {matching[0]}"
-            fields = {"attribute": attribute, "times": TIMES[times], "value": word, "Value": capital(word)}
+            tally = _tally(scene, values)
+            fields: Fields = {
+                "attribute": attribute,
+                "times": TIMES[times],
+                "number": NUMBERS[times],
+                "value": matching[0],
+                "tally": tally,
+            }
             asks.append(_reasoning("count", targets, _COUNT, fields))
     return asks
 
@@ -348,7 +373,10 @@ def _ask_exclusion(scene: Scene) -> list[Ask]:
             single = counts[f"{colour} {form}"] == 1
             fields = _words(colour, form)
             fields |= {"one": "one" if single else "ones", "form_or_forms": form if single else FORMS[form]}
-            wordings = dict(zip(_EXCEPT[manner], _EXCEPT_ANSWERS, strict=False))
+            wordings = {
+                question: f"{opening}, {_EXCEPT_RESTATED[manner]}: {{listed}}."
+                for question, opening in zip(_EXCEPT[manner], _EXCEPT_OPENINGS, strict=False)
+            }
             asks.append(_reasoning("exclusion", targets, wordings, fields))
     return asks
 

@@ -28,7 +28,11 @@ TIMES = MappingProxyType({1: "once", 2: "twice", 3: "three times", 4: "four time
 # Places along the picture's width and height, from the top left.
 COLUMNS = tuple(f"c{number}" for number in range(1, 15))
 ROWS = tuple(f"r{number}" for number in range(1, 15))
-DIRECTIONS = ("left", "right", "above", "below")
+# Word -> (to the right, down). What comes next in a list is to the right of what was named last.
+DIRECTIONS = MappingProxyType({"left": (-1.0, 0.0), "right": (1.0, 0.0), "above": (0.0, -1.0), "below": (0.0, 1.0)})
+LIST_WORDS = MappingProxyType({"and": (0.5, 0.0)})
+# Word -> which extreme of size: 1 for the largest, -1 for the smallest.
+EXTREMES = MappingProxyType({"largest": 1.0, "biggest": 1.0, "smallest": -1.0, "tiniest": -1.0})
 
 _SHAPE_NAME = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(FORMS)})\b")
 _COLOUR_WORD = re.compile(rf"\b({'|'.join(COLOURS)})\b")
