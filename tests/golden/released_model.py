@@ -11,9 +11,13 @@ from tests.golden import recipe, vectors
 
 @functools.cache
 def build() -> PixelLMForCausalLM:
-    """The model in float32, everything but the vision tower trainable, refinement off as in the release's training.
+    """The model of `make`, shared between tests: a test that changes it must bring it back."""
+    return make()
 
-    Shared between tests: a test that changes it must bring it back.
+
+def make() -> PixelLMForCausalLM:
+    """A new model in float32, everything but the vision tower trainable, refinement off as in the release's training,
+    groups counted by the release's rule.
     """
     weights = vectors.read_json("weights")
     dims = weights["model_dims"]
@@ -25,6 +29,7 @@ def build() -> PixelLMForCausalLM:
             "vocab_size"
         ],  # the release's placeholder is negative; ours is any id that is never embedded
         refinement_alpha=1.0,
+        group_rule="release",
     )
     state = state_dict_from_release(
         recipe.make_tensors(weights["seed"], weights["model_tensors"]),

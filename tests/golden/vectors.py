@@ -26,9 +26,12 @@ DATA = Path(__file__).parent / "data"
 HIDDEN_ATOL = 1e-4
 MASK_ATOL = 2e-4
 LOSS_RTOL = 1e-4
+LOGIT_RTOL = 1e-4
 GRADIENT_RTOL, GRADIENT_ATOL = 2e-3, 1e-6
 PIXEL_ATOL = 1e-5
 METRIC_ATOL = 1e-5
+COST_ATOL = 1e-4
+MERGED_ATOL = 1e-6
 
 FactPath = tuple[str | int, ...]
 
@@ -44,14 +47,22 @@ def folder() -> Path:
     return found
 
 
+def path_of(file: str) -> Path:
+    """A file of the set; one that is missing fails the test that asks for it, it never skips."""
+    path = folder() / file
+    if not path.is_file():
+        raise FileNotFoundError(f"the golden set {folder()} holds no {file}: complete it, or name another folder")
+    return path
+
+
 @functools.cache
 def read_json(name: str) -> Any:
-    return json.loads((folder() / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(path_of(f"{name}.json").read_text(encoding="utf-8"))
 
 
 @functools.cache
 def read_tensors(name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder() / f"{name}.safetensors")
+    return load_file(path_of(f"{name}.safetensors"))
 
 
 def _is_branch(value: Any) -> bool:
@@ -228,10 +239,21 @@ def read_case(group: str, case: str, *path: str | int) -> Reading:
     return Reading(group, facts, tensors, case)
 
 
-def assert_all_in_cases(group: str, cases: Iterable[str], fact_paths: Iterable[FactPath]) -> None:
-    """Every tensor of a group belongs to one of its cases, and every fact lies under one of `fact_paths`."""
+def assert_all_in_cases(
+    group: str, cases: Iterable[str], fact_paths: Iterable[FactPath], tensors: Iterable[str] = ()
+) -> None:
+    """Every tensor of a group belongs to one of its cases or is one of `tensors`, which all cases share, and every fact
+    lies under one of `fact_paths`.
+    """
     cases, fact_paths = list(cases), list(fact_paths)
-    strays: list[Any] = [name for name in read_tensors(group) if not any(name.startswith(f"{case}.") for case in cases)]
+    shared = set(tensors)
+    absent = shared - set(read_tensors(group))
+    assert not absent, f"{group}: not in the file: {sorted(absent)}"
+    strays: list[Any] = [
+        name
+        for name in read_tensors(group)
+        if name not in shared and not any(name.startswith(f"{case}.") for case in cases)
+    ]
     for leaf in _leaves(read_json(group)):
         if not any(leaf[: len(path)] == path for path in fact_paths):
             strays.append(".".join(map(str, leaf)))
