@@ -1,4 +1,4 @@
-"""Golden group `evaluate`: greedy answers and the masks of all their seg groups, by the release's counting of groups."""
+"""Golden group `evaluate`: greedy answers and the masks of their seg groups, counted as the release counts them."""
 
 from collections.abc import Iterator
 
