@@ -151,6 +151,7 @@ class AdapterArguments(Arguments):
     lora_dropout: float = option(0.05, "dropout in front of LoRA", low=0.0, high=1.0)
     lora_target_modules: str = option("q_proj,v_proj", "names of the layers LoRA is put on", join=",")
     train_mask_decoder: bool = option(True, "train what predicts masks; off for training in words alone")
+    train_map_entry: bool = option(True, "train the pixel decoder's neck and no-mask embedding; off in the release")
     out_dim: int | None = option(None, "width of a target's embedding and of the pixel decoder", low=8)
     vision_pretrained: str = option("PATH_TO_SAM_ViT-H", "SAM's weights")
 
@@ -163,7 +164,7 @@ class AdapterArguments(Arguments):
 
 @dataclasses.dataclass
 class ShapeArguments(Arguments):
-    """Numbers that shape a new model and that the originals have no flag for."""
+    """What shapes a model and what the originals have no flag for."""
 
     vision_feature_layers: str = option(
         "", "hidden states of the tower, one per scale, coarse first, as -2,-11; empty: chosen by the builder", join=","
@@ -174,6 +175,14 @@ class ShapeArguments(Arguments):
     decoder_mlp_dim: int | None = option(None, "width of the pixel decoder's MLPs", low=1)
     token_fusion: str | None = option(None, "weights of the tokens of a scale", choices=("learned", "constant"))
     scale_fusion: str | None = option(None, "weights of the masks of the scales", choices=("learned", "constant"))
+    text_rules: str | None = option(
+        None, "turns: a long conversation loses whole turns; release: it is cut anywhere", choices=("turns", "release")
+    )
+    group_rule: str | None = option(
+        None,
+        "adjacent: a broken seg group costs its own mask; release: it costs all masks of its answer",
+        choices=("adjacent", "release"),
+    )
 
     def feature_layers(self) -> list[int] | None:
         """vision_feature_layers as numbers, or None when it is empty."""
@@ -352,6 +361,7 @@ class MergeArguments(BaseArguments, PictureArguments, CodebookArguments, Adapter
         "local_rank": "merging runs in one process",
         "lora_dropout": "merging does not train",
         "train_mask_decoder": "all weights of the checkpoint are taken",
+        "train_map_entry": "merging does not train",
     }
 
     weight: str = option("", "what training left: pytorch_model.bin, the folder zero_to_fp32.py wrote, or ckpt_model")
@@ -465,6 +475,8 @@ def model_options(args: TrainArguments) -> dict[str, Any]:
         "conversation_format": args.conv_type,
         "use_mm_start_end": args.use_mm_start_end,
         "model_max_length": args.model_max_length,
+        "text_rules": args.text_rules,
+        "group_rule": args.group_rule,
     }
 
 

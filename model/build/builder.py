@@ -59,6 +59,7 @@ class ModelOptions:
     decoder_mlp_dim: int | None = None
     token_fusion: str | None = None
     scale_fusion: str | None = None
+    group_rule: str | None = None
     refinement_alpha: float | None = None
     ce_loss_weight: float | None = None
     bce_loss_weight: float | None = None
@@ -66,6 +67,7 @@ class ModelOptions:
     conversation_format: str | None = None
     use_mm_start_end: bool | None = None
     model_max_length: int | None = None
+    text_rules: str | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     pad_before_normalize: bool | None = None
