@@ -30,6 +30,7 @@ from model.processing_pixellm import (
     RELEASE_RULES,
     SEG_MARKER,
     TURNS_RULES,
+    ConversationTooLong,
     PixelLMProcessor,
     seg_token_names,
 )
@@ -324,9 +325,17 @@ def compare_ours(
 def compare_chosen(
     golden: vectors.Reading, chosen: PixelLMProcessor, rounds: list[list[list[list[str]]]], rows: ReleaseRows
 ) -> None:
-    """A processor whose `text_rules` is the release's makes each of these rows, up to its padding."""
+    """A processor whose `text_rules` is the release's makes each of these rows, up to its padding; one that lost groups
+    it refuses, as the release's own training then fails.
+    """
+    group = len(chosen.seg_token_ids)
     for number, one in enumerate(r for conversations in rounds for r in conversations):
         turns = turns_of(one) or []
+        named = sum(said.count(SEG_MARKER) for _, said in turns)
+        if torch.isin(rows.input_ids[number], torch.tensor(chosen.seg_token_ids)).sum() != named * group:
+            with pytest.raises(ConversationTooLong, match=rf"keeps \d+ seg tokens for {named} targets"):
+                chosen.encode_conversation(turns)
+            continue
         if not turns[-1][1]:
             ids = chosen.encode_prompt([*turns[:-1], (turns[-1][0], None)])
         else:
