@@ -5,8 +5,16 @@ import functools
 import torch
 
 from model import PixelLMForCausalLM
-from model.build.released_checkpoints import config_from_release, state_dict_from_release
+from model.build.released_checkpoints import (
+    config_from_release,
+    name_from_clip,
+    name_from_pixellm,
+    state_dict_from_release,
+)
 from tests.golden import recipe, vectors
+
+CONSTANTS = {"codebook.token_weights", "pixel_decoder.scale_weights"}  # in no checkpoint (fact M1)
+WRAPPER, TOWER = "base_model.model.", "model.vision_tower.vision_tower."
 
 
 @functools.cache
@@ -41,8 +49,7 @@ def make() -> PixelLMForCausalLM:
     model.prefix_sharing = False
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, f"no place in our model for {unexpected}"
-    constants = {"codebook.token_weights", "pixel_decoder.scale_weights"}
-    assert set(missing) == constants, f"the released weights do not fill {sorted(set(missing) - constants)}"
+    assert set(missing) == CONSTANTS, f"the released weights do not fill {sorted(set(missing) - CONSTANTS)}"
     model.requires_grad_(True)
     model.vision_tower.requires_grad_(False)
     return model
@@ -52,3 +59,12 @@ def input_ids(ids: torch.Tensor) -> torch.Tensor:
     """Recorded ids with our placeholder for the picture in place of the release's."""
     placeholder = vectors.read_json("weights")["model_dims"]["image_token_index"]
     return torch.where(ids == placeholder, build().config.image_token_id, ids)
+
+
+def name_from_training(wrapped: str) -> str | None:
+    """Our name of a tensor of the model that the release trains: PEFT's prefix before every name, the tower inside.
+
+    A weight under an adapter has the name that it has when free.
+    """
+    name = wrapped.removeprefix(WRAPPER)
+    return name_from_clip(name.removeprefix(TOWER)) if name.startswith(TOWER) else name_from_pixellm(name)

@@ -4,18 +4,12 @@ import torch
 
 from model import PixelLMForCausalLM
 from model.build.builder import TrainingRecipe, choose_trainable, merge_lora
-from model.build.released_checkpoints import name_from_pixellm
 from tests.golden import kinks, recipe, released_model, training, vectors
+from tests.golden.released_model import name_from_training
 
 GROUP = "lora"
-WRAPPER = "base_model.model."  # what PEFT puts before every name
 ADAPTED = ".base_layer."  # where the weight under an adapter is today
 MERGED = "merged."
-
-
-def translate(wrapped: str) -> str | None:
-    """Our name of a tensor of the release's wrapped model; an adapted weight has the name of a free one."""
-    return name_from_pixellm(wrapped.removeprefix(WRAPPER))
 
 
 def adapted_model(golden: vectors.Reading) -> PixelLMForCausalLM:
@@ -33,10 +27,12 @@ def adapted_model(golden: vectors.Reading) -> PixelLMForCausalLM:
     )
     choose_trainable(model, rules)
     tensors = recipe.make_tensors(facts["seed"], entries)
-    _, unexpected = model.load_state_dict({translate(name): value for name, value in tensors.items()}, strict=False)
+    _, unexpected = model.load_state_dict(
+        {name_from_training(name): value for name, value in tensors.items()}, strict=False
+    )
     golden.same("adapters without a place in our model", list(unexpected), [])
     lora = [name for name, _ in model.named_parameters() if ".lora_" in name]
-    golden.same("adapters", sorted(lora), sorted(str(translate(name)) for name in entries))
+    golden.same("adapters", sorted(lora), sorted(str(name_from_training(name)) for name in entries))
     return model
 
 
@@ -47,8 +43,8 @@ def compare_what_trains(golden: vectors.Reading, model: PixelLMForCausalLM) -> N
     golden.same("tower", len(tower), golden.facts["frozen_vision_tower_parameter_count"])
     unreached = {id(parameter) for part in model.pixel_decoder.parts_without_loss() for parameter in part.parameters()}
     idle = {name for name, parameter in model.named_parameters() if id(parameter) in unreached}
-    trainable = {translate(name) for name in golden.facts["trainable_parameters"]}
-    frozen = {translate(name) for name in golden.facts["frozen_parameters_excluding_vision_tower"]} - {None}
+    trainable = {name_from_training(name) for name in golden.facts["trainable_parameters"]}
+    frozen = {name_from_training(name) for name in golden.facts["frozen_parameters_excluding_vision_tower"]} - {None}
     golden.same("what trains", sorted(name for name, trains in ours.items() if trains), sorted(trainable - idle))
     golden.same(
         "what is frozen", sorted(name for name, trains in ours.items() if not trains), sorted(frozen | tower | idle)
@@ -72,7 +68,7 @@ def test_lora() -> None:
             training.compare_losses(golden, training.weighted_losses(model, output))
             for picture, logits in enumerate(output.mask_logits):
                 golden.close(f"out.pred_masks.{picture}", logits, atol=vectors.MASK_ATOL)
-            training.compare_gradients(golden, model, forward, output, near, translate)
+            training.compare_gradients(golden, model, forward, output, near, name_from_training)
         compare_merged(golden, model)
         with torch.no_grad():
             for picture, logits in enumerate(forward().mask_logits):
@@ -87,4 +83,4 @@ def compare_merged(golden: vectors.Reading, model: PixelLMForCausalLM) -> None:
     names = golden.names(rf"^{MERGED}")
     golden.check(bool(names), "no merged weight was stored")
     for name in names:
-        golden.close(name, merged[str(translate(name.removeprefix(MERGED)))], atol=vectors.MERGED_ATOL)
+        golden.close(name, merged[str(name_from_training(name.removeprefix(MERGED)))], atol=vectors.MERGED_ATOL)
