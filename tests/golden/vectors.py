@@ -1,10 +1,9 @@
 """Reading the golden set, with a record of what was read: a number nobody compared makes a test fail.
 
 A group is `<group>.safetensors` and `<group>.json`. PIXELLM_GOLDEN names another folder in the same layout; every size
-is taken from the files, so its sizes, seeds and cases may differ.
+is taken from the files, so its sizes, seeds and cases may differ. A file that is missing fails the tests that need it.
 
-The copy in `data` is trimmed by whole entries: `vision` lacks the features by layer (their projections are there),
-`decoder` has two targets only, `postprocess` two of its cases, `preprocess` one of its pictures.
+The copy in `data` is what `trim.py` leaves of a set: whole cases are dropped, no number is changed.
 """
 
 import functools
@@ -32,6 +31,8 @@ PIXEL_ATOL = 1e-5
 METRIC_ATOL = 1e-5
 COST_ATOL = 1e-4
 MERGED_ATOL = 1e-6
+
+NOTHING = "nothing"
 
 FactPath = tuple[str | int, ...]
 
@@ -257,21 +258,22 @@ def assert_all_in_cases(
     for leaf in _leaves(read_json(group)):
         if not any(leaf[: len(path)] == path for path in fact_paths):
             strays.append(".".join(map(str, leaf)))
-    assert cases, f"{group}: no cases at all"
+    assert cases and NOTHING not in cases, f"{group}: no cases at all"
     assert not strays, f"{group}: belong to no case, so nothing compares them: {strays}"
 
 
 def case_names(group: str, *path: str) -> list[str]:
     """The cases of a group, for parametrisation: the objects among the facts at `path`, by key or by their "name".
 
-    Empty if the file is missing, which `assert_all_in_cases` then reports.
+    Where there are none, or the file is missing, the one name `NOTHING`: a test without parameters would be skipped,
+    one with a case that is not there fails.
     """
     if not (folder() / f"{group}.json").is_file():
-        return []
+        return [NOTHING]
     facts = _facts_at(group, path)
     if isinstance(facts, list):
-        return [entry["name"] for entry in facts]
-    return [name for name, value in facts.items() if isinstance(value, dict)]
+        return [entry["name"] for entry in facts] or [NOTHING]
+    return [name for name, value in facts.items() if isinstance(value, dict)] or [NOTHING]
 
 
 def stored_stride(full: int, stored: int, documented: int) -> int:
