@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parent / "data"
+VARIABLE = "PIXELLM_GOLDEN"
 
 # Tolerances of the set's README, for float32.
 HIDDEN_ATOL = 1e-4
@@ -39,12 +40,10 @@ FactPath = tuple[str | int, ...]
 
 def folder() -> Path:
     """The golden set in use."""
-    named = os.environ.get("PIXELLM_GOLDEN")
+    named = os.environ.get(VARIABLE)
     found = Path(named) if named else DATA
     if not found.is_dir():
-        raise FileNotFoundError(
-            f"PIXELLM_GOLDEN={named} is not a folder; name one in the layout of {DATA}, or unset it"
-        )
+        raise FileNotFoundError(f"{VARIABLE}={named} is not a folder; name one in the layout of {DATA}, or unset it")
     return found
 
 
