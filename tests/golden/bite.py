@@ -1,6 +1,6 @@
 """Proof that the golden tests bite: in a copy of the set one thing is changed, and the group's test must then fail.
 
-python -m tests.golden.bite [GROUP ...]   (PIXELLM_GOLDEN: the set that is copied, else the one kept here)
+python -m tests.golden.bite [TESTS ...]   (PIXELLM_GOLDEN: the set that is copied, else the one kept here)
 
 For each group: one number, one tensor or fact that nothing asks for, and a file that is missing.
 """
@@ -187,7 +187,8 @@ def passes(test: str) -> tuple[bool, str]:
     """Whether a test file passes on a copy that was left alone: only then does its failing say anything."""
     with copied_set() as folder:
         status, output = run_tests(test, folder)
-        return status == 0, f"test_{test}.py, nothing changed: pytest ended with {status}: {output[-200:].strip()}"
+        *_, summary = output.strip().splitlines()
+        return status == 0, f"test_{test}.py, nothing changed: pytest ended with {status}: {summary}"
 
 
 def bites(group: Group, damage: str) -> tuple[bool, str]:
@@ -201,11 +202,12 @@ def bites(group: Group, damage: str) -> tuple[bool, str]:
 
 
 def main(arguments: list[str]) -> int:
-    chosen = [group for group in GROUPS if not arguments or Path(group.file).stem in arguments]
-    if not chosen:
-        names = ", ".join(sorted({Path(group.file).stem for group in GROUPS}))
-        print(f"no group is called {' or '.join(arguments)}: choose from {names}", file=sys.stderr)
+    names = sorted({group.test for group in GROUPS})
+    unknown = [name for name in arguments if name not in names]
+    if unknown:
+        print(f"no tests are called {', '.join(unknown)}: choose from {', '.join(names)}", file=sys.stderr)
         return 2
+    chosen = [group for group in GROUPS if not arguments or group.test in arguments]
     tried = (passes(test) for test in dict.fromkeys(group.test for group in chosen))
     wrong = 0
     for fine, line in chain(tried, (bites(group, damage) for group in chosen for damage in damages_of(group))):
