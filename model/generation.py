@@ -95,7 +95,8 @@ def _decode_tokens(
     decoder, head = model.language_model.get_decoder(), model.get_output_embeddings()
     inputs, mask, positions = _left_padded(model, pictures, prompts, image_index)
     cache = DynamicCache(config=model.config.text_config)
-    chosen, states = [], []
+    chosen: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     prompt_states = None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=mask.device)
     for _ in range(max_new_tokens):

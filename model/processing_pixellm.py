@@ -369,18 +369,17 @@ class PixelLMProcessor(ProcessorMixin):
         """The conversation as the release writes it: the picture before the first question, groups by their tokens'
         names. Names of tokens that the words hold are left out, as by our own rules.
         """
-        (first, answer), *others = [(self._words(question), self._words(answer)) for question, answer in turns]
         group = " ".join(seg_token_names(self.num_scales, self.tokens_per_scale))
         written = [
-            (question, None if said is None else said.replace(SEG_MARKER, group))
-            for question, said in [(f"{IMAGE_TOKEN}\n{first}", answer), *others]
+            (self._words(question), None if answer is None else self._words(answer).replace(SEG_MARKER, group))
+            for question, answer in turns
         ]
+        first, answer = written[0]
+        written[0] = (f"{IMAGE_TOKEN}\n{first}", answer)
         text = self._format.write(written, self.tokenizer.bos_token, self.tokenizer.eos_token)
         return with_image_markers(text) if self.use_mm_start_end else text
 
-    def _words(self, text: str | None) -> str | None:
-        if text is None:
-            return None
+    def _words(self, text: str) -> str:
         for name in (*self._reserved, *self.tokenizer.all_special_tokens):
             text = text.replace(name, "")
         return text.strip()
