@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from model.build.folders import load_tokenizer
+from model.build.released_checkpoints import RELEASE_IMAGE_TOKEN_POOL
 from model.conversation_formats import (
     CONVERSATION_FORMATS,
     IMAGE_END_TOKEN,
@@ -90,7 +91,8 @@ def tokens_per_group() -> tuple[int, int]:
 def positions_of_picture() -> tuple[int, int, int]:
     """Side of the square, side of a patch, patches per side of an image token."""
     weights = vectors.read_json("weights")
-    return weights["model_dims"]["resize_vision_tower_size"], weights["clip_dims"]["patch_size"], 2
+    side, patch = weights["model_dims"]["resize_vision_tower_size"], weights["clip_dims"]["patch_size"]
+    return side, patch, RELEASE_IMAGE_TOKEN_POOL
 
 
 @functools.cache
