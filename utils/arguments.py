@@ -256,6 +256,11 @@ class OptimizationArguments(Arguments):
     refinement_alpha: float | None = option(
         None, "weight of a pixel that two masks of a question claim; 1 for none", low=1.0
     )
+    loss_normalisation: str = option(
+        "step",
+        "step: every token and mask of a step weighs the same; micro_batch: every micro-batch does, as in the release",
+        choices=("step", "micro_batch"),
+    )
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
     train_language_model: bool = option(False, "train all of the language model instead of LoRA")
     train_vision_tower: bool = option(False, "train the vision tower too")

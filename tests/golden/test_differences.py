@@ -22,7 +22,7 @@ from model.processing_pixellm import CLIP_MEAN, CLIP_STD, RELEASE_RULES, Convers
 from model.seg_codebook import whole_groups
 from model.vision_tower import resize_position_table
 from tests.golden import recipe, released_model, test_collate, training, vectors
-from utils.engine.stepping import count_step, weighted_loss
+from utils.engine.stepping import OptimizerSettings, count_step, shared_counts, weighted_loss
 
 
 def default_of(owner: type, field: str) -> Any:
@@ -146,21 +146,24 @@ class Recorded:
 
 def test_losses_of_a_step() -> None:
     """The release divides each micro-batch by its own numbers and averages (fact L1), so that a token or mask in a
-    small one weighs more; ours divides by those of the whole step. There is no field for this.
+    small one weighs more; ours divides by those of the whole step. `loss_normalisation` chooses.
     """
+    assert OptimizerSettings().loss_normalisation == "step"
     model = released_model.build()
     facts = vectors.read_json("forward_train")["cases"]
     cases = sorted(facts)
     outputs = [forward(case)[0].losses for case in cases]
     weights = model.loss_weights
     step = count_step(model, [Recorded(case) for case in cases], lambda numbers: numbers)
-    ours = sum(float(weighted_loss(losses, weights, step)) for losses in outputs)
-    alone = [
-        float(weighted_loss(losses, weights, count_step(model, [Recorded(case)], lambda numbers: numbers)))
-        for case, losses in zip(cases, outputs, strict=True)
-    ]
-    assert alone == pytest.approx([facts[case]["outputs"]["loss"] for case in cases], rel=vectors.LOSS_RTOL)
-    theirs = sum(alone) / len(alone)
+    ours, theirs = (
+        sum(
+            float(weighted_loss(losses, weights, shared_counts(losses, step, len(cases), normalisation)))
+            for losses in outputs
+        )
+        for normalisation in ("step", "micro_batch")
+    )
+    recorded = [facts[case]["outputs"]["loss"] for case in cases]
+    assert theirs == pytest.approx(sum(recorded) / len(recorded), rel=vectors.LOSS_RTOL)
     by_hand = sum(
         weights[name] * sum(float(losses[name].sum) for losses in outputs) / max(step[name], 1.0) for name in weights
     )
