@@ -7,7 +7,7 @@ import torch
 from model import PixelLMForCausalLM
 from model.build.builder import TrainingRecipe, choose_trainable
 from model.build.export import WHOLE_NAMES
-from model.build.released_checkpoints import name_from_pixellm
+from model.build.released_checkpoints import CLIP_CLASS_TOKENS, CLIP_POSITION_TABLE, name_from_pixellm
 from tests.golden import released_model, vectors
 
 PUBLISHED, WRAPPED = "state_dict_keys_published", "state_dict_keys_lora_wrapped"
@@ -143,6 +143,34 @@ def test_config() -> None:
         for projector in (model.projector, model.mask_projector):
             linear = [part for part in projector.modules() if isinstance(part, torch.nn.Linear)]
             golden.same("projector", [part.out_features // width for part in linear], [2, 1])
+
+
+def test_sizes_of_the_weights() -> None:
+    """The tables of sizes beside the weight recipe tell of the same model as its config."""
+    model, weights = released_model.build(), vectors.read_json("weights")
+    config = model.config
+    other_names = {
+        **OTHER_NAMES,
+        "seg_token_idx": lambda model: config.seg_token_ids,
+        "im_start_id": lambda model: config.seg_token_ids[-1] + 1,  # added in this order (fact C5)
+        "im_end_id": lambda model: config.seg_token_ids[-1] + 2,
+        "seg_token_num": lambda model: config.tokens_per_scale,
+    }
+    with vectors.Reading("weights", weights["model_dims"], {}, "model_dims") as golden:
+        for name in golden.facts:
+            if name in other_names:
+                golden.same(name, golden.facts[name], other_names[name](model))
+            elif hasattr(config.text_config, name):
+                golden.same(name, golden.facts[name], getattr(config.text_config, name))
+        golden.check(golden.facts["image_token_index"] < 0, "the release's placeholder is a token")
+    with vectors.Reading("weights", weights["clip_dims"], {}, "clip_dims") as golden:
+        own_side = golden.facts["image_size"]
+        for name in golden.facts:
+            if name != "image_size":
+                golden.same(name, golden.facts[name], getattr(config.vision_config, name))
+        table = weights["clip_tensors"][CLIP_POSITION_TABLE]["shape"]
+        rows = (own_side // config.patch_size) ** 2 + CLIP_CLASS_TOKENS
+        golden.same("position table", table, [rows, config.vision_config.hidden_size])
 
 
 def test_generation_config() -> None:
