@@ -312,11 +312,12 @@ class PixelLMProcessor(ProcessorMixin):
 
         Returns:
             As many whole turns from the beginning as fit: ids of the text, less the placeholder, plus num_image_tokens
-            are at most model_max_length. By the release's rules all turns, cut there.
+            are at most model_max_length.
 
         Raises:
             ConversationError: no turn, an empty question or answer, or SEG_MARKER in a question.
-            ConversationTooLong: the first turn does not fit, or, by the release's rules, not every group.
+            ConversationTooLong: the first turn does not fit. By the release's rules, which cut tokens and keep turns:
+                not every group does.
         """
         _check_turns(turns)
         if self.text_rules == RELEASE_RULES:
