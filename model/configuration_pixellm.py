@@ -6,6 +6,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 TOKEN_FUSIONS = ("learned", "constant")
 POSITION_RESIZES = ("standard", "release")
+GROUP_RULES = ("adjacent", "release")
 
 
 def _sub_config(value: PretrainedConfig | dict[str, Any] | None, default_type: str) -> PretrainedConfig:
@@ -35,6 +36,9 @@ class PixelLMConfig(PretrainedConfig):
             being `token_fusion_value` (default 1 / K; release: 1 / 6).
         scale_fusion, scale_fusion_value: the same for the S masks of a target (default 1 / S).
         position_resize: how the tower's position table was enlarged: "standard" or "release" (golden fact M6).
+        group_rule: which seg tokens make a group. "adjacent": S * K that stand side by side; what is broken in an
+            answer is left out alone. "release" (golden facts M3, E3): any S * K of a text in order, those of a prompt
+            included when an answer is generated; a number that is no multiple costs all masks of that answer.
 
     Losses:
         ce_loss_weight, bce_loss_weight, dice_loss_weight; refinement_alpha: weight of a pixel in the BCE where two or
@@ -65,6 +69,7 @@ class PixelLMConfig(PretrainedConfig):
         scale_fusion: str = "learned",
         scale_fusion_value: float | None = None,
         position_resize: str = "standard",
+        group_rule: str = "adjacent",
         ce_loss_weight: float = 1.0,
         bce_loss_weight: float = 2.0,
         dice_loss_weight: float = 0.5,
@@ -90,6 +95,7 @@ class PixelLMConfig(PretrainedConfig):
         self.scale_fusion = scale_fusion
         self.scale_fusion_value = 1.0 / num_scales if scale_fusion_value is None else scale_fusion_value
         self.position_resize = position_resize
+        self.group_rule = group_rule
         self.ce_loss_weight = ce_loss_weight
         self.bce_loss_weight = bce_loss_weight
         self.dice_loss_weight = dice_loss_weight
@@ -104,6 +110,8 @@ class PixelLMConfig(PretrainedConfig):
             problems.append(f"token_fusion and scale_fusion must be one of {TOKEN_FUSIONS}")
         if self.position_resize not in POSITION_RESIZES:
             problems.append(f"position_resize must be one of {POSITION_RESIZES}, found {self.position_resize!r}")
+        if self.group_rule not in GROUP_RULES:
+            problems.append(f"group_rule must be one of {GROUP_RULES}, found {self.group_rule!r}")
         if len(self.vision_feature_layers) != self.num_scales:
             problems.append(
                 f"vision_feature_layers must name one layer per scale ({self.num_scales}), found "

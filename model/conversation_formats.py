@@ -1,5 +1,6 @@
 """What stands around the questions and answers of a conversation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,8 @@ LLAVA_V1 = "llava_v1"
 LLAVA_LLAMA_2 = "llava_llama_2"
 CHAT_TEMPLATE = "chat_template"
 CONVERSATION_FORMATS = (LLAVA_V1, LLAVA_LLAMA_2, CHAT_TEMPLATE)
+
+IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<image>", "<im_start>", "<im_end>"
 
 # Fixed by the checkpoints that were trained with them.
 _LLAVA_V1_SYSTEM = (
@@ -36,6 +39,7 @@ class ConversationFormat:
     opening: before the picture and the first question. asking: between a question and its answer. answer_end: between
     an answer's last word and the end token; learned with the answer. between: from an end token to the next question.
     bos_at_start, bos_at_turns: the tokenizer's beginning token stands before the opening; before each later turn.
+    opening_of_text: the opening where words follow at once, and the picture's place is somewhere among them.
     """
 
     opening: str
@@ -44,6 +48,23 @@ class ConversationFormat:
     between: str
     bos_at_start: bool
     bos_at_turns: bool
+    opening_of_text: str
+
+    def write(self, turns: Sequence[tuple[str, str | None]], begin: str, end: str) -> str:
+        """A conversation as one text, less the beginning token before it.
+
+        Args:
+            turns: (question, answer) pairs, written as they are; an answer of None or "" is one to come.
+            begin, end: names of the beginning and end tokens.
+        """
+        text = ""
+        for index, (question, answer) in enumerate(turns):
+            if index:
+                text += (begin if self.bos_at_turns else "") + self.between
+            else:
+                text += self.opening_of_text
+            text += question + (self.asking + answer + self.answer_end + end if answer else self.asking.rstrip(" "))
+        return text
 
 
 def build_format(name: str, tokenizer: Any) -> ConversationFormat:
@@ -55,11 +76,12 @@ def build_format(name: str, tokenizer: Any) -> ConversationFormat:
     """
     if name == LLAVA_V1:
         bos = _has_own_bos(tokenizer)
-        return ConversationFormat(f"{_LLAVA_V1_SYSTEM} USER: ", " ASSISTANT: ", "", "USER: ", bos, False)
+        opening = f"{_LLAVA_V1_SYSTEM} USER: "
+        return ConversationFormat(opening, " ASSISTANT: ", "", "USER: ", bos, False, opening)
     if name == LLAVA_LLAMA_2:
         bos = _has_own_bos(tokenizer)
-        opening = f"[INST] <<SYS>>\n{_LLAVA_LLAMA_2_SYSTEM}\n<</SYS>> "
-        return ConversationFormat(opening, " [/INST] ", " ", "[INST] ", bos, bos)
+        opening = f"[INST] <<SYS>>\n{_LLAVA_LLAMA_2_SYSTEM}\n<</SYS>>"
+        return ConversationFormat(f"{opening} ", " [/INST] ", " ", "[INST] ", bos, bos, f"{opening}\n\n")
     if name == CHAT_TEMPLATE:
         return _from_chat_template(tokenizer)
     raise ConversationFormatError(
@@ -92,7 +114,7 @@ def _from_chat_template(tokenizer: Any) -> ConversationFormat:
     ending = between.lstrip()
     if ending.startswith(tokenizer.eos_token):
         between = ending.removeprefix(tokenizer.eos_token)
-    return ConversationFormat(opening, asking, "", between, False, False)
+    return ConversationFormat(opening, asking, "", between, False, False, opening)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:

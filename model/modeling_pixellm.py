@@ -281,7 +281,9 @@ class PixelLMForCausalLM(PreTrainedModel):
         pictures = self.encode_pictures(pixel_values, resized_sizes)
         rows = self.expand_rows(input_ids, attention_mask, pictures, image_index, labels)
         hidden = self.hidden_states(rows, image_index)
-        group_rows, group_columns = group_positions(rows.ids, self.config.seg_token_ids)
+        group_rows, group_columns = group_positions(
+            rows.ids, self.config.seg_token_ids, adjacent=self.config.group_rule == "adjacent"
+        )
         picture_of_target = image_index[group_rows]
         # A token's state is that of the position which predicts it (golden fact M4).
         group_states = hidden[group_rows[:, None], group_columns - 1]

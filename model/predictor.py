@@ -246,7 +246,11 @@ class Predictor:
         decoded = [self.processor.decode_answer(ids) for ids in turns]
         masks = (logits_QHW > 0).cpu().numpy()
         groups = sum(turn.num_groups for turn in decoded)
-        if groups != len(masks):
+        phrases = [phrase for turn in decoded for phrase in turn.phrases]
+        if self.model.config.group_rule == "release":
+            # Groups of the question come first and have no words in the answer; a broken one costs all of them.
+            phrases = ([""] * len(masks) + phrases)[len(phrases) :]
+        elif groups != len(masks):
             raise RuntimeError(
                 f"the model decoded {len(masks)} masks where the processor reads {groups} seg groups; "
                 "the processor's seg tokens are not those of the model's config"
@@ -254,7 +258,7 @@ class Predictor:
         return Answer(
             text=" ".join(turn.text for turn in decoded),
             marked_text=" ".join(turn.marked_text for turn in decoded),
-            phrases=[phrase for turn in decoded for phrase in turn.phrases],
+            phrases=phrases,
             masks=masks,
             scores=mask_scores(logits_QHW),
             boxes=[mask_box(mask) for mask in masks],

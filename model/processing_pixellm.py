@@ -7,6 +7,7 @@ Axes: T tokens, P pixels per side of the square, S scales, K tokens per scale.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,17 @@ import torch
 from transformers import AddedToken, ProcessorMixin
 
 from .answer_text import SEG_MARKER, phrases_before_groups, tidy, without_groups
-from .conversation_formats import LLAVA_V1, ConversationFormat, ConversationFormatError, build_format
+from .conversation_formats import (
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    LLAVA_V1,
+    ConversationFormat,
+    ConversationFormatError,
+    build_format,
+)
 from .pictures import PIXEL_MAX, Picture, PictureError, encode_picture, open_picture
+from .release_text import LegacyTokenizer, encode_rows, separator_of, with_image_markers
 from .seg_codebook import whole_groups
 
 __all__ = [
@@ -33,8 +43,9 @@ __all__ = [
     "check_groups",
 ]
 
-IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<image>", "<im_start>", "<im_end>"
 IGNORED_LABEL = -100
+TURNS_RULES, RELEASE_RULES = "turns", "release"
+TEXT_RULES = (TURNS_RULES, RELEASE_RULES)
 
 # CLIP's own statistics, published for pixels in 0..1.
 CLIP_MEAN = tuple(PIXEL_MAX * value for value in (0.48145466, 0.4578275, 0.40821073))
@@ -164,9 +175,12 @@ class PixelLMProcessor(ProcessorMixin):
         conversation_format: "llava_v1", "llava_llama_2" or "chat_template" (the tokenizer's own).
         use_mm_start_end: wrap the picture in <im_start> and <im_end>.
         model_max_length: the most positions a conversation may take, those of its picture included.
+        text_rules: "turns" writes a conversation piece by piece, under any tokenizer, and leaves whole turns out where
+            it is too long. "release" (golden facts C) writes one text for a Llama tokenizer, and cuts its tokens.
 
     Raises:
         ProcessorError: a number is impossible, or the tokenizer has no end token or was not prepared.
+        ReleaseTextError: the release's text_rules are asked for, and the tokenizer is none of Llama's.
         ConversationFormatError: the format is unknown or does not go with the tokenizer.
     """
 
@@ -185,6 +199,7 @@ class PixelLMProcessor(ProcessorMixin):
         conversation_format: str = LLAVA_V1,
         use_mm_start_end: bool = True,
         model_max_length: int = 512,
+        text_rules: str = TURNS_RULES,
     ) -> None:
         super().__init__(tokenizer)
         self.image_size, self.patch_size, self.image_token_pool = image_size, patch_size, image_token_pool
@@ -194,11 +209,15 @@ class PixelLMProcessor(ProcessorMixin):
         self.conversation_format = conversation_format
         self.use_mm_start_end = use_mm_start_end
         self.model_max_length = model_max_length
+        self.text_rules = text_rules
         self._check_numbers()
         self._check_tokens()
         self._format: ConversationFormat = build_format(conversation_format, tokenizer)
         word = tokenizer.encode("x", add_special_tokens=False)
         self._implies_space = tokenizer.encode("x x", add_special_tokens=False) == word * 2
+        if text_rules == RELEASE_RULES:
+            self._separator = separator_of(conversation_format)
+            self._legacy = LegacyTokenizer(tokenizer, self._reserved[:-1])
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments but the tokenizer, as this processor has them."""
@@ -226,6 +245,8 @@ class PixelLMProcessor(ProcessorMixin):
                 f"image_size is {self.image_size}: give a multiple of patch_size * image_token_pool, "
                 f"here {self.patch_size} * {self.image_token_pool} = {cell}"
             )
+        if self.text_rules not in TEXT_RULES:
+            raise ProcessorError(f"text_rules is {self.text_rules!r}: choose one of {', '.join(TEXT_RULES)}")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
             raise ProcessorError(
                 f"image_mean is {self.image_mean} and image_std {self.image_std}: give three numbers each, in units of "
@@ -236,7 +257,7 @@ class PixelLMProcessor(ProcessorMixin):
         if self.tokenizer.eos_token_id is None:
             raise ProcessorError("the tokenizer has no end token, with which every answer ends: set its eos_token")
         vocabulary = self.tokenizer.get_vocab()
-        names = _reserved_names(self.num_scales, self.tokens_per_scale)
+        names = self._reserved = _reserved_names(self.num_scales, self.tokens_per_scale)
         missing = [name for name in names if name not in vocabulary]
         if missing:
             raise ProcessorError(
@@ -297,9 +318,12 @@ class PixelLMProcessor(ProcessorMixin):
 
         Raises:
             ConversationError: no turn, an empty question or answer, or SEG_MARKER in a question.
-            ConversationTooLong: the first turn does not fit.
+            ConversationTooLong: the first turn does not fit. By the release's rules, which cut tokens and keep turns:
+                not every group does.
         """
         _check_turns(turns)
+        if self.text_rules == RELEASE_RULES:
+            return self._encode_as_release(turns, with_picture)
         row = self._new_row()
         group_turns: list[int] = []
         for index, (question, answer) in enumerate(turns):
@@ -333,6 +357,8 @@ class PixelLMProcessor(ProcessorMixin):
         if answer is not None:
             raise ConversationError(f"the last answer of a prompt is {answer!r}: give None, for the model to answer")
         _check_turns([*answered, (question, "answer to come")])
+        if self.text_rules == RELEASE_RULES:
+            return torch.tensor(self._legacy.ids_with_picture(self._release_text(turns), self._image_token_id))
         row = self._new_row()
         for index, (earlier_question, earlier_answer) in enumerate(answered):
             self._add_question(row, earlier_question, index)
@@ -341,6 +367,46 @@ class PixelLMProcessor(ProcessorMixin):
         if self._positions(row) > self.model_max_length:
             raise ConversationTooLong(self._too_long(row))
         return torch.tensor(row.ids, dtype=torch.long)
+
+    def _release_text(self, turns: Sequence[tuple[str, str | None]], with_picture: bool = True) -> str:
+        """The conversation as the release writes it: the picture before the first question, groups by their tokens'
+        names. Names of tokens that the words hold are left out, as by our own rules.
+        """
+        group = " ".join(seg_token_names(self.num_scales, self.tokens_per_scale))
+        written = [
+            (self._words(question), None if answer is None else self._words(answer).replace(SEG_MARKER, group))
+            for question, answer in turns
+        ]
+        if with_picture:
+            first, answer = written[0]
+            written[0] = (f"{IMAGE_TOKEN}\n{first}", answer)
+        text = self._format.write(written, self.tokenizer.bos_token, self.tokenizer.eos_token)
+        return with_image_markers(text) if self.use_mm_start_end else text
+
+    def _words(self, text: str) -> str:
+        for name in (*self._reserved, *self.tokenizer.all_special_tokens):
+            text = text.replace(name, "")
+        return text.strip()
+
+    def _encode_as_release(self, turns: list[tuple[str, str]], with_picture: bool) -> EncodedConversation:
+        rows = encode_rows(
+            [self._release_text(turns, with_picture)],
+            self._legacy,
+            self._separator,
+            end=self.tokenizer.eos_token,
+            image_id=self._image_token_id,
+            longest=self.model_max_length - (self.num_image_tokens - 1 if with_picture else 0),
+        )
+        ids, labels = rows.input_ids[0], rows.labels[0]
+        group_turns = [index for index, (_, answer) in enumerate(turns) for _ in range(answer.count(SEG_MARKER))]
+        tokens = int(torch.isin(ids, torch.tensor(self._seg_token_ids)).sum())
+        if tokens != len(group_turns) * len(self._seg_token_ids):
+            raise ConversationTooLong(
+                f"cut to the {len(ids)} tokens that model_max_length {self.model_max_length} leaves beside the "
+                f"picture, the conversation keeps {tokens} seg tokens for {len(group_turns)} targets: shorten the text "
+                "or raise model_max_length"
+            )
+        return EncodedConversation(ids, labels, group_turns, kept_turns=len(turns), dropped_turns=0)
 
     def check_user_text(self, text: str) -> None:
         """Raise PromptError when a user's text is empty or holds a token that only the processor may write."""

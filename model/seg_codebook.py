@@ -48,31 +48,34 @@ class SegCodebook(nn.Module):
         return (embedded_QSKD * self.token_weights[None, :, :, None]).sum(dim=2)
 
 
-def group_positions(ids: torch.Tensor, seg_token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def group_positions(
+    ids: torch.Tensor, seg_token_ids: list[int], *, adjacent: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the seg groups of a batch of token rows are; only membership in the set of seg ids counts (golden fact M3).
 
     Args:
-        ids: (C, T).
+        ids: (C, T). adjacent: False (release) lets words stand between the tokens of a group.
 
     Returns:
         rows (Q,), and columns (Q, S * K) of the tokens, in reading order.
 
     Raises:
-        ValueError: a row holds seg tokens that do not form whole groups of adjacent tokens.
+        ValueError: a row holds seg tokens that do not form whole groups (of adjacent tokens, if asked for).
     """
     size = len(seg_token_ids)
     is_seg = torch.isin(ids, torch.tensor(seg_token_ids, device=ids.device))
     rows, columns = is_seg.nonzero(as_tuple=True)
     if rows.numel() % size == 0:
         rows_QG, columns_QG = rows.view(-1, size), columns.view(-1, size)
-        whole = (rows_QG == rows_QG[:, :1]) & (columns_QG == columns_QG[:, :1] + torch.arange(size, device=ids.device))
+        whole = rows_QG == rows_QG[:, :1]
+        if adjacent:
+            whole &= columns_QG == columns_QG[:, :1] + torch.arange(size, device=ids.device)
         if bool(whole.all()):
             return rows_QG[:, 0], columns_QG
     counts = is_seg.sum(dim=1).tolist()
     raise ValueError(
-        f"seg tokens per row are {counts}, not whole groups of {size} adjacent tokens: a group was cut or broken "
-        "before it "
-        "reached the model"
+        f"seg tokens per row are {counts}, not whole groups of {size}{' adjacent' if adjacent else ''} tokens: a group "
+        "was cut or broken before it reached the model"
     )
 
 
@@ -97,3 +100,17 @@ def whole_groups(ids: list[int], seg_token_ids: list[int]) -> tuple[list[int], i
         broken += int((end - position) % size != 0)
         position = end
     return starts, broken
+
+
+def release_groups(ids: list[int], seg_token_ids: list[int]) -> tuple[list[list[int]], int]:
+    """The groups of a text as the release counts them when it generates (golden facts M3, E3).
+
+    Returns:
+        The places of each group's tokens: any S * K seg tokens in order, whatever stands between them. No group at all
+        where their number is no multiple of S * K. And the number of broken groups: 1 then, else 0.
+    """
+    members, size = set(seg_token_ids), len(seg_token_ids)
+    places = [place for place, token in enumerate(ids) if token in members]
+    if len(places) % size:
+        return [], 1
+    return [places[start : start + size] for start in range(0, len(places), size)], 0

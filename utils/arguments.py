@@ -152,6 +152,7 @@ class AdapterArguments(Arguments):
     lora_target_modules: str = option("q_proj,v_proj", "names of the layers LoRA is put on", join=",")
     train_projector: bool = option(True, "train the projector that makes image tokens")
     train_mask_decoder: bool = option(True, "train what predicts masks; off for training in words alone")
+    train_map_entry: bool = option(True, "train the pixel decoder's neck and no-mask embedding; off in the release")
     out_dim: int | None = option(None, "width of a target's embedding and of the pixel decoder", low=8)
     vision_pretrained: str = option("PATH_TO_SAM_ViT-H", "SAM's weights")
 
@@ -164,7 +165,7 @@ class AdapterArguments(Arguments):
 
 @dataclasses.dataclass
 class ShapeArguments(Arguments):
-    """Numbers that shape a new model and that the originals have no flag for."""
+    """What shapes a model and what the originals have no flag for."""
 
     vision_feature_layers: str = option(
         "", "hidden states of the tower, one per scale, coarse first, as -2,-11; empty: chosen by the builder", join=","
@@ -175,6 +176,14 @@ class ShapeArguments(Arguments):
     decoder_mlp_dim: int | None = option(None, "width of the pixel decoder's MLPs", low=1)
     token_fusion: str | None = option(None, "weights of the tokens of a scale", choices=("learned", "constant"))
     scale_fusion: str | None = option(None, "weights of the masks of the scales", choices=("learned", "constant"))
+    text_rules: str | None = option(
+        None, "turns: a long conversation loses whole turns; release: it is cut anywhere", choices=("turns", "release")
+    )
+    group_rule: str | None = option(
+        None,
+        "adjacent: a broken seg group costs its own mask; release: it costs all masks of its answer",
+        choices=("adjacent", "release"),
+    )
 
     def feature_layers(self) -> list[int] | None:
         """vision_feature_layers as numbers, or None when it is empty."""
@@ -253,6 +262,11 @@ class OptimizationArguments(Arguments):
     dice_loss_weight: float | None = option(None, "weight of the masks' DICE loss", low=0.0)
     refinement_alpha: float | None = option(
         None, "weight of a pixel that two masks of a question claim; 1 for none", low=1.0
+    )
+    loss_normalisation: str = option(
+        "step",
+        "step: every token and mask of a step weighs the same; micro_batch: every micro-batch does, as in the release",
+        choices=("step", "micro_batch"),
     )
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
     train_language_model: bool = option(False, "train all of the language model instead of LoRA")
@@ -360,6 +374,7 @@ class MergeArguments(BaseArguments, PictureArguments, CodebookArguments, Adapter
         "lora_dropout": "merging does not train",
         "train_projector": "all weights of the checkpoint are taken",
         "train_mask_decoder": "all weights of the checkpoint are taken",
+        "train_map_entry": "merging does not train",
     }
 
     weight: str = option("", "what training left: pytorch_model.bin, the folder zero_to_fp32.py wrote, or ckpt_model")
@@ -473,6 +488,8 @@ def model_options(args: TrainArguments) -> dict[str, Any]:
         "conversation_format": args.conv_type,
         "use_mm_start_end": args.use_mm_start_end,
         "model_max_length": args.model_max_length,
+        "text_rules": args.text_rules,
+        "group_rule": args.group_rule,
     }
 
 

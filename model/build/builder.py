@@ -59,6 +59,7 @@ class ModelOptions:
     decoder_mlp_dim: int | None = None
     token_fusion: str | None = None
     scale_fusion: str | None = None
+    group_rule: str | None = None
     refinement_alpha: float | None = None
     ce_loss_weight: float | None = None
     bce_loss_weight: float | None = None
@@ -66,6 +67,7 @@ class ModelOptions:
     conversation_format: str | None = None
     use_mm_start_end: bool | None = None
     model_max_length: int | None = None
+    text_rules: str | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     pad_before_normalize: bool | None = None
@@ -448,6 +450,8 @@ class TrainingRecipe:
     """What trains. The defaults are the paper's recipe: LoRA on a frozen language model plus everything around it.
 
     lora_target_modules: comma-separated names of linear layers of the language model, or "all-linear".
+    train_map_entry: whether what stands between the decoder's feature maps and its transformers trains, the neck and
+        the no-mask embedding. False is the release, which left them at their random start (golden fact M10).
     """
 
     lora_r: int = 8
@@ -456,6 +460,7 @@ class TrainingRecipe:
     lora_target_modules: str = "q_proj,v_proj"
     train_projector: bool = True
     train_mask_decoder: bool = True
+    train_map_entry: bool = True
     train_vision_tower: bool = False
     train_language_model: bool = False
 
@@ -474,16 +479,18 @@ def choose_trainable(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> list[
     parts = [model.get_input_embeddings(), model.get_output_embeddings()]
     if recipe.train_projector:
         parts.append(model.projector)
-    without_loss: list[nn.Module] = []
+    kept_frozen: list[nn.Module] = []
     if recipe.train_mask_decoder:
         parts += model.mask_parts()
-        without_loss += model.pixel_decoder.parts_without_loss()
+        kept_frozen += model.pixel_decoder.parts_without_loss()
+        if not recipe.train_map_entry:
+            kept_frozen += [model.pixel_decoder.neck, model.pixel_decoder.no_mask_embed]
     if recipe.train_vision_tower:
         parts.append(model.vision_tower)
-        without_loss += model.vision_tower.parts_without_loss()
+        kept_frozen += model.vision_tower.parts_without_loss()
     for part in parts:
         part.requires_grad_(True)
-    for part in without_loss:
+    for part in kept_frozen:
         part.requires_grad_(False)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 

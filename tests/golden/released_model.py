@@ -5,15 +5,27 @@ import functools
 import torch
 
 from model import PixelLMForCausalLM
-from model.build.released_checkpoints import config_from_release, state_dict_from_release
+from model.build.released_checkpoints import (
+    config_from_release,
+    name_from_clip,
+    name_from_pixellm,
+    state_dict_from_release,
+)
 from tests.golden import recipe, vectors
+
+CONSTANTS = {"codebook.token_weights", "pixel_decoder.scale_weights"}  # in no checkpoint (fact M1)
+WRAPPER, TOWER = "base_model.model.", "model.vision_tower.vision_tower."
 
 
 @functools.cache
 def build() -> PixelLMForCausalLM:
-    """The model in float32, everything but the vision tower trainable, refinement off as in the release's training.
+    """The model of `make`, shared between tests: a test that changes it must bring it back."""
+    return make()
 
-    Shared between tests: a test that changes it must bring it back.
+
+def make() -> PixelLMForCausalLM:
+    """A new model in float32, everything but the vision tower trainable, refinement off as in the release's training,
+    groups counted by the release's rule.
     """
     weights = vectors.read_json("weights")
     dims = weights["model_dims"]
@@ -25,6 +37,7 @@ def build() -> PixelLMForCausalLM:
             "vocab_size"
         ],  # the release's placeholder is negative; ours is any id that is never embedded
         refinement_alpha=1.0,
+        group_rule="release",
     )
     state = state_dict_from_release(
         recipe.make_tensors(weights["seed"], weights["model_tensors"]),
@@ -36,8 +49,7 @@ def build() -> PixelLMForCausalLM:
     model.prefix_sharing = False
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, f"no place in our model for {unexpected}"
-    constants = {"codebook.token_weights", "pixel_decoder.scale_weights"}
-    assert set(missing) == constants, f"the released weights do not fill {sorted(set(missing) - constants)}"
+    assert set(missing) == CONSTANTS, f"the released weights do not fill {sorted(set(missing) - CONSTANTS)}"
     model.requires_grad_(True)
     model.vision_tower.requires_grad_(False)
     return model
@@ -47,3 +59,12 @@ def input_ids(ids: torch.Tensor) -> torch.Tensor:
     """Recorded ids with our placeholder for the picture in place of the release's."""
     placeholder = vectors.read_json("weights")["model_dims"]["image_token_index"]
     return torch.where(ids == placeholder, build().config.image_token_id, ids)
+
+
+def name_from_training(wrapped: str) -> str | None:
+    """Our name of a tensor of the model that the release trains: PEFT's prefix before every name, the tower inside.
+
+    A weight under an adapter has the name that it has when free.
+    """
+    name = wrapped.removeprefix(WRAPPER)
+    return name_from_clip(name.removeprefix(TOWER)) if name.startswith(TOWER) else name_from_pixellm(name)

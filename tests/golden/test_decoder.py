@@ -26,8 +26,8 @@ def test_decoder() -> None:
         golden.same("multiscale_scalar", decoder.scale_weights.tolist(), facts["multiscale_scalar"])
 
         maps = recipe.make_tensor(seed, **facts["image_features"].read_all())
-        (name,) = golden.names(r"^image_feature_neck_out")
-        golden.close(name, vectors.thin_out(decoder.neck(maps), *vectors.strides(name)), atol=vectors.HIDDEN_ATOL)
+        for name in golden.names(r"^image_feature_neck_out"):  # large: a trimmed set may lack it
+            golden.close(name, vectors.thin_out(decoder.neck(maps), *vectors.strides(name)), atol=vectors.HIDDEN_ATOL)
         for level in range(decoder.num_scales):
             (name,) = golden.names(rf"^dense_pe_level{level}_")
             golden.close(

@@ -44,6 +44,22 @@ def test_the_gradient_does_not_depend_on_the_cut(count: int) -> None:
     assert sum(toy.loss_weights[n] * v for n, v in losses.items()) == pytest.approx(by_hand.item(), rel=1e-6)
 
 
+def test_micro_batches_may_weigh_the_same_instead() -> None:
+    """As in the release: each divides by its own counts, and the step is their mean."""
+    batches = cut(make_samples(8), 1, 4, 0)
+    engine = plain(OptimizerSettings(gradient_clip=0.0, loss_normalisation="micro_batch"))
+    losses, counts = engine.accumulate(batches)
+    toy = make_toy(warm=True)
+    for batch in batches:
+        terms = toy(**batch.as_kwargs()).losses
+        own = [toy.loss_weights[name] * term.sum / max(float(term.count), 1.0) for name, term in terms.items()]
+        (torch.stack(own).sum() / len(batches)).backward()
+    assert (gradients(toy) - gradients(engine.model)).norm() <= 1e-5 * gradients(toy).norm()
+    by_step = plain()
+    assert by_step.accumulate(batches) == (losses, counts), "what is reported stays the mean over the step"
+    assert (gradients(by_step.model) - gradients(engine.model)).norm() > 1e-3 * gradients(toy).norm()
+
+
 def test_a_step_with_nothing_to_learn_leaves_zeros_not_holes() -> None:
     engine = plain()
     nothing = [(torch.ones(WIDTH), -100, torch.ones(0))] * 2

@@ -7,6 +7,7 @@ import torch
 
 from model.build.builder import BuiltModel, build_model
 from model.generation import GeneratedAnswer
+from model.seg_codebook import group_positions, release_groups
 from tests.unit.tiny_bases import options, write_language_model, write_tower
 from tests.unit.tiny_pixellm import make_model, noise, saying
 
@@ -166,3 +167,53 @@ def test_nothing_to_do_and_nothing_allowed(built: BuiltModel) -> None:
     assert generate(built, [], INDEX[:0]) == []
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, found 0"):
         generate(built, prompts(built)[:1], INDEX[:1], max_new_tokens=0)
+
+
+def test_groups_by_the_releases_rule(built: BuiltModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt's groups count, and come first; a broken one costs every mask of its answer, and of no other."""
+    turns = [("the red circle", "It is {seg}."), ("blue?", None)]
+    rows = [built.processor.encode_prompt(turns), *prompts(built)[:1]]
+    index = torch.tensor([0, 1])
+    answer = "a {seg} b {seg}"
+    with saying(built, [answer, "{seg}"]):
+        plain = generate(built, rows, index)
+    monkeypatch.setattr(built.model.config, "group_rule", "release")
+    with saying(built, [answer, "{seg}"]):
+        whole = generate(built, rows, index)
+    assert [len(one.low_res_mask_logits) for one in plain] == [2, 1]
+    assert [len(one.low_res_mask_logits) for one in whole] == [len(one.embeddings) for one in whole] == [3, 1]
+    assert torch.allclose(whole[0].low_res_mask_logits[1:], plain[0].low_res_mask_logits, atol=1e-5)
+    assert torch.allclose(whole[1].low_res_mask_logits, plain[1].low_res_mask_logits, atol=1e-5)
+    given_group = forced_first_group(built, built.processor.encode_conversation([("the red circle", "It is {seg}.")]))
+    assert torch.allclose(whole[0].low_res_mask_logits[0], given_group, atol=1e-4)
+    with saying(built, [answer, "{seg}"]):
+        cut = generate(built, rows, index, max_new_tokens=len(whole[0].ids) - 2)
+    assert [(len(one.low_res_mask_logits), one.num_broken) for one in cut] == [(0, 1), (1, 0)]
+
+
+def forced_first_group(built: BuiltModel, encoded: Any) -> torch.Tensor:
+    """(h, w) mask of the only group of a conversation about the first picture, its answer given."""
+    picture = built.processor.encode_picture(noise(*SIZES[0], seed=0))
+    with torch.no_grad():
+        output = built.model.eval()(
+            input_ids=encoded.input_ids[None],
+            attention_mask=torch.ones_like(encoded.input_ids)[None].bool(),
+            pixel_values={"vision_tower": picture.pixel_values[None]},
+            resized_sizes=torch.tensor([picture.resized_size]),
+            original_sizes=torch.tensor([picture.original_size]),
+            image_index=torch.zeros(1, dtype=torch.long),
+        )
+    return output.low_res_mask_logits[0][0]
+
+
+def test_any_tokens_in_order_make_a_group_in_the_release() -> None:
+    assert release_groups([1, 7, 3, 8, 8, 7], [7, 8]) == ([[1, 3], [4, 5]], 0)
+    assert release_groups([1, 7, 3, 8, 8], [7, 8]) == ([], 1)
+    assert release_groups([1, 3], [7, 8]) == ([], 0)
+    ids = torch.tensor([[1, 7, 3, 8], [8, 7, 2, 2]])
+    rows, columns = group_positions(ids, [7, 8], adjacent=False)
+    assert rows.tolist() == [0, 1] and columns.tolist() == [[1, 3], [0, 1]]
+    with pytest.raises(ValueError, match="not whole groups of 2 adjacent tokens"):
+        group_positions(ids, [7, 8])
+    with pytest.raises(ValueError, match=r"\[1, 3\], not whole groups of 2 tokens"):
+        group_positions(torch.tensor([[1, 7, 3, 3], [8, 7, 8, 2]]), [7, 8], adjacent=False)

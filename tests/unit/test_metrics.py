@@ -123,36 +123,3 @@ def test_target_count_accuracy() -> None:
 )
 def test_phrases_name_exactly_the_true_set(phrases: list[str], names: list[str], right: bool) -> None:
     assert metrics.names_exactly(phrases, names) is right
-
-
-def test_release_teacher_forced_meters() -> None:
-    # Picture 1: IoU 1/2. Picture 2: an empty pair (1) and a mask found where there is none (0). Each mask weighs 1.
-    first = (np.array([[[3.0, 2.0, -1.0]]]), np.array([[[1, 0, 0]]], dtype=np.uint8))
-    second = (np.array([[[-1.0, -1.0]], [[5.0, -1.0]]]), np.zeros((2, 1, 2), dtype=np.uint8))
-    giou, ciou = metrics.validate_meters([first, second])
-    assert giou == pytest.approx((0.5 + 1 + 0) / 3, abs=1e-5)
-    assert ciou == pytest.approx((1 + 0 + 0) / (2 + 0 + 1), abs=1e-6)
-
-
-def test_release_meters_know_ignored_pixels_and_strange_values() -> None:
-    logits = np.array([[[1.0, 1.0, 1.0, -1.0]]])
-    target = np.array([[[1, 255, 2, 2]]], dtype=np.uint8)
-    # The ignored pixel is out; the predicted pixel of value 2 enlarges the union, the other one is nowhere.
-    assert metrics.validate_meters([(logits, target)])[1] == pytest.approx(1 / 2, abs=1e-5)
-
-
-def test_release_generation_meters_count_surplus_logits_raw() -> None:
-    logits = np.array([[[4.0, 4.0, -4.0, -4.0]], [[0.7, 3.0, -2.0, 0.2]]], dtype=np.float32)
-    targets = np.array([[[1, 1, 0, 0]]], dtype=np.uint8)
-    giou, ciou = metrics.ar_validate_meters([[metrics.MatchedQuestion(logits, targets, [(0, 0)])]])
-    # Matched: 2 of 2. Surplus: only 0.7 lies in [0.5, 1], so its union is 1. Weight max(2, 1).
-    assert giou == pytest.approx((1 + 0) / 2, abs=1e-5)
-    assert ciou == pytest.approx(2 / (2 + 1), abs=1e-6)
-
-
-def test_release_generation_meters_charge_missed_targets() -> None:
-    targets = np.array([[[1, 1, 0, 0]], [[0, 0, 0, 1]]], dtype=np.uint8)
-    logits = np.array([[[4.0, 4.0, -4.0, -4.0]]], dtype=np.float32)
-    giou, ciou = metrics.ar_validate_meters([[metrics.MatchedQuestion(logits, targets, [(0, 0)])]])
-    assert giou == pytest.approx((1 + 0) / 2, abs=1e-5)
-    assert ciou == pytest.approx(2 / (2 + 1), abs=1e-6)

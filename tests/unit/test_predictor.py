@@ -83,6 +83,26 @@ def test_broken_group_is_counted_and_the_whole_one_kept(predictor: Predictor, bu
     assert cut.masks.shape == (1, 9, 9)
 
 
+def test_groups_of_earlier_answers_have_no_words_by_the_releases_rule(
+    predictor: Predictor, built: BuiltModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(built.model.config, "group_rule", "release")
+    turns = [("Where is it?", "It is the red circle {seg}."), ("And the other?", None)]
+    with saying(built, ["It is the blue square {seg}."]):
+        (whole,) = predictor.answer([noise(20, 30)], [turns], [0])
+    assert whole.masks.shape == (2, 20, 30) and len(whole.phrases) == len(whole.scores) == 2
+    assert whole.phrases[0] == "" and whole.phrases[1].endswith("blue square")
+    with saying(built, ["It is the blue square {seg} {seg}"]):
+        (cut,) = predictor.answer([noise(20, 30)], [turns], [0], max_new_tokens=tokens_said(built, whole) + 1)
+    assert cut.masks.shape == (0, 20, 30) and cut.phrases == [] and cut.num_broken == 1
+
+
+def tokens_said(built: BuiltModel, answer: Answer) -> int:
+    """Tokens of an answer, its end token included."""
+    encoded = built.processor.encode_conversation([("?", answer.marked_text)])
+    return int((encoded.labels != -100).sum())
+
+
 def test_masks_come_from_the_low_resolution_logits(predictor: Predictor, built: BuiltModel, monkeypatch: Any) -> None:
     kept: list[Any] = []
     original = built.model.generate_answers

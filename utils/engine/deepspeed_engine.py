@@ -27,6 +27,7 @@ from utils.engine.stepping import (
     evaluation_mode,
     make_optimizer,
     set_learning_rate,
+    shared_counts,
     to_precision,
     trainable_parameters,
     weighted_loss,
@@ -156,6 +157,7 @@ class DeepSpeedEngine:
         connect()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device, self.precision, self.rounds = device, precision, rounds
+        self.loss_normalisation = settings.loss_normalisation
         if precision != "fp16":  # DeepSpeed itself halves everything then
             to_precision(model, precision)
         config = full_config(
@@ -201,11 +203,13 @@ class DeepSpeedEngine:
         weights = self.model.loss_weights
         counts = count_step(self.model, micro_batches, self._add)
         sums, norm = LossSums(list(counts), self.device), None
+        everywhere = self.world_size * self.rounds
         dtype = DTYPES["fp16"] if self.precision == "fp16" else None
         for number, batch in enumerate(micro_batches, start=1):
             losses = self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
             # DeepSpeed divides by the number of rounds and averages over ranks; the counts have already done both.
-            self.deepspeed.backward(weighted_loss(losses, weights, counts) * (self.world_size * self.rounds))
+            divisors = shared_counts(losses, counts, everywhere, self.loss_normalisation)
+            self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
             sums.add(losses)
             if number == self.rounds and self.zero_stage == 0 and self.precision != "fp16":
                 gradients = [p.grad for p in trainable_parameters(self.model).values() if p.grad is not None]

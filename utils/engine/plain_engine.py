@@ -18,6 +18,7 @@ from utils.engine.stepping import (
     evaluation_mode,
     make_optimizer,
     set_learning_rate,
+    shared_counts,
     to_precision,
     trainable_parameters,
     weighted_loss,
@@ -61,7 +62,8 @@ class PlainEngine:
         for batch in micro_batches:
             with autocast(self.device, self.precision):
                 losses = self.model(**batch.to(self.device).as_kwargs()).losses
-            self.scaler.scale(weighted_loss(losses, weights, counts)).backward()
+            divisors = shared_counts(losses, counts, len(micro_batches), self.settings.loss_normalisation)
+            self.scaler.scale(weighted_loss(losses, weights, divisors)).backward()
             sums.add(losses)
         return sums.means(counts), counts
 

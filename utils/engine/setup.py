@@ -49,6 +49,7 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         weight_decay=args.weight_decay,
         gradient_clip=args.grad_clip,
         multipliers=dict.fromkeys(mask_parts, args.mask_lr_multiplier),
+        loss_normalisation=args.loss_normalisation,
     )
     if runtime.engine == "plain":
         return PlainEngine(model, settings, args.precision, runtime.device)

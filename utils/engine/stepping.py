@@ -12,6 +12,8 @@ from torch import nn
 from utils.engine.protocol import TrainingBatch
 from utils.scripts import UserError
 
+STEP, MICRO_BATCH = "step", "micro_batch"
+LOSS_NORMALISATIONS = (STEP, MICRO_BATCH)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,12 +40,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW. multipliers: prefix of parameter names -> times the learning rate (the first that fits)."""
+    """AdamW, and what it is given.
+
+    multipliers: prefix of parameter names -> times the learning rate (the first that fits). loss_normalisation: losses
+    are divided by the counts of the whole "step", or (release, golden fact L1) each micro-batch's by its own, and the
+    micro-batches averaged: "micro_batch".
+    """
 
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     multipliers: Mapping[str, float] | None = None
+    loss_normalisation: str = STEP
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -97,6 +105,19 @@ def count_step(
     names = sorted(model.loss_weights)
     counted = [model.count_losses(**batch.as_kwargs()) for batch in micro_batches]
     return dict(zip(names, add([sum(float(c.get(name, 0.0)) for c in counted) for name in names]), strict=True))
+
+
+def shared_counts(
+    losses: Mapping[str, Any], counts: Mapping[str, float], micro_batches: int, normalisation: str
+) -> Mapping[str, float]:
+    """What `weighted_loss` divides this micro-batch's losses by, so that the shares of a step add up to its loss.
+
+    counts: of the whole step. micro_batches: how many the step has over all ranks. normalisation: see
+    `OptimizerSettings`.
+    """
+    if normalisation == STEP:
+        return counts
+    return {name: max(float(term.count), 1.0) * micro_batches for name, term in losses.items()}
 
 
 def weighted_loss(losses: Mapping[str, Any], weights: Mapping[str, float], counts: Mapping[str, float]) -> torch.Tensor:
