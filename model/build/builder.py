@@ -1,8 +1,8 @@
 """Base + options -> a PixelLM ready to train: what is loaded, what is new, what trains, and LoRA in and out again."""
 
 import inspect
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,26 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 
 from ..configuration_pixellm import PixelLMConfig
 from ..modeling_pixellm import ExpandedRows, PixelLMForCausalLM
-from ..processing_pixellm import PixelLMProcessor, check_groups
-from ..vision_tower import SUPPORTED_TOWERS, resize_position_table
+from ..processing_pixellm import IMAGE_TOKEN, PixelLMProcessor, check_groups
+from ..vision_tower import resize_position_table
+from .bases import (
+    LANGUAGE,
+    POSITION_TABLE,
+    TOWER,
+    Part,
+    llava,
+    plain_language_model,
+    resized,
+    stand_alone_tower,
+    tower_of,
+)
+from .filling import MISMATCH, Origin, empty_model, fill, refuse_mismatch
 from .folders import (
     BuildError,
     first_sentence,
@@ -26,14 +38,40 @@ from .folders import (
     local_folder,
     quiet_transformers,
     read_config,
-    read_weights,
 )
+from .layouts import (
+    LLAVAS,
+    OURS,
+    PUBLISHED_PIXELLM,
+    Checkpoint,
+    describe_unknown,
+    layout_of,
+    read_json_config,
+    recognise,
+    refuse_relatives,
+    unwrapped,
+)
+from .load_report import LoadReport
+from .published import (
+    TABLE,
+    PublishedRest,
+    PublishedTensors,
+    lora_alpha_in,
+    prepare_release_tokenizer,
+    rows_needed,
+    small_files,
+    sort_published,
+)
+from .released_checkpoints import RELEASE_CONSTANTS, RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD, config_from_release
+from .tensor_files import Stored, all_finite, stored_in
 
 # Language models whose states and head we know to be all there is between tokens and logits; others are probed.
 KNOWN_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 # What only masks need; a base that only ever learned words lacks it.
 MASK_PARTS = ("mask_projector", "codebook", "pixel_decoder")
-POSITION_TABLE = "embeddings.position_embedding.weight"
+NEW_PARTS = ("projector", *MASK_PARTS)
+_NEW = "new in a PixelLM, initialised"
+_NEW_ROWS = "rows of the added tokens are drawn around the mean of the others"
 # The probe makes logits as large as a trained model's: a soft cap leaves small ones as they are.
 PROBE_LOGIT, PROBE_TOLERANCE, PROBE_ROUNDINGS, PROBE_TOKENS = 100.0, 1e-3, 10, 8
 FLASH_ATTENTION = "flash_attention_2"
@@ -77,41 +115,26 @@ class ModelOptions:
 
 
 @dataclass
-class LoadReport:
-    """Where every weight came from: names loaded, names new and why, names ignored and why."""
-
-    loaded: list[str] = field(default_factory=list)
-    fresh: dict[str, str] = field(default_factory=dict)
-    ignored: dict[str, str] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the run card: counts of what was loaded, and groups of the rest."""
-        return {"loaded": len(self.loaded), "fresh": _by_part(self.fresh), "ignored": _by_part(self.ignored)}
-
-    def table(self) -> str:
-        """Lines for a person."""
-        lines = [f"loaded   {len(self.loaded)} tensors"]
-        for title, groups in (("new", _by_part(self.fresh)), ("ignored", _by_part(self.ignored))):
-            lines += [f"{title:<8} {name}: {reason}" for name, reason in groups.items()]
-        return "\n".join(lines)
-
-
-def _by_part(reasons: dict[str, str]) -> dict[str, str]:
-    """Tensor names with a reason, gathered under the part they belong to."""
-    groups: dict[tuple[str, str], int] = {}
-    for name, reason in reasons.items():
-        part = name.split(".")[0]
-        groups[part, reason] = groups.get((part, reason), 0) + 1
-    return {f"{part} ({count})": reason for (part, reason), count in groups.items()}
-
-
-@dataclass
 class BuiltModel:
-    """A model in evaluation mode, the processor that belongs to it, and where the weights came from."""
+    """A model in evaluation mode, the processor that belongs to it, and where the weights came from.
+
+    published: what a published PixelLM held beside them, to be saved with the model; None for any other.
+    """
 
     model: PixelLMForCausalLM
     processor: PixelLMProcessor
     report: LoadReport
+    published: PublishedRest | None = None
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How a model is built, whatever it is built from."""
+
+    dtype: torch.dtype | None
+    attn_implementation: str
+    load_weights: bool
+    to_train: bool
 
 
 def build_model(
@@ -119,66 +142,171 @@ def build_model(
     vision_tower: str | None = None,
     options: ModelOptions | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     attn_implementation: str = "sdpa",
     load_weights: bool = True,
+    to_train: bool = False,
 ) -> BuiltModel:
     """Build from local folders.
 
     Args:
-        version: a PixelLM folder that we saved (to train on, or to enlarge), or a plain language model's folder.
-        vision_tower: a CLIP or SigLIP folder; needed beside a plain language model, and not with a PixelLM.
-        load_weights: False leaves the PixelLM's weights as initialised, for callers that load all of them themselves.
+        version: a PixelLM folder that we saved (to train on, or to enlarge), a published PixelLM, a LLaVA, or a plain
+            language model's folder; README.md lists all layouts.
+        vision_tower: a CLIP or SigLIP folder; needed where `version` holds no tower.
+        dtype: what weights are loaded into, read one by one; None leaves each in the type it is stored in, and what is
+            new in float32, for callers that choose themselves.
+        load_weights: False leaves the weights as initialised, for callers that load all of them themselves.
+        to_train: the fusion weights that a release holds constant become learned and start at those constants, unless
+            the options say otherwise.
 
     Raises:
         BuildError: a folder is missing or is not what is expected, tensors do not fit, or parts do not work together.
     """
     options = options or ModelOptions()
     folder = local_folder(version, "--version")
-    config = read_config(folder, "--version")
     if attn_implementation == FLASH_ATTENTION and not is_flash_attn_2_available():
         raise BuildError(
             f"--attn_implementation {FLASH_ATTENTION} needs the package flash-attn and a CUDA GPU, which are not here: "
             "install it, or choose sdpa"
         )
+    manner = _Manner(dtype, attn_implementation, load_weights, to_train)
     try:
-        if config.model_type == PixelLMConfig.model_type:
-            built = _continue_pixellm(folder, config, options, attn_implementation, load_weights)
-            if vision_tower:
-                built.report.ignored["--vision-tower"] = f"{folder} is a PixelLM, which has its own"
-        else:
-            built = _new_pixellm(folder, config, vision_tower, options, dtype, attn_implementation)
+        built = _build(folder, vision_tower, options, manner)
     except BuildError:
         raise
     except (ValueError, KeyError, ImportError) as error:
         raise BuildError(f"cannot build a PixelLM from {folder}: {first_sentence(error)}") from error
     check_groups(built.processor)
-    built.model.to(dtype).eval()
+    built.model.eval()
     return built
+
+
+def build_training_state(
+    weight: str,
+    version: str,
+    vision_tower: str | None,
+    options: ModelOptions | None = None,
+    *,
+    lora_alpha: float,
+    dtype: torch.dtype | None = torch.float32,
+) -> BuiltModel:
+    """Build what the original's training left: the PEFT-wrapped state of a published PixelLM, its LoRA merged.
+
+    Args:
+        weight: the file or folder with the state. version: the LLaVA it was trained over, for config and tokenizer.
+        vision_tower: the tower's folder, for its config.
+
+    Raises:
+        BuildError: as `build_model`.
+    """
+    folder = local_folder(version, "--version")
+    place = Path(weight).expanduser()
+    tensors, wrapped = unwrapped(stored_in(place))
+    config = read_json_config(folder)
+    if name := "model.embed_tokens.weight" if "model.embed_tokens.weight" in tensors else "":
+        config = {**config, "vocab_size": tensors[name].shape[0]}
+    checkpoint = Checkpoint(folder, PUBLISHED_PIXELLM, config, tensors, wrapped)
+    manner = _Manner(dtype, "sdpa", True, False)
+    try:
+        built = _released(checkpoint, vision_tower, options or ModelOptions(), manner, lora_alpha)
+    except BuildError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise BuildError(f"cannot build a PixelLM from {place}: {first_sentence(error)}") from error
+    check_groups(built.processor)
+    built.model.eval()
+    return built
+
+
+def is_released_training_state(weight: str) -> bool:
+    """Whether --weight is what the original's training left. BuildError for one of LISA, GSVA, GLaMM or Sa2VA."""
+    place = Path(weight).expanduser()
+    if not place.exists() or (
+        place.is_dir() and not any(place.glob("*.bin*")) and not any(place.glob("*.safetensors*"))
+    ):
+        return False
+    tensors, wrapped = unwrapped(stored_in(place))
+    if wrapped:
+        refuse_relatives(place, {}, tensors)
+    return wrapped and layout_of(tensors) is PUBLISHED_PIXELLM
+
+
+def _build(folder: Path, vision_tower: str | None, options: ModelOptions, manner: _Manner) -> BuiltModel:
+    checkpoint = recognise(folder)
+    if checkpoint.layout is OURS:
+        config = read_config(folder, "--version")
+        built = _continue_pixellm(folder, config, options, manner)
+        if vision_tower:
+            built.report.ignored["--vision-tower"] = f"{folder} is a PixelLM, which has its own"
+        return built
+    if checkpoint.layout is PUBLISHED_PIXELLM:
+        return _released(checkpoint, vision_tower, options, manner, lora_alpha_in(folder))
+    if checkpoint.layout in LLAVAS:
+        return _from_llava(checkpoint, vision_tower, options, manner)
+    return _from_language_model(checkpoint, vision_tower, options, manner)
+
+
+def _finish(
+    config: PixelLMConfig,
+    processor: PixelLMProcessor,
+    tensors: Stored,
+    origins: list[Origin],
+    may_lack: Mapping[str, str],
+    manner: _Manner,
+    rows: int,
+) -> BuiltModel:
+    """The model of a config, filled. rows: of the stored embedding table."""
+    if not manner.load_weights:
+        config._attn_implementation = manner.attn_implementation
+        model = PixelLMForCausalLM(config).to(manner.dtype or torch.float32)
+        return BuiltModel(model, processor, LoadReport())
+    model = empty_model(config, manner.attn_implementation)
+    report = fill(model, tensors, origins, dtype=manner.dtype, may_lack=may_lack, rows=rows)
+    if model.get_input_embeddings().num_embeddings > rows:
+        report.fresh["language_model.embeddings"] = _NEW_ROWS
+    return BuiltModel(model, processor, report)
 
 
 # --- a PixelLM that goes on ---------------------------------------------------------------------------------------
 
 
-def _continue_pixellm(
-    folder: Path, saved: PixelLMConfig, options: ModelOptions, attn_implementation: str, load_weights: bool
-) -> BuiltModel:
+def _continue_pixellm(folder: Path, saved: PixelLMConfig, options: ModelOptions, manner: _Manner) -> BuiltModel:
     processor = _changed_processor(_saved_processor(folder, saved), options)
+    rows = saved.text_config.vocab_size
     config = _changed_config(saved, processor, options)
-    config._attn_implementation = attn_implementation
-    model = PixelLMForCausalLM(config)
-    report = LoadReport()
-    if load_weights:
-        weights = read_weights(folder)
-        table = f"vision_tower.model.{POSITION_TABLE}"
-        if table in weights:
-            tower = model.vision_tower
-            weights[table] = resize_position_table(
-                weights[table], tower.grid_size, tower.num_class_tokens, config.position_resize
-            )
-        report = load_weights_into(model, weights, str(folder), new_parts=_new_parts(weights))
-    _fit_vocabulary(model, processor, report)
-    return BuiltModel(model, processor, report)
+    config.text_config.vocab_size = max(rows, rows_needed(processor.tokenizer))
+    if manner.to_train:
+        _learn_fusion(config, options)
+    tensors = stored_in(folder) if manner.load_weights else {}
+    if POSITION_TABLE in tensors:
+        tensors[POSITION_TABLE] = _on_the_grid(tensors, config)
+    may_lack = {
+        part: f"not in {folder}, initialised"
+        for part in MASK_PARTS
+        if not any(name.startswith(f"{part}.") for name in tensors)
+    }
+    built = _finish(config, processor, tensors, [Origin("", str(folder), advice=MISMATCH)], may_lack, manner, rows)
+    built.published = PublishedRest.load(folder)
+    built.report.layout = OURS.title
+    return built
+
+
+def _on_the_grid(tensors: Stored, config: PixelLMConfig) -> Any:
+    """The tower's stored position table, brought to the config's grid."""
+    table = tensors[POSITION_TABLE]
+    class_tokens = int(f"{TOWER}embeddings.class_embedding" in tensors)
+    grid, method = config.grid_size, config.position_resize
+    return table.made(
+        (class_tokens + grid**2, *table.shape[1:]),
+        lambda value: resize_position_table(value, grid, class_tokens, method),
+    )
+
+
+def _learn_fusion(config: PixelLMConfig, options: ModelOptions) -> None:
+    """What the release holds constant is learned in the paper's recipe, and starts at the release's constants."""
+    if config.position_resize == "release":  # the mark of the release's numerics
+        config.token_fusion = options.token_fusion or "learned"
+        config.scale_fusion = options.scale_fusion or "learned"
 
 
 def _saved_processor(folder: Path, saved: PixelLMConfig) -> PixelLMProcessor:
@@ -223,12 +351,6 @@ def _token_ids(processor: PixelLMProcessor) -> dict[str, Any]:
     return {"seg_token_ids": list(processor.seg_token_ids), "image_token_id": processor.image_token_id}
 
 
-def _new_parts(weights: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    """Parts that a folder may lack altogether: a base that only ever learned words has no mask parts."""
-    present = {name.split(".")[0] for name in weights}
-    return tuple(part for part in MASK_PARTS if part not in present)
-
-
 def load_weights_into(
     model: nn.Module, weights: dict[str, torch.Tensor], source: str, new_parts: Iterable[str] = ()
 ) -> LoadReport:
@@ -241,65 +363,190 @@ def load_weights_into(
         BuildError: a tensor is missing, superfluous, of another shape, or not finite; the sentence names it.
     """
     own = model.state_dict()
-    new_parts = tuple(new_parts)
-    missing = [
-        name for name in own if name not in weights and not name.startswith(tuple(f"{part}." for part in new_parts))
-    ]
-    tied = {name for name in missing if _is_tied(model, name, weights)}
-    missing = [name for name in missing if name not in tied]
-    unexpected = [name for name in weights if name not in own]
-    shapes = [name for name, value in weights.items() if name in own and own[name].shape != value.shape]
-    broken = [
-        name for name, value in weights.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
-    mismatch = "the checkpoint and the flags that shape the model do not match"
-    for names, problem, advice in (
-        (shapes, "has another shape than this model", mismatch),
-        (missing, "is missing", mismatch),
-        (unexpected, "is not part of this model", mismatch),
-        (broken, "holds values that are not finite", "take a checkpoint from before that"),
-    ):
-        if names:
-            detail = ""
-            if names is shapes:
-                detail = f" (found {list(weights[names[0]].shape)}, expected {list(own[names[0]].shape)})"
-            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-            raise BuildError(f"{source}: tensor {names[0]!r} {problem}{detail}{more}: {advice}")
+    optional = tuple(f"{part}." for part in new_parts)
+    lacking = [name for name in own if name not in weights]
+    tied = {name for name in lacking if _is_tied(own, name, weights)}
+    refuse_mismatch(
+        [Origin("", source, advice=MISMATCH)],
+        {name: (value.shape, own[name].shape) for name, value in weights.items() if name in own},
+        [name for name in lacking if name not in tied and not (optional and name.startswith(optional))],
+        [(name, name) for name in weights if name not in own],
+    )
+    for name, value in weights.items():
+        if not all_finite(value):
+            raise BuildError(
+                f"{source}: tensor {name!r} holds values that are not finite: take a checkpoint from before that"
+            )
     model.load_state_dict(weights, strict=False)
     report = LoadReport(loaded=list(weights))
-    report.fresh = {name: f"not in {source}, initialised" for name in own if name not in weights and name not in tied}
+    report.fresh = {name: f"not in {source}, initialised" for name in lacking if name not in tied}
     return report
 
 
-def _is_tied(model: nn.Module, name: str, weights: dict[str, torch.Tensor]) -> bool:
+def _is_tied(own: dict[str, torch.Tensor], name: str, weights: dict[str, torch.Tensor]) -> bool:
     """Whether a tensor that a file leaves out is the same storage as one it holds."""
-    own = model.state_dict()
     return any(other in weights and own[other].data_ptr() == own[name].data_ptr() for other in own if other != name)
+
+
+# --- a published PixelLM ------------------------------------------------------------------------------------------
+
+
+def _released(
+    checkpoint: Checkpoint, vision_tower: str | None, options: ModelOptions, manner: _Manner, lora_alpha: float
+) -> BuiltModel:
+    """A published PixelLM, or the training state of one, with the release's numerics."""
+    folder, raw = checkpoint.folder, checkpoint.config
+    place = f"--version {folder}"
+    if not raw:
+        raise BuildError(
+            f"{folder} holds {checkpoint.title} and no config.json that can be read: copy config and tokenizer beside "
+            "it, or hand the file to merge_lora_weights_and_save_hf_model.py with --weight"
+        )
+    if not vision_tower:
+        named = raw.get("mm_vision_tower") or raw.get("vision_tower")
+        raise BuildError(
+            f"{folder} is {checkpoint.title}, which needs its vision tower beside it (its config names {named!r}): "
+            "give the tower's folder with --vision-tower"
+        )
+    found = sort_published(folder, checkpoint.tensors, lora_alpha)
+    tower = stand_alone_tower(vision_tower)
+    if found.tower:
+        tower.tensors, tower.origin = found.tower, Origin(TOWER, place)
+    tokenizer = load_tokenizer(folder)
+    rows = _stored_rows(found, raw)
+    per_scale = prepare_release_tokenizer(tokenizer, rows, options.tokens_per_scale, place)
+    processor, config = _release_numerics(tokenizer, per_scale, raw, tower, options)
+    vision_config, eye = resized(tower, config.image_size, config.position_resize)
+    config.vision_config = vision_config
+    if manner.to_train:
+        _learn_fusion(config, options)
+    origins = [tower.origin, Origin("", place, advice="copy the model again")]
+    why = (
+        "a number in the release's code, kept"
+        if config.token_fusion == "constant"
+        else "starts at the release's number"
+    )
+    may_lack = dict.fromkeys(RELEASE_CONSTANTS, why)
+    built = _finish(config, processor, {**found.model, **eye}, origins, may_lack, manner, rows)
+    merged = f", LoRA of {found.lora_layers} layers merged with alpha {lora_alpha:g}" if found.lora_layers else ""
+    built.report.layout = f"{checkpoint.title}{merged}; release numerics"
+    built.report.ignored |= {**found.ignored, **tower.ignored}
+    built.published = PublishedRest({n: t.read().clone() for n, t in found.unused.items()}, small_files(folder))
+    return built
+
+
+def _stored_rows(found: PublishedTensors, raw: Mapping[str, Any]) -> int:
+    """Rows of the embedding table, which must be as many as the config says; filling compares them."""
+    table = found.model.get(TABLE)
+    return int(raw.get("vocab_size") or (table.shape[0] if table is not None else 0))
+
+
+def _release_numerics(
+    tokenizer: Any, per_scale: int, raw: Mapping[str, Any], tower: Part, options: ModelOptions
+) -> tuple[PixelLMProcessor, PixelLMConfig]:
+    """Processor and config with which a published PixelLM gives its published numbers; BuildError where options differ
+    in what its weights fix."""
+    dims = {name: value for name, value in tower.config.to_dict().items() if name != "model_type"}
+    ids = [tokenizer.convert_tokens_to_ids(f"[SEG{number}]") for number in range(2 * per_scale)]
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    release = config_from_release(raw, dims, seg_token_ids=ids, image_token_id=image_id)
+    chosen = options.chosen(PixelLMConfig)
+    for name in ("num_scales", "embedding_dim", "decoder_depth", "decoder_num_heads", "decoder_mlp_dim"):
+        if name in chosen and chosen[name] != getattr(release, name):
+            raise BuildError(
+                f"{name} is asked to be {chosen[name]}, but a published PixelLM has {getattr(release, name)}: "
+                "leave it out"
+            )
+    config = config_from_release(raw, dims, seg_token_ids=ids, image_token_id=image_id, **chosen)
+    settings = {
+        "image_mean": RELEASE_IMAGE_MEAN,
+        "image_std": RELEASE_IMAGE_STD,
+        "pad_before_normalize": False,
+        **options.chosen(PixelLMProcessor),
+    }
+    shared = ("image_size", "patch_size", "image_token_pool", "num_scales", "tokens_per_scale")
+    settings |= {name: getattr(config, name) for name in shared}
+    return PixelLMProcessor(tokenizer, **settings), config
 
 
 # --- a new PixelLM ------------------------------------------------------------------------------------------------
 
 
-def _new_pixellm(
-    folder: Path,
-    text_config: PretrainedConfig,
-    vision_tower: str | None,
-    options: ModelOptions,
-    dtype: torch.dtype,
-    attn_implementation: str,
+def _from_llava(checkpoint: Checkpoint, vision_tower: str | None, options: ModelOptions, manner: _Manner) -> BuiltModel:
+    folder = checkpoint.folder
+    made = llava(checkpoint)
+    tower, not_taken = tower_of(made, vision_tower, folder, checkpoint.title)
+    may_lack = dict.fromkeys(MASK_PARTS, _NEW)
+    if not made.projector:
+        may_lack["projector"] = f"new: {made.why_new}"
+    built = _assembled(folder, made.language, tower, made.projector, may_lack, options, manner)
+    built.report.layout = checkpoint.title
+    if not_taken:
+        built.report.ignored["--vision-tower"] = not_taken
+    return built
+
+
+def _from_language_model(
+    checkpoint: Checkpoint, vision_tower: str | None, options: ModelOptions, manner: _Manner
 ) -> BuiltModel:
+    folder = checkpoint.folder
+    try:
+        config = read_config(folder, "--version")
+    except BuildError as error:
+        if checkpoint.tensors:
+            raise BuildError(f"{error}; {describe_unknown(checkpoint.tensors)}") from error
+        raise
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = f"; {describe_unknown(checkpoint.tensors)}" if checkpoint.tensors else ""
+        raise BuildError(f"--version {folder} is of type {config.model_type!r}: expected a language model{near}")
     if not vision_tower:
         raise BuildError(
-            f"{folder} is a plain language model ({text_config.model_type}): --vision-tower is needed beside it"
+            f"{folder} is a plain language model ({config.model_type}): --vision-tower is needed beside it"
         )
-    if text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise BuildError(f"--version {folder} is of type {text_config.model_type!r}: expected a language model")
-    tower_folder = local_folder(vision_tower, "--vision-tower")
-    loading: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-    language_model, unused = load_whole(AutoModelForCausalLM, folder, "--version", text_config, **loading)
-    vision_model, unused_in_tower = load_vision_model(tower_folder, options.image_size, **loading)
-    vision_config = vision_model.config
+    tower = stand_alone_tower(vision_tower)
+    if config.model_type not in KNOWN_LANGUAGE_MODELS:
+        return _around_unknown(folder, config, tower, options, manner)
+    if not checkpoint.tensors:
+        stored_in(folder)
+    language = plain_language_model(checkpoint, config)
+    built = _assembled(folder, language, tower, {}, dict.fromkeys(NEW_PARTS, _NEW), options, manner)
+    built.report.layout = f"{checkpoint.title} ({config.model_type})"
+    return built
+
+
+def _assembled(
+    folder: Path,
+    language: Part,
+    tower: Part,
+    projector: Stored,
+    may_lack: Mapping[str, str],
+    options: ModelOptions,
+    manner: _Manner,
+) -> BuiltModel:
+    """A new PixelLM over a language model and a tower."""
+    vision_config, eye = resized(tower, options.image_size or tower.config.image_size, "standard")
     tokenizer = load_tokenizer(folder)
+    rows = language.config.vocab_size
+    if len(tokenizer) > rows:
+        name = language.origin.theirs(TABLE)
+        raise BuildError(
+            f"{language.origin.place}: tensor {name!r} has {rows} rows, but the tokenizer beside it {len(tokenizer)} "
+            "tokens: they are not of one model, copy both from one place"
+        )
+    processor, fields = _new_processor(tokenizer, vision_config, options)
+    language.config.vocab_size = max(rows, len(tokenizer))
+    config = PixelLMConfig(text_config=language.config, vision_config=vision_config, **fields)
+    tensors = {**language.tensors, **eye, **projector}
+    origins = [language.origin, tower.origin, Origin("", str(folder))]
+    built = _finish(config, processor, tensors, origins, may_lack, manner, rows)
+    built.report.ignored |= {**language.ignored, **tower.ignored}
+    return built
+
+
+def _new_processor(
+    tokenizer: Any, vision_config: PretrainedConfig, options: ModelOptions
+) -> tuple[PixelLMProcessor, dict[str, Any]]:
+    """The processor of a new PixelLM, and the fields of its config beside those of its parts."""
     chosen = {**_default_counts(), **options.chosen(PixelLMConfig)}
     chosen.update(image_size=vision_config.image_size, **_grid_defaults(options, vision_config, chosen["num_scales"]))
     num_scales, tokens_per_scale = chosen["num_scales"], chosen["tokens_per_scale"]
@@ -315,25 +562,45 @@ def _new_pixellm(
             "tokens_per_scale": tokens_per_scale,
         },
     )
-    config = PixelLMConfig(
-        text_config=language_model.config, vision_config=vision_config, **{**chosen, **_token_ids(processor)}
+    return processor, {**chosen, **_token_ids(processor)}
+
+
+def _around_unknown(
+    folder: Path, text: PretrainedConfig, tower: Part, options: ModelOptions, manner: _Manner
+) -> BuiltModel:
+    """A new PixelLM over a language model of a kind that we only know through transformers, once it is probed."""
+    vision_config, eye = resized(tower, options.image_size or tower.config.image_size, "standard")
+    language_model, unused = load_whole(
+        AutoModelForCausalLM,
+        folder,
+        "--version",
+        text,
+        dtype="auto" if manner.dtype is None else manner.dtype,
+        attn_implementation=manner.attn_implementation,
     )
-    config._attn_implementation = attn_implementation
-    model = PixelLMForCausalLM(config, language_model=language_model, vision_model=vision_model)
+    processor, fields = _new_processor(load_tokenizer(folder), vision_config, options)
+    config = PixelLMConfig(text_config=language_model.config, vision_config=vision_config, **fields)
+    config._attn_implementation = manner.attn_implementation
+    model = PixelLMForCausalLM(config, language_model=language_model)
     probe_language_model(model)
-    report = LoadReport(
-        ignored={
-            **dict.fromkeys(unused, f"in {folder}, not part of its language model"),
-            **dict.fromkeys(unused_in_tower, f"in {tower_folder}, not part of its vision tower"),
-        }
+    load_weights_into(
+        model.vision_tower.model,
+        {name.removeprefix(TOWER): stored.read() for name, stored in eye.items()},
+        tower.origin.place,
     )
+    report = LoadReport(layout=f"a language model of another kind ({text.model_type}), its logits compared")
+    report.ignored = {**dict.fromkeys(unused, f"in {folder}, not part of its language model"), **tower.ignored}
     for name in model.state_dict():
-        if name.startswith(("language_model.", "vision_tower.")):
+        if name.startswith((LANGUAGE, TOWER)):
             report.loaded.append(name)
         else:
-            report.fresh[name] = "new in a PixelLM, initialised"
-    _fit_vocabulary(model, processor, report)
-    return BuiltModel(model, processor, report)
+            report.fresh[name] = _NEW
+    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
+        with quiet_transformers():
+            model.language_model.resize_token_embeddings(len(processor.tokenizer))
+        model.config.text_config = model.language_model.config
+        report.fresh["language_model.embeddings"] = _NEW_ROWS
+    return BuiltModel(model.to(manner.dtype) if manner.dtype else model, processor, report)
 
 
 def _default_counts() -> dict[str, int]:
@@ -352,35 +619,6 @@ def _grid_defaults(options: ModelOptions, vision_config: PretrainedConfig, num_s
         last, step = -2, 9  # the release reads hidden states -2 and -11 of 24 layers
         layers = [max(last - scale * step, -depth) for scale in range(num_scales)]
     return {"image_token_pool": pool, "vision_feature_layers": layers}
-
-
-def load_vision_model(
-    folder: Path, image_size: int | None, dtype: torch.dtype, attn_implementation: str
-) -> tuple[PreTrainedModel, list[str]]:
-    """A CLIP or SigLIP tower from its folder, its position table brought to pictures of `image_size`.
-
-    Returns:
-        The tower, and the names of tensors in the folder that are not part of it.
-    """
-    config = read_config(folder, "--vision-tower")
-    config = getattr(config, "vision_config", config)
-    if config.model_type not in SUPPORTED_TOWERS:
-        raise BuildError(
-            f"--vision-tower {folder} is of type {config.model_type!r}: expected one of {', '.join(SUPPORTED_TOWERS)}"
-        )
-    implementation = "eager" if attn_implementation == "eager" else "sdpa"
-    native, unused = load_whole(AutoModel, folder, "--vision-tower", config, dtype, implementation)
-    if image_size is None or image_size == config.image_size:
-        return native, unused
-    enlarged_config = type(config).from_dict({**config.to_dict(), "image_size": image_size})
-    enlarged = AutoModel.from_config(enlarged_config, attn_implementation=implementation)
-    weights = native.state_dict()
-    class_tokens = int(hasattr(native.embeddings, "class_embedding"))
-    weights[POSITION_TABLE] = resize_position_table(
-        weights[POSITION_TABLE], image_size // config.patch_size, class_tokens, method="standard"
-    )
-    enlarged.load_state_dict(weights)
-    return enlarged, unused
 
 
 @torch.no_grad()
@@ -428,16 +666,6 @@ def _probe_difference(model: PixelLMForCausalLM) -> float:
         return (head(states).float() - model.language_model(ids).logits.float()).abs().max().item()
     finally:
         louder.remove()
-
-
-def _fit_vocabulary(model: PixelLMForCausalLM, processor: PixelLMProcessor, report: LoadReport) -> None:
-    """Give every token of the tokenizer a row; some models have more rows than tokens already."""
-    if len(processor.tokenizer) <= model.get_input_embeddings().num_embeddings:
-        return
-    with quiet_transformers():
-        model.language_model.resize_token_embeddings(len(processor.tokenizer))
-    model.config.text_config = model.language_model.config
-    report.fresh["language_model.embeddings"] = "rows of the added tokens are drawn around the mean of the others"
 
 
 # --- what trains --------------------------------------------------------------------------------------------------
@@ -526,10 +754,12 @@ def save_model(
     folder: str | Path,
     max_shard_size: str = "5GB",
     left_out: tuple[str, ...] = (),
+    published: PublishedRest | None = None,
 ) -> None:
     """One Hugging Face folder: safetensors, config, processor, and the code that both need.
 
     Args:
+        published: what a published PixelLM held beside, kept with the model.
         left_out: parts whose weights are not written, such as `MASK_PARTS` of a base that only ever learned words: they
             are new when it is trained on.
     """
@@ -543,3 +773,5 @@ def save_model(
         save_original_format=False,
     )
     processor.save_pretrained(folder)
+    if published is not None:
+        published.save(Path(folder))

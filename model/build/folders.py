@@ -1,6 +1,5 @@
 """What stands in a folder on disk: configs, weights, tokenizers, whole transformers models, or one sentence why not."""
 
-import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -65,31 +63,6 @@ def read_config(folder: Path, flag: str) -> PretrainedConfig:
         ) from error
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder of safetensors, whole or sharded."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BuildError(f"{index} is not an index of weights: copy the folder again") from error
-    weights: dict[str, torch.Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise BuildError(
-                f"{path} is missing: the folder must hold all safetensors files that its config or index names"
-            )
-        try:
-            weights.update(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise BuildError(
-                f"{path} is not a whole safetensors file ({first_sentence(error)}): copy it again"
-            ) from error
-    return weights
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder."""
     try:
@@ -101,7 +74,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_whole(
-    auto_class: Any, folder: Path, flag: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
+    auto_class: Any,
+    folder: Path,
+    flag: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | str,
+    attn_implementation: str,
 ) -> tuple[PreTrainedModel, list[str]]:
     """A transformers model with all of its tensors.
 
