@@ -62,7 +62,13 @@ from .published import (
     small_files,
     sort_published,
 )
-from .released_checkpoints import RELEASE_CONSTANTS, RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD, config_from_release
+from .released_checkpoints import (
+    RELEASE_CONSTANTS,
+    RELEASE_IMAGE_MEAN,
+    RELEASE_IMAGE_STD,
+    config_from_release,
+    name_in_pixellm,
+)
 from .tensor_files import Stored, all_finite, stored_in
 
 # Language models whose states and head we know to be all there is between tokens and logits; others are probed.
@@ -420,7 +426,7 @@ def _released(
     config.vision_config = vision_config
     if manner.to_train:
         _learn_fusion(config, options)
-    origins = [tower.origin, Origin("", place, advice="copy the model again")]
+    origins = [tower.origin, Origin("", place, lambda name: name_in_pixellm(name) or name)]
     why = (
         "a number in the release's code, kept"
         if config.token_fusion == "constant"
