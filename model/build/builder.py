@@ -77,6 +77,7 @@ KNOWN_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 MASK_PARTS = ("mask_projector", "codebook", "pixel_decoder")
 NEW_PARTS = ("projector", *MASK_PARTS)
 _NEW = "new in a PixelLM, initialised"
+_WIDER = "half of its hidden units, as ours has twice LLaVA's; multiplied by zeros, they change nothing at first"
 _NEW_ROWS = "rows of the added tokens are drawn around the mean of the others"
 # The probe makes logits as large as a trained model's: a soft cap leaves small ones as they are.
 PROBE_LOGIT, PROBE_TOLERANCE, PROBE_ROUNDINGS, PROBE_TOKENS = 100.0, 1e-3, 10, 8
@@ -270,6 +271,11 @@ def _finish(
     report = fill(model, tensors, origins, dtype=manner.dtype, may_lack=may_lack, rows=rows)
     if model.get_input_embeddings().num_embeddings > rows:
         report.fresh["language_model.embeddings"] = _NEW_ROWS
+    if manner.to_train:
+        # Random Fourier features lose what they are for in 16 bits, whatever type they were saved in.
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.float()
     return BuiltModel(model, processor, report)
 
 
@@ -487,6 +493,8 @@ def _from_llava(checkpoint: Checkpoint, vision_tower: str | None, options: Model
         may_lack["projector"] = f"new: {made.why_new}"
     built = _assembled(folder, made.language, tower, made.projector, may_lack, options, manner)
     built.report.layout = checkpoint.title
+    if made.projector:
+        built.report.fresh["projector.hidden_units"] = _WIDER
     if not_taken:
         built.report.ignored["--vision-tower"] = not_taken
     return built

@@ -108,7 +108,7 @@ def write_published(built: BuiltModel, folder: str | Path, max_shard_size: str =
         BuildError: the model has numbers that the original code has otherwise, all of which are told, or the folder
             cannot be written.
     """
-    unlike = differences_from_release(built.model, built.processor)
+    unlike = differences_from_release(built.model, built.processor, built.published)
     if unlike:
         raise BuildError(
             "the original code would give other results, because it has these numbers fixed: "

@@ -5,7 +5,6 @@ stands in `published/` of our folder, so that it can be given back unchanged.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_pixellm import PixelLMConfig
 from ..modeling_pixellm import PixelLMForCausalLM
-from ..processing_pixellm import IMAGE_TOKEN, PixelLMProcessor, seg_token_names
+from ..processing_pixellm import IMAGE_TOKEN, PixelLMProcessor
 from .bases import TOWER, TOWER_NAMES, sort_out
 from .folders import BuildError, first_sentence
 from .layouts import ADAPTER_CONFIG
 from .released_checkpoints import (
     PIXELLM_UNUSED,
+    RELEASE_COARSE_LAYER,
     RELEASE_CONSTANTS,
     RELEASE_DECODER,
     RELEASE_FINE_LAYER,
@@ -29,6 +29,7 @@ from .released_checkpoints import (
     RELEASE_IMAGE_STD,
     RELEASE_IMAGE_TOKEN_POOL,
     RELEASE_NUM_SCALES,
+    RELEASE_SIDE,
     RELEASE_TOKENS_PER_SCALE,
     TEXT_FIELDS,
     matches,
@@ -223,9 +224,14 @@ def rows_needed(tokenizer: Any) -> int:
 # --- out ----------------------------------------------------------------------------------------------------------
 
 
-def differences_from_release(model: PixelLMForCausalLM, processor: PixelLMProcessor) -> list[str]:
-    """Every number in which a model differs from what the original code has fixed, "name: found, expected"."""
-    config = model.config
+def differences_from_release(
+    model: PixelLMForCausalLM, processor: PixelLMProcessor, rest: PublishedRest | None
+) -> list[str]:
+    """Every number in which a model differs from what the original code has fixed, "name: found, expected".
+
+    rest: what was kept of the published folder it came from, whose config may have chosen some of them.
+    """
+    config, kept = model.config, _kept_config(rest)
     group = RELEASE_NUM_SCALES * config.tokens_per_scale
     settings: dict[str, tuple[Any, Any]] = {
         "language model": (config.text_config.model_type, "llama"),
@@ -233,7 +239,11 @@ def differences_from_release(model: PixelLMForCausalLM, processor: PixelLMProces
         "num_scales": (config.num_scales, RELEASE_NUM_SCALES),
         "image_token_pool": (config.image_token_pool, RELEASE_IMAGE_TOKEN_POOL),
         "position_resize": (config.position_resize, "release"),
-        "vision_feature_layers (the last)": (config.vision_feature_layers[-1], RELEASE_FINE_LAYER),
+        "image_size": (config.image_size, kept.get("resize_vision_tower_size") or RELEASE_SIDE),
+        "vision_feature_layers": (
+            list(config.vision_feature_layers),
+            [kept.get("mm_vision_select_layer", RELEASE_COARSE_LAYER), RELEASE_FINE_LAYER],
+        ),
         "image_mean": (list(processor.image_mean), list(RELEASE_IMAGE_MEAN)),
         "image_std": (list(processor.image_std), list(RELEASE_IMAGE_STD)),
         "pad_before_normalize": (processor.pad_before_normalize, False),
@@ -347,12 +357,9 @@ def published_config(
         "use_mm_proj": True,
         "vision_tower_for_mask": True,
     }
-    kept: Mapping[str, Any] = {}
-    if rest is not None and "config.json" in rest.files:
-        kept = json.loads(rest.files["config.json"])
-    return {**fields, **kept, "vocab_size": rows}
+    return {**fields, **_kept_config(rest), "vocab_size": rows, "torch_dtype": fields["torch_dtype"]}
 
 
-def seg_names(config: PixelLMConfig) -> list[str]:
-    """The seg tokens in order, for the person who gives the published folder to the original code."""
-    return seg_token_names(config.num_scales, config.tokens_per_scale)
+def _kept_config(rest: PublishedRest | None) -> dict[str, Any]:
+    """The config.json that came with a published PixelLM; {} for a model that did not come from one."""
+    return json.loads(rest.files["config.json"]) if rest is not None and "config.json" in rest.files else {}

@@ -21,6 +21,7 @@ from model.build.export import write_folder, write_published
 from model.build.published import unused_shapes
 from model.build.released_checkpoints import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
 from model.build.tensor_files import stored_in
+from model.predictor import ModelFolderError, Predictor
 from tests.unit import released_folders as folders
 from tests.unit.tiny_batches import ONE, make_batch, total_loss
 from tools import convert_checkpoint
@@ -148,6 +149,25 @@ def test_it_trains_on_under_our_recipe(published: Path, eye: str, tmp_path: Path
         assert built.processor.image_mean == list(RELEASE_IMAGE_MEAN)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_training_keeps_the_stored_types_and_whole_buffers(kind: torch.dtype, eye: str, tmp_path: Path) -> None:
+    """The training script then gives every tensor the type it trains or rests in."""
+
+    def in_kind(tensors: folders.Tensors) -> None:
+        tensors.update({name: value.to(kind) for name, value in tensors.items()})
+
+    folders.write_published(tmp_path, change=in_kind)
+    built = build_model(str(tmp_path), eye, dtype=None, to_train=True)
+    kinds = {name: parameter.dtype for name, parameter in built.model.named_parameters()}
+    assert kinds["language_model.lm_head.weight"] == kind
+    assert kinds["codebook.token_weights"] == torch.float32
+    assert {buffer.dtype for buffer in built.model.buffers()} == {torch.float32, torch.int64}
+    released = build_model(str(tmp_path), eye, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in released.model.parameters()} == {torch.bfloat16}
+    assert released.model.codebook.token_weights[0, 0].item() == 0.1669921875  # fact M1
+    assert released.model.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def train_a_step(built: BuiltModel) -> None:
     choose_trainable(built.model, TrainingRecipe(lora_r=2, lora_dropout=0))
     for name, parameter in built.model.named_parameters():
@@ -201,6 +221,11 @@ def test_the_tower_comes_from_its_flag_or_not_at_all(published: Path) -> None:
     assert explain(error.value) is not None
 
 
+def test_chat_says_that_it_has_to_be_converted(published: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"type 'llava'.*convert a published PixelLM with tools/convert_check"):
+        Predictor.from_pretrained(published, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -244,6 +269,29 @@ def test_a_tokenizer_that_lost_its_added_tokens_gets_them_again(published: Path,
     first, second = build_model(str(published), eye), build_model(str(tmp_path), eye)
     assert first.processor.seg_token_ids == second.processor.seg_token_ids == list(range(560, 566))
     assert torch.equal(outputs(first), outputs(second))
+
+
+def test_a_sentencepiece_tokenizer_as_it_was_published(eye: str, tmp_path: Path) -> None:
+    """tokenizer.model and the list of added tokens, as the original saves them; they come back unchanged."""
+    tensors = folders.write_published(tmp_path / "theirs")
+    for file in (tmp_path / "theirs").glob("*token*"):
+        file.unlink()
+    added = [*(f"[SEG{number}]" for number in range(6)), "<im_start>", "<im_end>"]
+    files = {
+        "tokenizer.model": (folders.FIXTURES / "tokenizer.model").read_bytes(),
+        "added_tokens.json": json.dumps({name: folders.PIECES + n for n, name in enumerate(added)}).encode(),
+        "tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer", "model_max_length": 512}',
+    }
+    for name, content in files.items():
+        (tmp_path / "theirs" / name).write_bytes(content)
+    built = build_model(str(tmp_path / "theirs"), eye)
+    assert built.processor.seg_token_ids == list(range(560, 566))
+    write_folder(built, tmp_path / "ours")
+    again = build_model(str(tmp_path / "ours"))
+    assert torch.equal(outputs(again), outputs(built))
+    write_published(again, tmp_path / "back")
+    assert all((tmp_path / "back" / name).read_bytes() == content for name, content in files.items())
+    same(read(tmp_path / "back"), tensors)
 
 
 def test_options_against_what_its_weights_fix(published: Path, eye: str) -> None:
