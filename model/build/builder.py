@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ from .published import (
     PublishedRest,
     PublishedTensors,
     lora_alpha_in,
+    merged_lora,
     prepare_release_tokenizer,
     rows_needed,
     small_files,
@@ -215,7 +216,7 @@ def build_training_state(
     checkpoint = Checkpoint(folder, PUBLISHED_PIXELLM, config, tensors, wrapped)
     manner = _Manner(dtype, "sdpa", True, False)
     try:
-        built = _released(checkpoint, vision_tower, options or ModelOptions(), manner, lora_alpha)
+        built = _released(checkpoint, f"--weight {weight}", vision_tower, options or ModelOptions(), manner, lora_alpha)
     except BuildError:
         raise
     except (ValueError, KeyError) as error:
@@ -247,7 +248,7 @@ def _build(folder: Path, vision_tower: str | None, options: ModelOptions, manner
             built.report.ignored["--vision-tower"] = f"{folder} is a PixelLM, which has its own"
         return built
     if checkpoint.layout is PUBLISHED_PIXELLM:
-        return _released(checkpoint, vision_tower, options, manner, lora_alpha_in(folder))
+        return _released(checkpoint, f"--version {folder}", vision_tower, options, manner, lora_alpha_in(folder))
     if checkpoint.layout in LLAVAS:
         return _from_llava(checkpoint, vision_tower, options, manner)
     return _from_language_model(checkpoint, vision_tower, options, manner)
@@ -404,23 +405,30 @@ def _is_tied(own: dict[str, torch.Tensor], name: str, weights: dict[str, torch.T
 
 
 def _released(
-    checkpoint: Checkpoint, vision_tower: str | None, options: ModelOptions, manner: _Manner, lora_alpha: float
+    checkpoint: Checkpoint,
+    place: str,
+    vision_tower: str | None,
+    options: ModelOptions,
+    manner: _Manner,
+    lora_alpha: float,
 ) -> BuiltModel:
-    """A published PixelLM, or the training state of one, with the release's numerics."""
+    """A published PixelLM, or the training state of one, with the release's numerics.
+
+    place: where its tensors are, as a flag names it; config and tokenizer are in the checkpoint's folder.
+    """
     folder, raw = checkpoint.folder, checkpoint.config
-    place = f"--version {folder}"
     if not raw:
         raise BuildError(
-            f"{folder} holds {checkpoint.title} and no config.json that can be read: copy config and tokenizer beside "
+            f"{place} holds {checkpoint.title} and no config.json that can be read: copy config and tokenizer beside "
             "it, or hand the file to merge_lora_weights_and_save_hf_model.py with --weight"
         )
     if not vision_tower:
         named = raw.get("mm_vision_tower") or raw.get("vision_tower")
         raise BuildError(
-            f"{folder} is {checkpoint.title}, which needs its vision tower beside it (its config names {named!r}): "
+            f"{place} is {checkpoint.title}, which needs its vision tower beside it (its config names {named!r}): "
             "give the tower's folder with --vision-tower"
         )
-    found = sort_published(folder, checkpoint.tensors, lora_alpha)
+    found = sort_published(place, checkpoint.tensors, lora_alpha)
     tower = stand_alone_tower(vision_tower)
     if found.tower:
         tower.tensors, tower.origin = found.tower, Origin(TOWER, place)
@@ -486,13 +494,14 @@ def _release_numerics(
 
 def _from_llava(checkpoint: Checkpoint, vision_tower: str | None, options: ModelOptions, manner: _Manner) -> BuiltModel:
     folder = checkpoint.folder
-    made = llava(checkpoint)
+    tensors, layers = merged_lora(str(folder), checkpoint.tensors, lora_alpha_in(folder))
+    made = llava(replace(checkpoint, tensors=tensors))
     tower, not_taken = tower_of(made, vision_tower, folder, checkpoint.title)
     may_lack = dict.fromkeys(MASK_PARTS, _NEW)
     if not made.projector:
         may_lack["projector"] = f"new: {made.why_new}"
     built = _assembled(folder, made.language, tower, made.projector, may_lack, options, manner)
-    built.report.layout = checkpoint.title
+    built.report.layout = f"{checkpoint.title}, LoRA of {layers} layers merged" if layers else checkpoint.title
     if made.projector:
         built.report.fresh["projector.hidden_units"] = _WIDER
     if not_taken:

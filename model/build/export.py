@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 
 from .builder import BuildError, BuiltModel, TrainingRecipe, inject_lora, load_weights_into, merge_lora, save_model
-from .published import differences_from_release, published_config, published_state
+from .published import REST_FOLDER, differences_from_release, published_config, published_state
 from .tensor_files import INDEX_NAMES, WHOLE_NAMES, as_dict, stored_in, weight_files
 
 LATEST = "latest"
@@ -164,6 +164,8 @@ def _write_whole(folder: str | Path, save: Callable[[Path], None]) -> None:
             for pattern in _WEIGHT_FILES:
                 for old in target.glob(pattern):
                     old.unlink()
+            if (target / REST_FOLDER).is_dir():
+                shutil.rmtree(target / REST_FOLDER)
             # safetensors leaves files that only their owner may read; the folder says who else may.
             readable = target.stat().st_mode & 0o666
             for written in Path(scratch).rglob("*"):

@@ -80,7 +80,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         if (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file():
             return _sentencepiece_tokenizer(folder)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with quiet_transformers():  # it warns of every config.json of a kind that it does not know
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except BuildError:
         raise
     except Exception as error:  # the tokenizers library raises Exception itself

@@ -21,7 +21,7 @@ class LoadReport:
         return {
             "layout": self.layout,
             "loaded": len(self.loaded),
-            "loaded_parts": list(self._loaded_parts()),
+            "loaded_parts": self._loaded_parts(),
             "fresh": _by_part(self.fresh),
             "ignored": _by_part(self.ignored),
         }
@@ -29,14 +29,14 @@ class LoadReport:
     def table(self) -> str:
         """Lines for a person: what was recognised, loaded, new and why, ignored and why."""
         lines = [f"layout   {self.layout}"] if self.layout else []
-        lines.append(f"loaded   {len(self.loaded)} tensors")
-        lines += [f"loaded   {part}" for part in self._loaded_parts()]
+        parts = ", ".join(self._loaded_parts())
+        lines.append(f"loaded   {len(self.loaded)} tensors" + (f": {parts}" if parts else ""))
         for title, groups in (("new", _by_part(self.fresh)), ("ignored", _by_part(self.ignored))):
             lines += [f"{title:<8} {name}: {reason}" for name, reason in groups.items()]
         return "\n".join(lines)
 
-    def _loaded_parts(self) -> dict[str, str]:
-        return _by_part(dict.fromkeys(self.loaded, ""))
+    def _loaded_parts(self) -> list[str]:
+        return list(_by_part(dict.fromkeys(self.loaded, "")))
 
 
 def _by_part(reasons: dict[str, str]) -> dict[str, str]:

@@ -116,7 +116,7 @@ class PublishedTensors:
         return dict.fromkeys(self.unused, _KEPT)
 
 
-def sort_published(place: Path, tensors: Stored, lora_alpha: float) -> PublishedTensors:
+def sort_published(place: str, tensors: Stored, lora_alpha: float) -> PublishedTensors:
     """A published PixelLM's tensors, sorted; BuildError that names one that no published PixelLM holds.
 
     lora_alpha: with which the LoRA among them, if there is any, was trained.
@@ -143,7 +143,7 @@ def sort_published(place: Path, tensors: Stored, lora_alpha: float) -> Published
     return PublishedTensors(model, found, unused, layers)
 
 
-def merged_lora(place: Path, tensors: Stored, lora_alpha: float) -> tuple[Stored, int]:
+def merged_lora(place: str, tensors: Stored, lora_alpha: float) -> tuple[Stored, int]:
     """Tensors with the LoRA among them added when they are read, and to how many layers. BuildError for half a pair."""
     layers = [name.removesuffix(_LORA_A) for name in tensors if name.endswith(_LORA_A)]
     plain = {

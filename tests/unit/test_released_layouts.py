@@ -97,6 +97,50 @@ def test_a_tower_inside_a_first_published_llava_is_taken(eye: str, tmp_path: Pat
     assert "only the config" in built.report.table()
 
 
+def test_lora_around_a_llava_is_merged(eye: str, tmp_path: Path) -> None:
+    tensors = folders.write_llava(tmp_path, "1.5", "pytorch_model.bin")
+    layer = "model.layers.1.self_attn.q_proj"
+    low, high = torch.randn(2, folders.WIDTH), torch.randn(folders.WIDTH, 2)
+    wrapped = {f"base_model.model.{name}": value for name, value in tensors.items()}
+    wrapped |= {f"base_model.model.{layer}.lora_{part}.default.weight": m for part, m in (("A", low), ("B", high))}
+    folders.write_weights(wrapped, tmp_path, "pytorch_model.bin")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6}))
+    built = build_model(str(tmp_path), eye, small())
+    expected = tensors[f"{layer}.weight"] + 6 / 2 * high @ low
+    torch.testing.assert_close(built.model.state_dict()[f"language_model.{layer}.weight"], expected)
+    assert "PEFT-wrapped" in built.report.layout and "LoRA of 1 layers merged" in built.report.layout
+    del wrapped[f"base_model.model.{layer}.lora_B.default.weight"]
+    folders.write_weights(wrapped, tmp_path, "pytorch_model.bin")
+    with pytest.raises(BuildError, match=rf"tensor '{layer}.lora_B.default.weight' is missing, to which"):
+        build_model(str(tmp_path), eye, small())
+
+
+SPOILT = [
+    ("lacking", lambda t, name: t.pop(name), "'{name}' is missing"),
+    ("renamed", lambda t, name: t.update({f"{name}s": t.pop(name)}), "'{name}' is missing"),
+    ("reshaped", lambda t, name: t.update({name: torch.ones(3)}), r"'{name}' has another shape .*found \[3\]"),
+    ("nan", lambda t, name: t[name].view(-1)[-1:].fill_(torch.inf), "'{name}' holds values that are not finite"),
+]
+
+
+@pytest.mark.parametrize("layout", LLAVAS)
+@pytest.mark.parametrize(("how", "change", "said"), SPOILT, ids=[how for how, *_ in SPOILT])
+def test_a_broken_llava_names_its_own_tensor(
+    layout: str, how: str, change: Any, said: str, eye: str, tmp_path: Path
+) -> None:
+    tensors = folders.write_llava(tmp_path, layout, "model.safetensors")
+    names = [name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight")]
+    if layout in IN_TRANSFORMERS:
+        names += [name for name in tensors if name.endswith("encoder.layers.3.mlp.fc1.weight")]
+    for name in names:
+        spoilt = {other: value.clone() for other, value in tensors.items()}
+        change(spoilt, name)
+        folders.write_weights(spoilt, tmp_path, "model.safetensors")
+        with pytest.raises(BuildError, match=said.format(name=name)) as error:
+            build_model(str(tmp_path), None if layout in IN_TRANSFORMERS else eye, small())
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
 def test_a_llava_names_the_tower_it_needs(eye: str, tmp_path: Path) -> None:
     folders.write_llava(tmp_path, "1.5", "pytorch_model.bin")
     with pytest.raises(BuildError, match=r"whose vision tower \(its config names 'openai/clip-vit'\) stands apart"):

@@ -307,6 +307,8 @@ def test_the_originals_training_state_is_merged(eye: str, tmp_path: Path) -> Non
     folders.write_llava(tmp_path / "llava", "v1", "pytorch_model.bin")
     flags = [f"--version={tmp_path / 'llava'}", f"--vision-tower={eye}", f"--save_path={tmp_path / 'ours'}"]
     flags += [f"--weight={tmp_path / 'run' / 'pytorch_model.bin'}", "--precision=fp32"]
+    with pytest.raises(BuildError, match=r"--weight .*pytorch_model.bin is the PEFT-wrapped .* needs its vision tower"):
+        merge.main([flag for flag in flags if "vision-tower" not in flag])
     assert merge.main(flags) == 0
     own = build_model(str(tmp_path / "ours")).model.state_dict()
     prefix = "base_model.model."
