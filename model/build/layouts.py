@@ -48,7 +48,7 @@ OURS = Layout(
 )
 PUBLISHED_PIXELLM = Layout(
     "a published PixelLM",
-    ("model.mask_decoder.*", "model.text_hidden_fcs.*", "model.image_feature_neck.*"),
+    ("model.mask_decoder.*",),
     (
         *_WORDS,
         "model.mm_projector.0.weight",

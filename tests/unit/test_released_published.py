@@ -19,7 +19,13 @@ from model.build.builder import (
 )
 from model.build.export import write_folder, write_published
 from model.build.published import unused_shapes
-from model.build.released_checkpoints import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
+from model.build.released_checkpoints import (
+    CLIP_POSITION_TABLE,
+    RELEASE_CONSTANTS,
+    RELEASE_IMAGE_MEAN,
+    RELEASE_IMAGE_STD,
+    state_dict_from_release,
+)
 from model.build.tensor_files import stored_in
 from model.predictor import ModelFolderError, Predictor
 from tests.unit import released_folders as folders
@@ -100,6 +106,18 @@ def test_release_numerics_are_chosen_and_saved(published: Path, eye: str, tmp_pa
     # transformers leaves tensors where they lie in the file, and sums depend on that in their last bits.
     unlike = outputs(BuiltModel(loaded, again.processor, again.report)) - outputs(built)
     assert unlike.abs().max() <= 1e-5 * outputs(built).abs().max()
+
+
+def test_the_folder_gives_what_the_golden_numbers_were_checked_with(published: Path, eye: str) -> None:
+    """The tests of golden numbers fill a model by `state_dict_from_release`; this is the same model."""
+    built = build_model(str(published), eye)
+    clip = read(Path(eye))
+    expected = state_dict_from_release(read(published), clip, built.model.config)
+    own = dict(built.model.state_dict())
+    same({name: value for name, value in own.items() if name not in RELEASE_CONSTANTS}, expected)
+    # The table has grown by the release's way of resizing, from 24 x 24 patches to 32 x 32.
+    assert len(clip[CLIP_POSITION_TABLE]) == 1 + 24**2
+    assert len(own["vision_tower.model.embeddings.position_embedding.weight"]) == 1 + 32**2
 
 
 def test_nothing_is_random_and_all_is_said(published: Path, eye: str) -> None:
