@@ -31,6 +31,10 @@ PROBE_LOGIT, PROBE_TOLERANCE, PROBE_ROUNDINGS, PROBE_TOKENS = 100.0, 1e-3, 10, 8
 
 
 def from_llava(checkpoint: Checkpoint, vision_tower: str | None, options: ModelOptions, manner: Manner) -> BuiltModel:
+    """A PixelLM over a LLaVA in any of its layouts; vision_tower as in `builder.build_model`.
+
+    Raises BuildError where the tower is needed and absent, or tensors do not fit.
+    """
     folder = checkpoint.folder
     tensors, layers = merged_lora(str(folder), checkpoint.tensors, lora_alpha_in(folder))
     made = llava(replace(checkpoint, tensors=tensors))
@@ -50,6 +54,10 @@ def from_llava(checkpoint: Checkpoint, vision_tower: str | None, options: ModelO
 def from_language_model(
     checkpoint: Checkpoint, vision_tower: str | None, options: ModelOptions, manner: Manner
 ) -> BuiltModel:
+    """A PixelLM over a plain language model; vision_tower as in `builder.build_model`.
+
+    Raises BuildError where the folder holds no language model that can be read, or the tower is absent.
+    """
     folder = checkpoint.folder
     try:
         config = read_config(folder, "--version")
