@@ -8,9 +8,16 @@ from pathlib import Path
 
 import torch
 
-from model.build.builder import MASK_PARTS, ModelOptions, build_model
+from model.build.builder import (
+    MASK_PARTS,
+    BuiltModel,
+    ModelOptions,
+    build_model,
+    build_training_state,
+    is_released_training_state,
+)
 from model.build.export import fill_and_merge, lora_of, read_trained_weights, write_folder
-from utils.arguments import model_options, parse_merge, trained_with
+from utils.arguments import MergeArguments, TrainArguments, model_options, parse_merge, trained_with
 from utils.engine.run_card import RUN_CARD, find_run_card
 from utils.scripts import UserError, note, run_script
 
@@ -20,23 +27,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main(argv: list[str] | None = None) -> int:
     """Merge as the command line and the run card say; returns the exit status."""
     asked = parse_merge(argv)
-    weights = read_trained_weights(asked.weight)
     card = find_run_card(Path(asked.weight))
     if card is None:
         note(f"no {RUN_CARD} near --weight {asked.weight}: what the flags leave out has its default")
     args = trained_with(asked, card)
+    tower, options = args.vision_tower or None, ModelOptions(**model_options(args))
+    if is_released_training_state(asked.weight):
+        built = build_training_state(asked.weight, args.version, tower, options, lora_alpha=args.lora_alpha)
+        note(built.report.table())
+        return save(built, asked, args, built.report.layout)
+    weights = read_trained_weights(asked.weight)
     lora = lora_of(weights, asked.weight)
     if lora is not None and "lora_r" in asked.given and asked.lora_r != lora[0]:
         raise UserError(f"--lora_r is {asked.lora_r}, but {asked.weight} holds LoRA of rank {lora[0]}: leave it out")
-    built = build_model(
-        args.version, args.vision_tower or None, ModelOptions(**model_options(args)), load_weights=False
-    )
+    built = build_model(args.version, tower, options, load_weights=False, to_train=True)
     layers = fill_and_merge(built, weights, asked.weight, args.lora_alpha)
+    return save(built, asked, args, f"LoRA of {layers} layers merged")
+
+
+def save(built: BuiltModel, asked: MergeArguments, args: TrainArguments, what: str) -> int:
+    """Write the folder in the precision that was asked for and say `what` was done; returns the exit status."""
     built.model.to(DTYPES[args.precision])
     # What a run without masks left as it was initialised is not worth keeping.
     write_folder(built, asked.save_path, asked.max_shard_size, () if args.train_mask_decoder else MASK_PARTS)
     size = sum(parameter.numel() for parameter in built.model.parameters())
-    print(f"{asked.save_path}: {size:,} parameters in {args.precision}, LoRA of {layers} layers merged")
+    print(f"{asked.save_path}: {size:,} parameters in {args.precision}, {what}")
     return 0
 
 

@@ -76,7 +76,15 @@ def main(argv: list[str] | None = None) -> None:
 def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
     """The model with what trains chosen, in the run's precision, and the names of those parameters."""
     options = ModelOptions(**model_options(args))
-    built = build_model(args.version, args.vision_tower or None, options, attn_implementation=args.attn_implementation)
+    # As stored: `to_precision` then gives every tensor the type it trains or rests in.
+    built = build_model(
+        args.version,
+        args.vision_tower or None,
+        options,
+        dtype=None,
+        attn_implementation=args.attn_implementation,
+        to_train=True,
+    )
     note(built.report.table())
     recipe = TrainingRecipe(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingRecipe)})
     trained = choose_trainable(built.model, recipe)

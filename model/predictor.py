@@ -7,6 +7,7 @@
 Axes: B pictures, C conversations, T tokens, Q targets of one answer, H W pixels of the picture itself.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from .configuration_pixellm import PixelLMConfig
 from .geometry import restore_masks
 from .losses import IGNORE_TOKEN
 from .modeling_pixellm import TOWER_KEY, PixelLMForCausalLM
@@ -70,6 +72,15 @@ class ModelFolderError(ValueError):
     user_message = True
 
 
+def _model_type(config: Path) -> str | None:
+    """What a config.json says the model is; None where it says nothing that can be read."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("model_type") if isinstance(content, dict) else None
+
+
 class Predictor:
     """A model and its processor, asked in words. Not safe to share between threads.
 
@@ -103,6 +114,12 @@ class Predictor:
             raise ModelFolderError(
                 f"{folder} holds no config.json, so it is no saved model; give the folder that "
                 "merge_lora_weights_and_save_hf_model.py wrote"
+            )
+        kind = _model_type(Path(folder) / "config.json")
+        if kind not in (None, PixelLMConfig.model_type):
+            raise ModelFolderError(
+                f"{folder} holds a model of type {kind!r}, not a PixelLM saved by this project; convert a published "
+                "PixelLM with tools/convert_checkpoint.py, or train on another model with train_ds.py"
             )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

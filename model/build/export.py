@@ -3,22 +3,20 @@
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .builder import BuildError, BuiltModel, TrainingRecipe, inject_lora, load_weights_into, merge_lora, save_model
+from .published import REST_FOLDER, differences_from_release, published_config, published_state
+from .tensor_files import INDEX_NAMES, WHOLE_NAMES, as_dict, stored_in, weight_files
 
-# The names under which DeepSpeed, the plain engine and transformers leave weights in a folder; an index comes first.
-INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WHOLE_NAMES = ("model.safetensors", "pytorch_model.bin")
 LATEST = "latest"
 _LORA_A = re.compile(r"\.(?P<layer>[^.]+)\.lora_A\.")
 _WEIGHT_FILES = (
@@ -42,15 +40,11 @@ def read_trained_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """
     place = Path(path).expanduser()
     if place.is_file():
-        return _read_file(place)
+        return as_dict(stored_in(place))
     if not place.is_dir():
         raise BuildError(f"--weight {path} does not exist: give the file or folder that zero_to_fp32.py wrote")
-    for index in (place / name for name in INDEX_NAMES):
-        if index.is_file():
-            return _read_shards(index)
-    for whole in (place / name for name in WHOLE_NAMES):
-        if whole.is_file():
-            return _read_file(whole)
+    if weight_files(place) is not None:
+        return as_dict(stored_in(place))
     tag = place / LATEST
     if tag.is_file() and (inside := place / tag.read_text(encoding="utf-8").strip()) != place and inside.is_dir():
         if any((inside / name).is_file() for name in (*INDEX_NAMES, *WHOLE_NAMES)):
@@ -62,34 +56,6 @@ def read_trained_weights(path: str | Path) -> dict[str, torch.Tensor]:
     raise BuildError(
         f"--weight {path} holds no weights: expected {', '.join(WHOLE_NAMES)} or one of their shard indices in it"
     )
-
-
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        weights = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-        )
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BuildError(f"{path} is not a whole file of weights ({reason}): export or copy it again") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise BuildError(f"{path} does not hold tensors by name: expected a state dict, as zero_to_fp32.py writes it")
-    return weights
-
-
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BuildError(f"{index} is not an index of weights: copy the folder again") from error
-    weights: dict[str, torch.Tensor] = {}
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise BuildError(f"{index} names the shard {name!r}, which is not beside it: copy all of the folder")
-        weights |= _read_file(index.parent / name)
-    return weights
 
 
 def lora_of(weights: dict[str, torch.Tensor], source: str) -> tuple[int, str] | None:
@@ -125,22 +91,87 @@ def write_folder(
     Weights of an earlier export in `folder` are replaced. left_out: as in `save_model`. Raises BuildError when there is
     no space or no permission.
     """
+
+    def save(scratch: Path) -> None:
+        save_model(built.model, built.processor, scratch, max_shard_size, left_out, built.published)
+
+    _write_whole(folder, save)
+
+
+def write_published(built: BuiltModel, folder: str | Path, max_shard_size: str = "5GB") -> list[str]:
+    """Save a model in the layout in which PixelLM was published, without its vision tower.
+
+    Returns:
+        Sentences about what the reader of the folder should know.
+
+    Raises:
+        BuildError: the model has numbers that the original code has otherwise, all of which are told, or the folder
+            cannot be written.
+    """
+    unlike = differences_from_release(built.model, built.processor, built.published)
+    if unlike:
+        raise BuildError(
+            "the original code would give other results, because it has these numbers fixed: "
+            f"{'; '.join(unlike)}. Train with --token_fusion constant --scale_fusion constant from a published PixelLM"
+        )
+    state, made_up = published_state(built.model, built.published)
+    rows = len(state["model.embed_tokens.weight"])
+    config = published_config(built.model.config, built.processor, built.published, rows, built.model.dtype)
+
+    def save(scratch: Path) -> None:
+        _save_shards(state, scratch, max_shard_size)
+        _save_tokenizer(built, scratch)
+        (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    _write_whole(folder, save)
+    said = ["the vision tower is not in it: the original code takes it from --vision-tower"]
+    if made_up:
+        said.append(f"{len(made_up)} tensors that no number depends on were made up, such as {made_up[-1]}")
+    return said
+
+
+def _save_shards(state: dict[str, torch.Tensor], folder: Path, max_shard_size: str) -> None:
+    """pytorch_model.bin, whole or in shards with their index: what the original code's transformers reads."""
+    pattern = "pytorch_model{suffix}.bin"
+    split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        torch.save({name: state[name].contiguous().clone() for name in names}, folder / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _save_tokenizer(built: BuiltModel, folder: Path) -> None:
+    """The tokenizer's files as they were published, or our own."""
+    kept = built.published.files if built.published is not None else {}
+    if any(name.startswith("tokenizer") for name in kept):
+        for name, content in kept.items():
+            (folder / name).write_bytes(content)
+    else:
+        built.processor.tokenizer.save_pretrained(folder)
+
+
+def _write_whole(folder: str | Path, save: Callable[[Path], None]) -> None:
+    """Let `save` fill a new folder, and put what it wrote into `folder` when all of it is there."""
     target = Path(folder).expanduser()
     if target.exists() and not target.is_dir():
         raise BuildError(f"--save_path {folder} is a file: give a folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            save_model(built.model, built.processor, scratch, max_shard_size, left_out)
+            save(Path(scratch))
             target.mkdir(exist_ok=True)
             for pattern in _WEIGHT_FILES:
                 for old in target.glob(pattern):
                     old.unlink()
+            if (target / REST_FOLDER).is_dir():
+                shutil.rmtree(target / REST_FOLDER)
             # safetensors leaves files that only their owner may read; the folder says who else may.
             readable = target.stat().st_mode & 0o666
-            for written in Path(scratch).iterdir():
+            for written in Path(scratch).rglob("*"):
                 if written.is_file():
                     written.chmod(readable)
+            for written in Path(scratch).iterdir():
                 _replace(written, target / written.name)
     except (OSError, SafetensorError) as error:
         raise BuildError(_why_not_written(error, target)) from error

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AddedToken, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils import logging
 
 UNREADABLE = (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+
+SENTENCEPIECE = "tokenizer.model"
+_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 class BuildError(ValueError):
@@ -65,43 +68,67 @@ def read_config(folder: Path, flag: str) -> PretrainedConfig:
         ) from error
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder of safetensors, whole or sharded."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BuildError(f"{index} is not an index of weights: copy the folder again") from error
-    weights: dict[str, torch.Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise BuildError(
-                f"{path} is missing: the folder must hold all safetensors files that its config or index names"
-            )
-        try:
-            weights.update(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise BuildError(
-                f"{path} is not a whole safetensors file ({first_sentence(error)}): copy it again"
-            ) from error
-    return weights
-
-
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model's folder."""
+    """The tokenizer of a model's folder.
+
+    A sentencepiece model without a tokenizer.json beside it is read as Llama, LLaVA and PixelLM read it when they were
+    published; today's transformers would make other ids of leading spaces, or of every text.
+
+    Raises:
+        BuildError: there is none, or its files cannot be read or contradict each other.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file():
+            return _sentencepiece_tokenizer(folder)
+        with quiet_transformers():  # it warns of every config.json of a kind that it does not know
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except BuildError:
+        raise
     except Exception as error:  # the tokenizers library raises Exception itself
         raise BuildError(
             f"{folder} holds no tokenizer that can be read ({first_sentence(error)}): copy its files"
         ) from error
 
 
+def _sentencepiece_tokenizer(folder: Path) -> Any:
+    settings = _json(folder / "tokenizer_config.json")
+    special = {name: _content(settings.get(name)) or default for name, default in _SPECIAL_TOKENS.items()}
+    pad = _content(_json(folder / "special_tokens_map.json").get("pad_token") or settings.get("pad_token"))
+    tokenizer = SentencePieceBackend(
+        vocab_file=str(folder / SENTENCEPIECE),
+        legacy=settings.get("legacy", True) is not False,
+        **special,
+        **({"pad_token": pad} if pad else {}),
+    )
+    added = dict(_json(folder / "added_tokens.json"))
+    added |= {_content(entry): int(number) for number, entry in settings.get("added_tokens_decoder", {}).items()}
+    for content, number in sorted(added.items(), key=lambda item: item[1]):
+        if content not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(content, normalized=False, special=True)], special_tokens=True)
+        if tokenizer.convert_tokens_to_ids(content) != number:
+            raise BuildError(
+                f"{folder}: the added token {content!r} has the id {number} in its files, but "
+                f"{tokenizer.convert_tokens_to_ids(content)} after {SENTENCEPIECE}: copy all files from one place"
+            )
+    return tokenizer
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _content(entry: Any) -> Any:
+    """A special token, written as a text or as a record of one."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
 def load_whole(
-    auto_class: Any, folder: Path, flag: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
+    auto_class: Any,
+    folder: Path,
+    flag: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | str,
+    attn_implementation: str,
 ) -> tuple[PreTrainedModel, list[str]]:
     """A transformers model with all of its tensors.
 

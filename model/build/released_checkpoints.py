@@ -1,14 +1,14 @@
-"""Layouts others published: which of their tensors is which of ours, and which numerics they need.
+"""The released PixelLM (facts M, golden set): which of its tensors is which of ours, and which numerics it needs.
 
-So far the released PixelLM (facts M, golden set): its state dict without vision tower, and a stand-alone CLIP tower.
+What it holds: its state dict without vision tower. Beside it stands a CLIP tower of its own.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from ..configuration_pixellm import PixelLMConfig
 from ..vision_tower import resize_position_table
@@ -24,8 +24,11 @@ RELEASE_DECODER = {"decoder_depth": 2, "decoder_num_heads": 8, "decoder_mlp_dim"
 RELEASE_IMAGE_MEAN = (123.675, 116.28, 103.53)
 RELEASE_IMAGE_STD = (58.395, 57.12, 57.375)
 
-# Fields of a published config that mean the same in a Llama config of transformers.
-LLAMA_FIELDS = (
+# What its own constructor sets where a config leaves it out.
+RELEASE_SIDE, RELEASE_COARSE_LAYER, RELEASE_EMBEDDING_DIM, RELEASE_TOKENS_PER_SCALE = 448, -2, 256, 3
+
+# Fields of a published config that mean the same in a config of transformers' Llama (Mistral, Qwen2).
+TEXT_FIELDS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -42,48 +45,81 @@ LLAMA_FIELDS = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "head_dim",
+    "attention_bias",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
 )
 
-# Published name -> ours, first match wins; None: in the file, but no number of the model depends on it.
-PIXELLM_NAMES: tuple[tuple[str, str | None], ...] = (
-    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", None),
-    (r"(model\.(?:embed_tokens|norm|layers)\..*|lm_head\.weight)", r"language_model.\1"),
-    (r"model\.mm_projector\.(.*)", r"projector.layers.\1"),
-    (r"model\.out_mm_projector\.(.*)", r"mask_projector.layers.\1"),
-    (r"model\.text_hidden_fcs\.0\.(.*)", r"codebook.layers.\1"),
-    (r"model\.image_feature_neck\.(.*)", r"pixel_decoder.neck.\1"),
-    (r"model\.prompt_encoder\.no_mask_embed\.(.*)", r"pixel_decoder.no_mask_embed.\1"),
-    (r"model\.prompt_encoder\.(?:point_embeddings|not_a_point_embed|mask_downscaling)\..*", None),
-    (r"model\.prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", r"pixel_decoder.positions.0.frequencies"),
-    (r"model\.mask_decoder\.pe(\d+)\.positional_encoding_gaussian_matrix", r"pixel_decoder.positions.\1.frequencies"),
+# Published name <-> ours, first match wins in both directions; {} is a number, * what follows.
+PIXELLM_NAMES: tuple[tuple[str, str], ...] = (
+    ("model.embed_tokens.*", "language_model.model.embed_tokens.*"),
+    ("model.norm.*", "language_model.model.norm.*"),
+    ("model.layers.*", "language_model.model.layers.*"),
+    ("lm_head.weight", "language_model.lm_head.weight"),
+    ("model.mm_projector.*", "projector.layers.*"),
+    ("model.out_mm_projector.*", "mask_projector.layers.*"),
+    ("model.text_hidden_fcs.0.*", "codebook.layers.*"),
+    ("model.image_feature_neck.*", "pixel_decoder.neck.*"),
+    ("model.prompt_encoder.no_mask_embed.*", "pixel_decoder.no_mask_embed.*"),
+    ("model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", "pixel_decoder.positions.0.frequencies"),
+    ("model.mask_decoder.pe{}.positional_encoding_gaussian_matrix", "pixel_decoder.positions.{}.frequencies"),
     (
-        r"model\.mask_decoder\.transformer\.(\d+\.layers\.\d+\.mlp)\.lin1\.(.*)",
-        r"pixel_decoder.transformers.\1.layers.0.\2",
+        "model.mask_decoder.transformer.{}.layers.{}.mlp.lin1.*",
+        "pixel_decoder.transformers.{}.layers.{}.mlp.layers.0.*",
     ),
     (
-        r"model\.mask_decoder\.transformer\.(\d+\.layers\.\d+\.mlp)\.lin2\.(.*)",
-        r"pixel_decoder.transformers.\1.layers.1.\2",
+        "model.mask_decoder.transformer.{}.layers.{}.mlp.lin2.*",
+        "pixel_decoder.transformers.{}.layers.{}.mlp.layers.1.*",
     ),
-    (r"model\.mask_decoder\.transformer\.(.*)", r"pixel_decoder.transformers.\1"),
-    (r"model\.mask_decoder\.(iou_token|mask_tokens|level_embed|output_upscaling)\.(.*)", r"pixel_decoder.\1.\2"),
-    (r"model\.mask_decoder\.upsample_2x\.(.*)", r"pixel_decoder.map_upscaling.\1"),
-    (r"model\.mask_decoder\.output_hypernetworks_mlps\.(.*)", r"pixel_decoder.hypernetworks.\1"),
-    (r"model\.mask_decoder\.iou_prediction_head\.(.*)", r"pixel_decoder.iou_head.\1"),
+    ("model.mask_decoder.transformer.*", "pixel_decoder.transformers.*"),
+    ("model.mask_decoder.iou_token.*", "pixel_decoder.iou_token.*"),
+    ("model.mask_decoder.mask_tokens.*", "pixel_decoder.mask_tokens.*"),
+    ("model.mask_decoder.level_embed.*", "pixel_decoder.level_embed.*"),
+    ("model.mask_decoder.output_upscaling.*", "pixel_decoder.output_upscaling.*"),
+    ("model.mask_decoder.upsample_2x.*", "pixel_decoder.map_upscaling.*"),
+    ("model.mask_decoder.output_hypernetworks_mlps.*", "pixel_decoder.hypernetworks.*"),
+    ("model.mask_decoder.iou_prediction_head.*", "pixel_decoder.iou_head.*"),
 )
-CLIP_NAMES: tuple[tuple[str, str | None], ...] = (
-    (r"vision_model\.embeddings\.position_ids", None),
-    (r"vision_model\.(.*)", r"vision_tower.model.\1"),
+# In the file, but no number of the model depends on them: rotary tables, and prompts of points and masks.
+PIXELLM_UNUSED = (
+    "model.layers.{}.self_attn.rotary_emb.inv_freq",
+    "model.prompt_encoder.point_embeddings.*",
+    "model.prompt_encoder.not_a_point_embed.*",
+    "model.prompt_encoder.mask_downscaling.*",
 )
+# Of ours, what the release has as numbers in its code.
+RELEASE_CONSTANTS = ("codebook.token_weights", "pixel_decoder.scale_weights")
+CLIP_NAMES: tuple[tuple[str, str], ...] = (("vision_model.*", "vision_tower.model.*"),)
+CLIP_UNUSED = ("vision_model.embeddings.position_ids",)
 CLIP_POSITION_TABLE = "vision_model.embeddings.position_embedding.weight"
 CLIP_CLASS_TOKENS = 1
 
 
-def _translate(name: str, names: Sequence[tuple[str, str | None]], layout: str) -> str | None:
-    for pattern, ours in names:
-        found = re.fullmatch(pattern, name)
-        if found:
-            return None if ours is None else found.expand(ours)
-    raise ValueError(f"tensor {name!r} does not belong to {layout}; check that the checkpoint is one")
+def matches(pattern: str, name: str) -> tuple[str, ...] | None:
+    """What stands for the numbers and the rest of a name pattern, or None where the name does not fit it."""
+    expression = re.escape(pattern).replace(r"\{\}", r"(\d+)").replace(r"\*", r"(.+)")
+    found = re.fullmatch(expression, name)
+    return found.groups() if found else None
+
+
+def renamed(name: str, names: Iterable[tuple[str, str]]) -> str | None:
+    """A name translated by the first pair whose left pattern it fits; None where it fits none."""
+    for theirs, ours in names:
+        groups = matches(theirs, name)
+        if groups is not None:
+            return ours.replace("*", "{}").format(*groups)
+    return None
+
+
+def _translate(name: str, names: Sequence[tuple[str, str]], unused: Sequence[str], layout: str) -> str | None:
+    if any(matches(pattern, name) is not None for pattern in unused):
+        return None
+    found = renamed(name, names)
+    if found is None:
+        raise ValueError(f"tensor {name!r} does not belong to {layout}; check that the checkpoint is one")
+    return found
 
 
 def name_from_pixellm(published: str) -> str | None:
@@ -91,7 +127,12 @@ def name_from_pixellm(published: str) -> str | None:
 
     Raises ValueError for a name that no published PixelLM holds.
     """
-    return _translate(published, PIXELLM_NAMES, "a published PixelLM")
+    return _translate(published, PIXELLM_NAMES, PIXELLM_UNUSED, "a published PixelLM")
+
+
+def name_in_pixellm(own: str) -> str | None:
+    """The name a published PixelLM has for one of our tensors; None for what it does not hold."""
+    return renamed(own, [(ours, theirs) for theirs, ours in PIXELLM_NAMES])
 
 
 def name_from_clip(published: str) -> str | None:
@@ -99,7 +140,7 @@ def name_from_clip(published: str) -> str | None:
 
     Raises ValueError for a name that no such tower holds.
     """
-    return _translate(published, CLIP_NAMES, "a stand-alone CLIP vision tower")
+    return _translate(published, CLIP_NAMES, CLIP_UNUSED, "a stand-alone CLIP vision tower")
 
 
 def _renamed(tensors: Mapping[str, torch.Tensor], translate: Callable[[str], str | None]) -> dict[str, torch.Tensor]:
@@ -126,6 +167,13 @@ def state_dict_from_release(
     return {**_renamed(pixellm, name_from_pixellm), **_renamed(clip, name_from_clip)}
 
 
+def text_config(kind: str, published: Mapping[str, Any]) -> PretrainedConfig:
+    """The language model's own config in the config.json of a model that was made around it."""
+    return AutoConfig.for_model(
+        kind, **{field: published[field] for field in TEXT_FIELDS if published.get(field) is not None}
+    )
+
+
 def config_from_release(
     published: Mapping[str, Any],
     clip_dims: Mapping[str, Any],
@@ -143,26 +191,28 @@ def config_from_release(
         image_token_id: id that stands for the picture in our inputs; it is never embedded.
         overrides: fields of PixelLMConfig to set otherwise, such as `refinement_alpha`.
     """
-    side = published["resize_vision_tower_size"]
+    side = published.get("resize_vision_tower_size") or RELEASE_SIDE
     group = len(seg_token_ids)
     if group == 0 or group % RELEASE_NUM_SCALES:
         raise ValueError(
             f"{group} seg token ids were given; expected the same number for each of the release's "
             f"{RELEASE_NUM_SCALES} scales"
         )
-    text = {field: published[field] for field in LLAMA_FIELDS if published.get(field) is not None}
     vision = {**clip_dims, "image_size": side}
     fields: dict[str, Any] = {
-        "text_config": AutoConfig.for_model("llama", **text),
+        "text_config": text_config("llama", published),
         "vision_config": AutoConfig.for_model("clip_vision_model", **vision),
         "image_size": side,
-        "vision_feature_layers": [published["mm_vision_select_layer"], RELEASE_FINE_LAYER],
+        "vision_feature_layers": [
+            published.get("mm_vision_select_layer", RELEASE_COARSE_LAYER),
+            RELEASE_FINE_LAYER,
+        ],
         "image_token_pool": RELEASE_IMAGE_TOKEN_POOL,
         "num_scales": RELEASE_NUM_SCALES,
         "tokens_per_scale": group // RELEASE_NUM_SCALES,
         "seg_token_ids": list(seg_token_ids),
         "image_token_id": image_token_id,
-        "embedding_dim": published["out_dim"],
+        "embedding_dim": published.get("out_dim") or RELEASE_EMBEDDING_DIM,
         **RELEASE_DECODER,
         "token_fusion": "constant",
         "token_fusion_value": 1 / group,  # of all seg tokens, not of those of a scale (fact M1)

@@ -66,7 +66,7 @@ UP, PATCHES, FUSION = "model.layers.1.mlp.up_proj.weight", "embeddings.patch_emb
 def spoilt(name: str) -> list[tuple[Change, str]]:
     """Every way a file of weights can be spoilt, and what is said."""
     return [
-        (half("model.safetensors"), "incomplete metadata"),
+        (half("model.safetensors"), "is cut off: tensor"),
         (without("model.safetensors"), "model.safetensors"),
         (tensors(lambda t: t.pop(name)), rf"tensor '?{name}'? is missing"),
         (tensors(lambda t: t[name].view(-1)[:1].fill_(torch.nan)), rf"tensor '?{name}'? holds values that are not"),
@@ -99,7 +99,10 @@ IN_PIXELLM = [
     *CONFIGS,
     (tensors(lambda t: t.update({"sam.weight": torch.ones(1)})), "'sam.weight' is not part of this model"),
     (text("model.safetensors.index.json", "[]"), "not an index of weights"),
-    (text("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors is missing"),
+    (
+        text("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}'),
+        "b.safetensors., which is not beside it",
+    ),
     (without("processor_config.json"), "processor_config.json is missing"),
     (half("processor_config.json"), "processor .* cannot be read"),
     (edit("processor_config.json", image_size=64), "processor's image_size is 64, the model's 32"),

@@ -1,0 +1,306 @@
+"""Tensors in files, read one at a time: safetensors and PyTorch's own files, whole or in shards.
+
+Files are mapped into memory, so that what is read takes no memory of its own until it is copied or changed.
+"""
+
+import json
+import mmap
+import pickle
+import pickletools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .folders import BuildError, first_sentence
+
+# The names under which DeepSpeed, the plain engine and transformers leave weights in a folder; an index comes first.
+INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WHOLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+SAFETENSORS = ".safetensors"
+_SHARD_PATTERNS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+_LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
+_PIECE = 1 << 24  # numbers looked at together
+_TEXT_OPCODES = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"}
+_ARCHIVE, _PICKLE, _STORAGE = b"PK\x03\x04", b"\x80\x02", b"/data/"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    name: what the file calls it. place: the file. shape: of what `read` returns. read: reads it, or makes it of what is
+    read; the result may be a view of the file and must not be changed.
+    """
+
+    name: str
+    place: Path
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    def made(self, shape: Iterable[int], change: Callable[[torch.Tensor], torch.Tensor]) -> "StoredTensor":
+        """The same tensor, changed after it is read, which gives it `shape`."""
+        return StoredTensor(self.name, self.place, tuple(shape), lambda: change(self.read()))
+
+
+Stored = dict[str, StoredTensor]
+
+
+def weight_files(folder: Path) -> list[Path] | None:
+    """The files with a folder's weights, or None where it holds none.
+
+    Raises:
+        BuildError: an index cannot be read or names a file that is absent, or shards have no index.
+    """
+    for index in (folder / name for name in INDEX_NAMES):
+        if index.is_file():
+            return [index.parent / name for name in dict.fromkeys(_weight_map(index).values())]
+    for whole in (folder / name for name in WHOLE_NAMES):
+        if whole.is_file():
+            return [whole]
+    for pattern, index_name in zip(_SHARD_PATTERNS, INDEX_NAMES, strict=True):
+        if any(folder.glob(pattern)):
+            raise BuildError(f"{folder} holds shards of weights but no {index_name}: copy all of the folder")
+    return None
+
+
+def stored_in(place: Path) -> Stored:
+    """The tensors of a file, or of a folder's weight files, by the names they have there.
+
+    Raises:
+        BuildError: there are none, or a file is cut off, is not a file of tensors, or would run code when read.
+    """
+    if place.is_file():
+        return _file(place, ())
+    files = weight_files(place)
+    if files is None:
+        raise BuildError(
+            f"{place} holds no weights: expected {', '.join(WHOLE_NAMES)} or one of their shard indices in it"
+        )
+    expected: dict[Path, list[str]] = {file: [] for file in files}
+    for index in (place / name for name in INDEX_NAMES):
+        if index.is_file():
+            for name, shard in _weight_map(index).items():
+                expected[place / shard].append(name)
+            break
+    tensors: Stored = {}
+    for file, names in expected.items():
+        found = _file(file, names)
+        absent = [name for name in names if name not in found]
+        if absent:
+            raise BuildError(
+                f"tensor {absent[0]!r} is missing from {file}, where the index says it is: copy the folder again"
+            )
+        tensors |= found
+    return tensors
+
+
+def all_finite(value: torch.Tensor) -> bool:
+    """Whether every number is one, looked at in pieces: no mask of the whole is made."""
+    if not value.is_floating_point():
+        return True
+    return all(bool(piece.isfinite().all()) for piece in value.reshape(-1).split(_PIECE))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = set(found.values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BuildError(f"{index} is not an index of weights: copy the folder again") from error
+    for shard in sorted(shards, key=str):
+        name = str(shard)
+        if Path(name).name != name or not (index.parent / name).is_file():
+            first = next(tensor for tensor, file in found.items() if file == shard)
+            raise BuildError(
+                f"{index} names the shard {name!r}, which is not beside it (tensor {first!r} is in it): "
+                "copy all of the folder"
+            )
+    return found
+
+
+def _file(path: Path, expected: Iterable[str]) -> Stored:
+    return _safetensors(path) if path.suffix == SAFETENSORS else _pytorch(path, list(expected))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Turn what the readers raise for a file that is not whole into one sentence."""
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        if isinstance(error, BuildError):
+            raise
+        raise BuildError(
+            f"{path} is not a whole file of weights ({first_sentence(error)[:200]}): export or copy it again"
+        ) from error
+
+
+def _cut_off(path: Path, name: str) -> NoReturn:
+    raise BuildError(f"{path} is cut off: tensor {name!r} is not whole in it; copy it again")
+
+
+# --- safetensors --------------------------------------------------------------------------------------------------
+
+
+def _safetensors(path: Path) -> Stored:
+    with _whole(path):
+        _check_end(path)
+        with safe_open(path, framework="pt") as opened:
+            names = list(opened.keys())
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+    return {name: StoredTensor(name, path, shapes[name], _reader(path, name)) for name in names}
+
+
+def _reader(path: Path, name: str) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        with _whole(path), safe_open(path, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    return read
+
+
+def _check_end(path: Path) -> None:
+    """BuildError that names the first tensor which lies beyond the end of the file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        size = path.stat().st_size - _LENGTH_BYTES
+        if length > size:
+            raise ValueError("its header is cut off")
+        header = json.loads(file.read(length))
+    for name, entry in sorted(header.items(), key=lambda item: str(item[0])):
+        if name != "__metadata__" and entry["data_offsets"][1] > size - length:
+            _cut_off(path, name)
+
+
+# --- PyTorch's own files ------------------------------------------------------------------------------------------
+
+
+def _pytorch(path: Path, expected: list[str]) -> Stored:
+    mapped = is_zipfile(path)
+    if not mapped and (name := _first_lost(path, expected)):
+        _cut_off(path, name)
+    weights = _load(path, mapped)
+    if mapped:
+        return {name: StoredTensor(name, path, tuple(value.shape), _holder(value)) for name, value in weights.items()}
+    # Files of old PyTorch cannot be mapped: they are read whole, and again when their tensors are asked for.
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    del weights
+    cache = _LastRead(path)
+    return {name: StoredTensor(name, path, shape, cache.reader(name)) for name, shape in shapes.items()}
+
+
+def _holder(value: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: value
+
+
+class _LastRead:
+    """What a file that cannot be mapped holds, kept until all of its tensors were read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def reader(self, name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            if name not in self._weights:
+                self._weights = _load(self._path, mapped=False)
+            return self._weights.pop(name)
+
+        return read
+
+
+def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
+    try:
+        with _whole(path):
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except BuildError as error:
+        code = _asked_for(path, error.__cause__)
+        if code is None:
+            raise
+        raise BuildError(
+            f"{path} is not a whole file of weights and nothing else: it asks for {code}, which could run code, and "
+            "was refused unread; take safetensors, or a file that holds tensors only"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise BuildError(f"{path} does not hold tensors by name: expected a state dict, as zero_to_fp32.py writes it")
+    return weights
+
+
+def _asked_for(path: Path, error: BaseException | None) -> str | None:
+    """What a refused pickle wanted to call; None for a file that is merely broken."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return found.group(1) if found else _first_global(path)
+
+
+def _first_global(path: Path) -> str | None:
+    """The first thing that a bare pickle calls, read off its opcodes."""
+    texts: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in _TEXT_OPCODES:
+                    texts.append(str(argument))
+                elif opcode.name in {"GLOBAL", "INST"}:
+                    return str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL":
+                    return ".".join(texts[-2:])
+    except (ValueError, IndexError, UnicodeDecodeError):
+        return None
+    return None
+
+
+def _first_lost(path: Path, expected: list[str]) -> str | None:
+    """The first tensor that a cut-off archive lost, as far as it can be told; None where the file is no archive.
+
+    Nothing is unpickled: the names are read off the opcodes.
+    """
+    if path.stat().st_size == 0:
+        return expected[0] if expected else None
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[: len(_ARCHIVE)] != _ARCHIVE:
+            return None
+        names = _names_in_pickle(content[:_PIECE]) or expected
+        # A storage is whole when another record follows it.
+        whole, at = -1, content.find(_STORAGE)
+        while at >= 0:
+            whole, at = whole + 1, content.find(_STORAGE, at + 1)
+    return names[max(0, min(whole, len(names) - 1))] if names else None
+
+
+def _names_in_pickle(archive: bytes) -> list[str]:
+    """Names of an archive's tensors in the order of their storages.
+
+    A tensor is pickled as its name and then ("storage", its type, its key, its device, its length).
+    """
+    names: list[str] = []
+    texts: list[str] = []
+    memo: dict[int, str] = {}
+    was_text = False
+    try:
+        for opcode, argument, _ in pickletools.genops(archive[archive.find(_PICKLE) :]):
+            if opcode.name in _TEXT_OPCODES:
+                texts.append(str(argument))
+            elif opcode.name in {"BINPUT", "LONG_BINPUT"} and was_text:
+                memo[int(str(argument))] = texts[-1]
+            elif opcode.name in {"BINGET", "LONG_BINGET"} and argument in memo:
+                texts.append(memo[argument])
+            elif opcode.name == "BINPERSID" and len(texts) > 3:
+                names.append(texts[-4])
+            was_text = opcode.name in _TEXT_OPCODES
+    except (ValueError, IndexError, UnicodeDecodeError):
+        return names  # the pickle itself is cut off
+    return names
+
+
+def as_dict(tensors: Stored) -> dict[str, Any]:
+    """All tensors at once, as copies where they would change the file's mapping; for callers that want a state dict."""
+    return {name: stored.read() for name, stored in tensors.items()}
