@@ -24,7 +24,7 @@ from .tiny import embeddings_of, without_marks, word_id
 # the left (-1 to 1), for the same word, for any name in the text.
 NAME, CENTRE, PLACE, SIZE, LEFTMOST, SAME_WORD, ANY_NAME = 5.0, 12.0, 20.0, 5.0, 6.0, 6.0, 6.0
 # How far off, in places, a shape is looked for in a direction. How many words back one looks for what to look for.
-A_STEP, WINDOW = 0.7, 4
+A_STEP, WINDOW = 0.7, 5
 # What other patches are worth beside a centre. How much of each word of a name the first token answers to: a shape that
 # bears both words of a name outdoes it, a shape that bears one does not.
 # The first token's say, beside that of one shape, where shapes are counted.

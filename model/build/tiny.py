@@ -36,7 +36,7 @@ EMBEDDING_STRENGTH, MLP_SHARE, SCORING_SHARE = 8.0, 0.3, 0.06
 NUM_MARKS, MARK = 2, 15.0
 # How a language model's heads look back: how strongly, what they look for as distances with the share they pass on, and
 # the slowest rotation, in radians per word, that tells a word from its neighbour.
-BACK_STRENGTH, LOOKS_BACK, SLOWEST_TO_TELL_NEIGHBOURS = 14.0, {1: 2.0, 2: 1.4, 3: 1.4}, 0.05
+BACK_STRENGTH, LOOKS_BACK, SLOWEST_TO_TELL_NEIGHBOURS = 14.0, {1: 2.0, 2: 1.4, 3: 1.4, 4: 1.4}, 0.05
 ROTARY_BASE = 1e6
 # How image tokens learn their words: a word that is there scores about 10 above one that is not.
 SCORE_SHARPNESS, SUM_WEIGHT = 8.0, 4.0
@@ -174,7 +174,7 @@ def balance_residuals(language_model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def look_back(model: PixelLMForCausalLM, name_ids: Sequence[int] = ()) -> None:
-    """Start heads of the language model's first layer looking at the words one, two, three back; the others stay free.
+    """Start heads of the language model's first layer looking at the words one to four back; the others stay free.
 
     To copy a list, or to look up what a picture shows beside a name, a word must know those before it, and learning to
     look back is what this waits for. Query and key of such a head read the words' mark, the query turned back by the

@@ -195,7 +195,7 @@ def test_counts_and_exclusions_mean_what_they_say() -> None:
 def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
     """Places follow a name, or lead it in what is reasoned about; what is read off begins with what was asked for."""
     named = rf"((?:{'|'.join(COLOURS)}) (?:{'|'.join(FORMS)}))"
-    pointer, told = re.compile(rf"{named} r(\d+) c(\d+)\b"), re.compile(rf"r(\d+) c(\d+) {named}")
+    pointer, told = re.compile(rf"{named} c(\d+) r(\d+)\b"), re.compile(rf"c(\d+) r(\d+) {named}")
     by_column, by_row = re.compile(rf"c(\d+) {named} r(\d+)\b"), re.compile(rf"r(\d+) {named} c(\d+)\b")
     checked = Counter[str]()
     for number, scene in enumerate(scenes):
@@ -205,8 +205,8 @@ def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
                 found = [(name, int(c), int(r)) for c, name, r in by_column.findall(answer)]
                 found += [(name, int(c), int(r)) for r, name, c in by_row.findall(answer)]
             else:
-                found = [(name, int(c), int(r)) for name, r, c in pointer.findall(answer)]
-                found += [(name, int(c), int(r)) for r, c, name in told.findall(answer)]
+                found = [(name, int(c), int(r)) for name, c, r in pointer.findall(answer)]
+                found += [(name, int(c), int(r)) for c, r, name in told.findall(answer)]
             checked["read" if question.startswith("Read ") else "pointed"] += len(found)
             assert set(found) <= true, (question, answer)
     assert len(checked) == 2 and min(checked.values()) > 300

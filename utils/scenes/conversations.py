@@ -1,7 +1,7 @@
 """Conversations in words about a scene: what is there, where it is, how it relates. No masks.
 
 An answer that names things often points at them in words, in the very spot where it will give a mask, by saying what is
-seen there and where: "Sure, the red circle red circle r5 c3." Whoever is to say that keeps in mind what was named.
+seen there and where: "Sure, the red circle red circle c3 r5." Whoever is to say that keeps in mind what was named.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _describe(speaker: Speaker) -> Turn:
 
 
 def _pointer(scene: Scene, shape: Shape) -> str:
-    """ "red circle r5 c3": what the patch at a shape's centre shows, then its row and column, of 14 each."""
+    """ "red circle c3 r5": what the patch at a shape's centre shows, then its column and row, of 14 each."""
     return f"{shape.name} {scene.where(shape)}"
 
 
@@ -241,21 +241,21 @@ def _outermost(speaker: Speaker) -> Turn | None:
     return f"Which shape is the {word}?", f"The {word} shape is the {shape.name}."
 
 
-# (weight, turn): what a conversation is mixed from. About two thirds are the questions that will be asked for masks.
+# (weight, turn): what a conversation is mixed from. Most are the questions that will be asked for masks.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
     (1.5, _referring("direct")),
-    (3.5, _referring("several")),
+    (4.0, _referring("several")),
     (7.0, _reasoning),
-    (3.0, _referring("no_target")),
-    (0.7, _read_off),
-    (1.5, _describe),
+    (3.5, _referring("no_target")),
+    (0.5, _read_off),
+    (1.0, _describe),
     (1.0, _exists),
     (1.0, _how_many),
     (0.5, _how_large),
-    (0.5, _is_larger),
-    (0.7, _is_beside),
-    (1.0, _neighbours),
-    (0.6, _outermost),
+    (0.4, _is_larger),
+    (0.4, _is_beside),
+    (0.5, _neighbours),
+    (0.4, _outermost),
 )
 
 

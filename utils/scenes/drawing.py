@@ -77,8 +77,8 @@ class Scene:
         return COLUMNS[column], ROWS[row]
 
     def where(self, shape: Shape) -> str:
-        """ "r5 c3": the row and the column of a shape's centre."""
-        return " ".join(reversed(self.place(shape)))
+        """ "c3 r5": the column and the row of a shape's centre."""
+        return " ".join(self.place(shape))
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from utils.data.samples import SEG_MARKER
 
 from .drawing import Scene, Shape
-from .words import COLOURS, FORMS, NUMBERS, TIMES
+from .words import COLOURS, FORMS, NUMBERS, TIMES, join_list
 
 # The largest (smallest) shape has at least this many times the area of the next one, wherever it is asked for.
 SIZE_RATIO = 1.3
@@ -70,11 +70,11 @@ _PAIR = (
 # Questions to be reasoned about, each with the answer that goes with it: who reads the question knows how the answer
 # begins. An answer shows its steps: what was asked, where that leads, what is there.
 _RELATION = {
-    "Which shape is directly {where} the {reference}?": "The {reference} {start}, {direction} {named}.",
-    "What is directly {where} the {reference}?": "From the {reference} {start}, {direction} {named}.",
-    "Find the shape directly {where} the {reference}.": "Found the {reference} {start}, {direction} {named}.",
-    "Which shape comes first {where} the {reference}?": "After the {reference} {start}, {direction} {named}.",
-    "What is the nearest shape {where} the {reference}?": "Near the {reference} {start}, {direction} {named}.",
+    "Which shape is directly {where} the {reference}?": "The {reference} {start}, {direction} {found}.",
+    "What is directly {where} the {reference}?": "From the {reference} {start}, {direction} {found}.",
+    "Find the shape directly {where} the {reference}.": "Found the {reference} {start}, {direction} {found}.",
+    "Which shape comes first {where} the {reference}?": "After the {reference} {start}, {direction} {found}.",
+    "What is the nearest shape {where} the {reference}?": "Near the {reference} {start}, {direction} {found}.",
 }
 _WHERE = {
     "left": ("left of", "to the left of"),
@@ -83,18 +83,18 @@ _WHERE = {
     "below": ("below", "under"),
 }
 _SIZE = {
-    "Which {thing} is the {extreme}?": "The {extreme} {thing}: {named}.",
-    "What is the {extreme} {thing}?": "Here is the {extreme} {thing}: {named}.",
-    "Find the {extreme} {thing}.": "Found the {extreme} {thing}: {named}.",
-    "Which is the {extreme} {thing} in the picture?": "In the picture the {extreme} {thing}: {named}.",
-    "Show me the {extreme} {thing}.": "This is the {extreme} {thing}: {named}.",
+    "Which {thing} is the {extreme}?": "The {extreme} {thing}: {found}.",
+    "What is the {extreme} {thing}?": "Here is the {extreme} {thing}: {found}.",
+    "Find the {extreme} {thing}.": "Found the {extreme} {thing}: {found}.",
+    "Which is the {extreme} {thing} in the picture?": "In the picture the {extreme} {thing}: {found}.",
+    "Show me the {extreme} {thing}.": "This is the {extreme} {thing}: {found}.",
 }
 _EXTREME = {"largest": ("largest", "biggest"), "smallest": ("smallest", "tiniest")}
 _COUNT = {
-    "Which shapes have the {attribute} that occurs exactly {times}?": "Counted {tally}; {number} {value}: {listed}.",
-    "Find the shapes of the {attribute} that appears exactly {times}.": "Found {tally}; {number} {value}: {listed}.",
-    "One {attribute} occurs {times}: show its shapes.": "Seen {tally}; {number} {value}: {listed}.",
-    "Which {attribute} is there exactly {times}? Show all of it.": "There: {tally}; {number} {value}: {listed}.",
+    "Which shapes have the {attribute} that occurs exactly {times}?": "Counted {tally}; {number} {value}: {placed}.",
+    "Find the shapes of the {attribute} that appears exactly {times}.": "Found {tally}; {number} {value}: {placed}.",
+    "One {attribute} occurs {times}: show its shapes.": "Seen {tally}; {number} {value}: {placed}.",
+    "Which {attribute} is there exactly {times}? Show all of it.": "There: {tally}; {number} {value}: {placed}.",
 }
 _EXCEPT = {
     "form": (
@@ -182,8 +182,11 @@ class Ask:
         question = self.questions[wording].format(**fields)
         if not self.answers:
             return Phrased(question, "")
-        named = [f"{scene.where(scene.shapes[i])} {scene.shapes[i].name} {mark(scene.shapes[i])}" for i in self.targets]
-        fields |= {"named": named[0], "listed": " and ".join(named)}
+        shapes = [scene.shapes[i] for i in self.targets]
+        named = [f"{shape.name} {mark(shape)}" for shape in shapes]
+        placed = [f"{scene.where(shape)} {words}" for shape, words in zip(shapes, named, strict=True)]
+        fields |= {"found": placed[0], "placed": " and ".join(placed)}
+        fields["listed"] = join_list([f"the {words}" for words in named])
         return Phrased(question, self.answers[wording].format(**fields))
 
 
