@@ -59,6 +59,13 @@ def test_the_papers_recipe_trains_what_it_lists() -> None:
     assert {name for name, p in built.model.named_parameters() if p.requires_grad} == set(trained)
 
 
+def test_the_projector_may_stay_as_it_is() -> None:
+    built = make_model()
+    everything = choose_trainable(built.model, TrainingRecipe(lora_r=0))
+    trained = choose_trainable(built.model, TrainingRecipe(lora_r=0, train_projector=False))
+    assert set(everything) - set(trained) == names(built, "projector.") != set()
+
+
 RECIPES = [
     TrainingRecipe(lora_dropout=0),
     TrainingRecipe(lora_dropout=0, lora_target_modules="all-linear", train_vision_tower=True),

@@ -195,7 +195,7 @@ def test_names_and_phrasings() -> None:
     assert target_name("cup on the wall, second row.") == "the cup on the wall second row"
     assert target_name("a cup") == "a cup"
     assert target_name(" ?!. ") == ""
-    assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c"
+    assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a and b and c"
     rng = np.random.default_rng(0)
     targets = tuple(Target(name, lambda: np.zeros((1, 1), np.uint8)) for name in ("the cup", "the tray"))
     for more, expected in ((False, 8), (True, 24)):

@@ -209,7 +209,7 @@ def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
                 found += [(name, int(c), int(r)) for c, r, name in told.findall(answer)]
             checked["read" if question.startswith("Read ") else "pointed"] += len(found)
             assert set(found) <= true, (question, answer)
-    assert len(checked) == 2 and min(checked.values()) > 300
+    assert len(checked) == 2 and min(checked.values()) > 200
 
 
 def test_patches_bear_their_shape_and_its_centre_size_and_place(scenes: list[Scene]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.build.builder import MASK_PARTS, BuildError, TrainingRecipe, build_model, choose_trainable, save_model
-from model.build.tiny import PatchReader, make_tiny, train_tokenizer
+from model.build.tiny import SCORE_SHARPNESS, PatchReader, make_tiny, train_tokenizer
 from tests.unit.tiny_batches import NONE, ONE, make_batch, total_loss
 from tests.unit.tiny_pixellm import SHAPE, make_model
 
@@ -78,6 +78,22 @@ def test_a_tower_learns_to_tell_words_of_patches() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0] and right.shape == (2,) and bool((right > 0.8).all())
     assert torch.equal(built.model.get_input_embeddings().weight, embeddings), "words stay where they are"
+
+
+def test_where_there_is_no_word_only_the_sum_is_asked_for() -> None:
+    """Tokens that are the sums they should be: no distance is left, and a red patch without a form is asked no form."""
+    built = make_tiny(TEXTS, replace(SHAPE, vocab_size=400), seed=0)
+    reader = PatchReader(built, [COLOURS, FORMS])
+    labels = torch.zeros(1, 2, 16, dtype=torch.long)
+    labels[0, 0, 3], labels[0, :, 7] = 1, 2  # red; a blue square
+    sums = reader.words[0][labels[:, 0]] + reader.words[1][labels[:, 1]]
+    reader.projector = torch.nn.Module()
+    reader.projector.forward = lambda maps: sums
+    loss, right = reader(torch.zeros(1, 3, 32, 32), labels)
+    colours = torch.nn.functional.cross_entropy((sums @ reader.words[0].T / SCORE_SHARPNESS)[0], labels[0, 0])
+    form = torch.nn.functional.cross_entropy(sums[0, 7] @ reader.words[1].T / SCORE_SHARPNESS, torch.tensor(2))
+    torch.testing.assert_close(loss, colours + form)
+    assert right.tolist() == [1.0, 1.0]
 
 
 def test_a_word_of_several_tokens_is_refused() -> None:

@@ -148,8 +148,12 @@ def target_name(phrase: str) -> str:
 
 
 def listed(things: Sequence[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    return things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
+    """'a', 'a and b', 'a and b and c'.
+
+    With one word between all of them, an answer decides item by item whether more follows; "a, b and c" would have to
+    know how many there are before it says the second.
+    """
+    return " and ".join(things)
 
 
 def _drawn(rng: np.random.Generator, choices: Sequence[Drawn]) -> Drawn:

@@ -243,10 +243,10 @@ def _outermost(speaker: Speaker) -> Turn | None:
 
 # (weight, turn): what a conversation is mixed from. Most are the questions that will be asked for masks.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
-    (1.5, _referring("direct")),
+    (2.0, _referring("direct")),
     (4.0, _referring("several")),
     (7.0, _reasoning),
-    (3.5, _referring("no_target")),
+    (4.5, _referring("no_target")),
     (0.5, _read_off),
     (1.0, _describe),
     (1.0, _exists),

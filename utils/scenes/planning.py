@@ -22,7 +22,7 @@ _FAMILY_SHARES = {
     "no_target": {"absent_name": 0.4, "absent_half": 0.3, "absent_colour": 0.15, "absent_form": 0.15},
 }
 # Facts asked for about each training picture, and how many wordings of each are given.
-_TRAIN_ASKS = {"direct": 4, "several": 3, "reasoning": 6, "no_target": 6}
+_TRAIN_ASKS = {"direct": 4, "several": 3, "reasoning": 6, "no_target": 8}
 _TRAIN_WORDINGS = {"direct": 2, "several": 2, "reasoning": 1, "no_target": 1}
 
 Question = tuple[Ask, Phrased]

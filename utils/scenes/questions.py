@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from utils.data.samples import SEG_MARKER
 
 from .drawing import Scene, Shape
-from .words import COLOURS, FORMS, NUMBERS, TIMES, join_list
+from .words import COLOURS, FORMS, NUMBERS, TIMES
 
 # The largest (smallest) shape has at least this many times the area of the next one, wherever it is asked for.
 SIZE_RATIO = 1.3
@@ -186,7 +186,7 @@ class Ask:
         named = [f"{shape.name} {mark(shape)}" for shape in shapes]
         placed = [f"{scene.where(shape)} {words}" for shape, words in zip(shapes, named, strict=True)]
         fields |= {"found": placed[0], "placed": " and ".join(placed)}
-        fields["listed"] = join_list([f"the {words}" for words in named])
+        fields["listed"] = " and ".join(f"the {words}" for words in named)
         return Phrased(question, self.answers[wording].format(**fields))
 
 
