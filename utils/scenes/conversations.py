@@ -16,7 +16,7 @@ from utils.data.samples import SEG_MARKER
 from utils.data.templates import pick_phrasing, target_name
 
 from .drawing import Scene, Shape
-from .questions import SIZE_RATIO, Ask, directly, find_asks, names_of
+from .questions import SIZE_RATIO, Ask, directly, find_asks, names_of, training_piles
 from .sampling import SceneSettings, sample_scene
 from .words import COLOURS, COLUMNS, DIRECTIONS, FORMS, NUMBERS, ROWS, SIZES, TIMES, capital, category_names, join_list
 
@@ -55,9 +55,9 @@ class Speaker:
     phrasing_rng: np.random.Generator
 
     def draw_ask(self, kind: str) -> Ask | None:
-        """One fact of a kind, each family as likely as the others; None where there is none."""
-        families = [asks for asks in self.asks[kind].values() if asks]
-        return self.rng.choice(self.rng.choice(families)) if families else None
+        """One fact of a kind, each of its piles as likely as the others; None where there is none."""
+        piles = training_piles(self.asks[kind])
+        return self.rng.choice(self.rng.choice(piles)) if piles else None
 
 
 def _a(words: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .conversations import Turn, make_conversation
 from .drawing import Scene
-from .questions import FAMILIES, Ask, Phrased, find_asks
+from .questions import FAMILIES, Ask, Phrased, find_asks, training_piles
 from .sampling import SceneSettings, sample_scenes
 
 TRAIN, HELD_OUT = "train", "val"
@@ -22,8 +22,8 @@ _FAMILY_SHARES = {
     "no_target": {"absent_name": 0.4, "absent_half": 0.3, "absent_colour": 0.15, "absent_form": 0.15},
 }
 # Facts asked for about each training picture, and how many wordings of each are given.
-_TRAIN_ASKS = {"direct": 4, "several": 3, "reasoning": 6, "no_target": 8}
-_TRAIN_WORDINGS = {"direct": 2, "several": 2, "reasoning": 1, "no_target": 1}
+_TRAIN_ASKS = {"direct": 4, "several": 3, "reasoning": 6, "no_target": 4}
+_TRAIN_WORDINGS = {"direct": 2, "several": 2, "reasoning": 1, "no_target": 2}
 
 Question = tuple[Ask, Phrased]
 
@@ -90,7 +90,7 @@ def plan_training(placed: PlacedScene, settings: SceneDataSettings) -> tuple[lis
     found = find_asks(scene)
     questions: list[Question] = []
     for kind, families in found.items():
-        for ask in _in_turn(rng, list(families.values()))[: _TRAIN_ASKS[kind]]:
+        for ask in _in_turn(rng, training_piles(families))[: _TRAIN_ASKS[kind]]:
             wordings = dict.fromkeys(ask.phrase(rng, scene) for _ in range(_TRAIN_WORDINGS[kind]))
             questions += [(ask, phrased) for phrased in wordings]
     conversations = [

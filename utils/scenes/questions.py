@@ -24,6 +24,7 @@ SIZE_RATIO = 1.3
 # be at least _FARTHER times as far away.
 _NARROW, _WIDE, _FARTHER = 0.6, 1.25, 1.4
 _MOST_EXCLUSION_TARGETS = 3
+_MANY = 3
 _MOST_TIMES = 3  # how often the colour or form of a count question occurs at most
 
 # kind -> its families
@@ -382,6 +383,24 @@ def _ask_exclusion(scene: Scene) -> list[Ask]:
             }
             asks.append(_reasoning("exclusion", targets, wordings, fields))
     return asks
+
+
+def training_piles(families: Mapping[str, list[Ask]]) -> list[list[Ask]]:
+    """The asks of one kind, in piles that training draws from equally: what is hard and rare comes often.
+
+    Lists of three and more are piles of their own, or an answer learns to stop after two. Names whose colour and form
+    both occur, on different shapes, are two piles of the five that ask for what is not there.
+    """
+    piles = []
+    for family, asks in families.items():
+        if family == "absent_name":
+            piles += [asks[::2], asks[1::2]]
+        else:
+            piles += [
+                [ask for ask in asks if len(ask.targets) < _MANY],
+                [ask for ask in asks if len(ask.targets) >= _MANY],
+            ]
+    return [pile for pile in piles if pile]
 
 
 def find_asks(scene: Scene) -> dict[str, dict[str, list[Ask]]]:
