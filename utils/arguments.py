@@ -204,6 +204,7 @@ class DataArguments(Arguments):
     refer_seg_data: str = option("refclef||refcoco||refcoco+||refcocog", "refer_seg's sets", join=SEPARATOR)
     vqa_data: str = option("llava_instruct_150k", "vqa's sets", join=SEPARATOR)
     reason_seg_data: str = option("ReasonSeg|train", "reason_seg's set and splits", join=SEPARATOR)
+    custom_data: str = option("", "custom's sets: names of folders below custom/ in the data root", join=SEPARATOR)
     explanatory: float = option(0.1, "share of reason_seg's answers in words alone; negative: none", high=1.0)
     num_classes_per_sample: int = option(3, "questions (conversations) about one picture, at most", low=1)
     num_classes_per_question: int = option(3, "targets asked for in one question, at most", low=1)

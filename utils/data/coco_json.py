@@ -8,7 +8,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
-from utils.data.errors import DataError
+from utils.data.errors import EMPTY_CLASS_LIST, DataError
 from utils.data.files import field
 
 TWICE_A_PICTURE = "picture id listed twice for different pictures"
@@ -52,7 +52,7 @@ def index_pictures(
 
 
 def index_categories(content: Any, path: str) -> dict[int, str]:
-    """Names by id, in the file's order. DataError when one id has two names or a name is empty."""
+    """Names by id, in the file's order. DataError when there is none, one id has two names, or a name is empty."""
     names: dict[int, str] = {}
     for record in field(content, "categories", list, path):
         number = field(record, "id", int, f"a category of {path}")
@@ -63,6 +63,8 @@ def index_categories(content: Any, path: str) -> dict[int, str]:
                 f"correct the file"
             )
         names[number] = name
+    if not names:
+        raise DataError(f"{path} lists no category; expected at least one: correct the file", EMPTY_CLASS_LIST)
     return names
 
 
@@ -93,7 +95,9 @@ def category_name(annotation: dict[str, Any], names: dict[int, str], where: str)
     """The name of an annotation's category. DataError, starting with `where`, when "categories" does not list it."""
     number = field(annotation, "category_id", int, where)
     if number not in names:
-        raise DataError(f"{where} has category {number}, which 'categories' does not list: correct the file")
+        raise DataError(
+            f"{where} has category {number}, which 'categories' does not list: correct the file", "unlisted category"
+        )
     return names[number]
 
 
