@@ -434,6 +434,29 @@ class EvaluateArguments(BaseArguments):
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
 
 
+@dataclasses.dataclass
+class CheckArguments(DataArguments):
+    """check_data.py: the data flags of train_ds.py, and how to look."""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "sample_rates": "every data set is looked at",
+        "max_bad_samples": "all bad samples are counted",
+        "strict_data": "all bad samples are counted",
+    }
+
+    val_dataset: str = option("ReasonSeg|val", "what is scored on, several joined by ||; empty: none", join=SEPARATOR)
+    full: bool = option(False, "open every sample, and compare pictures by content")
+    json: str = option("", "write what was found to this file")
+    show: int = option(0, "samples of each data set to draw on a page", low=0)
+    show_dir: str = option("./runs/check_data", "folder of the pages")
+    version: str = option("", "with --show: a saved PixelLM, to show conversations as it writes them")
+
+
+def parse_check(argv: list[str] | None = None) -> CheckArguments:
+    """The arguments of check_data.py."""
+    return parse(CheckArguments, argv, prog="check_data.py", description="Look at the data before training does.")
+
+
 def parse_train(argv: list[str] | None = None) -> TrainArguments:
     """The arguments of train_ds.py."""
     return parse(TrainArguments, argv, prog="train_ds.py", description="Train a PixelLM.")

@@ -12,6 +12,7 @@ from utils.data.errors import EMPTY_CLASS_LIST, DataError
 from utils.data.files import field
 
 TWICE_A_PICTURE = "picture id listed twice for different pictures"
+ODD_BOX = "box of negative size (masks are read, boxes are not)"
 TWICE_AN_ANNOTATION = "annotation id listed twice for different annotations"
 
 
@@ -99,6 +100,13 @@ def category_name(annotation: dict[str, Any], names: dict[int, str], where: str)
             f"{where} has category {number}, which 'categories' does not list: correct the file", "unlisted category"
         )
     return names[number]
+
+
+def note_odd_box(record: dict[str, Any], noted: Counter[str]) -> None:
+    """Count a box of negative or no finite size; boxes are not read, masks are."""
+    box = record.get("bbox")
+    if isinstance(box, list) and any(not isinstance(side, int | float) or not side >= 0 for side in box[2:4]):
+        noted[ODD_BOX] += 1
 
 
 def is_crowd(annotation: dict[str, Any]) -> bool:

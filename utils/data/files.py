@@ -265,6 +265,11 @@ def read_binary_mask(path: str) -> np.ndarray:
 
 
 def list_pictures(folder: str) -> list[str]:
-    """Names of the pictures that lie directly in `folder`, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.name.lower().endswith(PICTURE_SUFFIXES))
+    """Names of the pictures that lie directly in `folder`, sorted. DataError when it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.name.lower().endswith(PICTURE_SUFFIXES))
+    except OSError as error:
+        raise DataError(
+            f"the folder {folder} cannot be read ({error.strerror}); make it readable", cause="unreadable file"
+        ) from error

@@ -101,6 +101,20 @@ class PaintedMask:
         cv2.fillPoly(canvas, points, value)
 
 
+def reach_outside(source: object) -> float:
+    """How many pixels the polygons of a mask source reach out of their picture; 0 for what has none."""
+    if isinstance(source, UnionMask):
+        return max(map(reach_outside, source.sources))
+    if not isinstance(source, CocoMask | PaintedMask):
+        return 0.0
+    farthest = 0.0
+    for polygon in source.polygons:
+        points = polygon.reshape(-1, 2)
+        beyond = np.concatenate([-points.min(axis=0), points.max(axis=0) - (source.width, source.height)])
+        farthest = max(farthest, float(beyond.max()))
+    return farthest
+
+
 def coco_mask(segmentation: Any, height: int, width: int, where: str) -> CocoMask | None:
     """The source of a COCO `segmentation`: polygons, an RLE (counts compressed or not) or a list of RLEs.
 

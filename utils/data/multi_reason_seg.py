@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from utils.data.coco_json import note_odd_box
 from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, digest, expect, field, parse_json, read_bytes
 from utils.data.masks import coco_mask
@@ -127,6 +128,7 @@ class MultiReasonSegReader(Reader):
         targets = []
         for instance in instances:
             spot = f"an instance of {where}"
+            note_odd_box(instance, self.noted)
             source = coco_mask(field(instance, "segmentation", object, spot), *size, spot)
             if source is None or instance.get("iscrowd"):
                 self.skipped["question with a target that is a crowd or has no inside"] += 1

@@ -15,6 +15,7 @@ from utils.data.coco_json import (
     index_categories,
     index_pictures,
     is_crowd,
+    note_odd_box,
 )
 from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, digest, expect, parse_json, read_bytes
@@ -129,6 +130,7 @@ class ReferSegReader(PhraseReader):
                 continue
             for number in ids:
                 if number not in masks:
+                    note_odd_box(annotations[number], self.noted)
                     where = f"annotation {number} of {path}"
                     segmentation = json_field(annotations[number], "segmentation", object, where)
                     masks[number] = coco_mask(segmentation, picture.listed.height, picture.listed.width, where)
@@ -184,6 +186,16 @@ def _read_refs(root: DataRoot, name: str, split_by: str) -> tuple[str, list[dict
     for ref in found:
         expect(ref, dict, f"a ref of {path}")
     return path, found, digest(content)
+
+
+def pictures_by_split(root: DataRoot, name: str, split_by: str) -> dict[str, set[int]]:
+    """Picture ids of every split, from the refs alone. DataError where they cannot be read."""
+    path, refs, _ = _read_refs(root, name, split_by)
+    found: dict[str, set[int]] = {}
+    for ref in refs:
+        where = f"a ref of {path}"
+        found.setdefault(json_field(ref, "split", str, where), set()).add(json_field(ref, "image_id", int, where))
+    return found
 
 
 def _held_out_pictures(root: DataRoot, name: str) -> set[int]:

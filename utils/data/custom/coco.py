@@ -7,7 +7,14 @@ asked for by their category, and everything of a category in a picture is one ta
 from collections.abc import Sequence
 from typing import Any
 
-from utils.data.coco_json import category_name, index_annotations, index_categories, index_pictures, is_crowd
+from utils.data.coco_json import (
+    category_name,
+    index_annotations,
+    index_categories,
+    index_pictures,
+    is_crowd,
+    note_odd_box,
+)
 from utils.data.custom.layout import COCO_FILE, CUSTOM, PICTURES
 from utils.data.files import DataRoot, digest, expect, field, parse_json, read_bytes
 from utils.data.masks import CocoMask, UnionMask, coco_mask
@@ -95,6 +102,7 @@ class CustomCocoReader(PhraseReader):
 
     def _mask(self, record: dict[str, Any], where: str) -> CocoMask | None:
         listed = self._listed[record["image_id"]]
+        note_odd_box(record, self.noted)
         source = coco_mask(field(record, "segmentation", object, where), listed.height, listed.width, where)
         if source is None:
             self.skipped["annotation without a polygon that has an inside"] += 1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.coco_json import CocoPicture, category_name, index_categories, index_pictures, is_crowd
+from utils.data.coco_json import CocoPicture, category_name, index_categories, index_pictures, is_crowd, note_odd_box
 from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, digest, expect, parse_json, read_bytes
 from utils.data.files import field as json_field
@@ -117,6 +117,7 @@ class PartReader(ClassReader):
             return
         where = f"annotation {annotation.get('id')} of {self._path}"
         name = category_name(annotation, names, where)
+        note_odd_box(annotation, self.noted)
         segmentation = json_field(annotation, "segmentation", object, where)
         source = coco_mask(segmentation, picture.listed.height, picture.listed.width, where)
         if source is None:
