@@ -37,6 +37,7 @@ from utils.engine.setup import (
     make_engine,
     make_mixture,
     make_plan,
+    refuse_missing_data,
     seed_everything,
 )
 from utils.engine.stepping import to_precision
@@ -47,6 +48,7 @@ from utils.scripts import note, run_script
 def main(argv: list[str] | None = None) -> None:
     """Train, or with --eval_only score, as the command line says."""
     args = parse_train(argv)
+    refuse_missing_data(args)
     runtime = open_runtime(args.engine, args.local_rank, args.precision)
     seed_everything(args.seed)
     built, trained = build(args)

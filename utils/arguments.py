@@ -204,6 +204,7 @@ class DataArguments(Arguments):
     refer_seg_data: str = option("refclef||refcoco||refcoco+||refcocog", "refer_seg's sets", join=SEPARATOR)
     vqa_data: str = option("llava_instruct_150k", "vqa's sets", join=SEPARATOR)
     reason_seg_data: str = option("ReasonSeg|train", "reason_seg's set and splits", join=SEPARATOR)
+    custom_data: str = option("", "custom's sets: names of folders below custom/ in the data root", join=SEPARATOR)
     explanatory: float = option(0.1, "share of reason_seg's answers in words alone; negative: none", high=1.0)
     num_classes_per_sample: int = option(3, "questions (conversations) about one picture, at most", low=1)
     num_classes_per_question: int = option(3, "targets asked for in one question, at most", low=1)
@@ -431,6 +432,29 @@ class EvaluateArguments(BaseArguments):
     teacher_forced: bool = option(True, "also score masks with the answer given")
     gallery: int = option(12, "answers drawn in the gallery picture; 0: no picture", low=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
+
+
+@dataclasses.dataclass
+class CheckArguments(DataArguments):
+    """check_data.py: the data flags of train_ds.py, and how to look."""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "sample_rates": "every data set is looked at",
+        "max_bad_samples": "all bad samples are counted",
+        "strict_data": "all bad samples are counted",
+    }
+
+    val_dataset: str = option("ReasonSeg|val", "what is scored on, several joined by ||; empty: none", join=SEPARATOR)
+    full: bool = option(False, "open every sample, and compare pictures by content")
+    json: str = option("", "write what was found to this file")
+    show: int = option(0, "samples of each data set to draw on a page", low=0)
+    show_dir: str = option("./runs/check_data", "folder of the pages")
+    version: str = option("", "with --show: a saved PixelLM, to show conversations as it writes them")
+
+
+def parse_check(argv: list[str] | None = None) -> CheckArguments:
+    """The arguments of check_data.py."""
+    return parse(CheckArguments, argv, prog="check_data.py", description="Look at the data before training does.")
 
 
 def parse_train(argv: list[str] | None = None) -> TrainArguments:

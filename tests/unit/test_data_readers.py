@@ -190,7 +190,7 @@ def test_muse(tmp_path: Path) -> None:
     assert reader.skipped == {
         "record without questions": 1,
         "record with unequal numbers of questions and answers": 1,
-        "question whose text answer marks another number of targets than it has": 1,
+        "answer with fewer {seg} than masks": 1,
     }
     assert len(build_eval_reader("MultiReasonSeg|test_less", data_sets.write_muse(tmp_path, split="test_less"))) == 2
 

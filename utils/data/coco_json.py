@@ -8,10 +8,11 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
-from utils.data.errors import DataError
+from utils.data.errors import EMPTY_CLASS_LIST, DataError
 from utils.data.files import field
 
 TWICE_A_PICTURE = "picture id listed twice for different pictures"
+ODD_BOX = "box of negative size (masks are read, boxes are not)"
 TWICE_AN_ANNOTATION = "annotation id listed twice for different annotations"
 
 
@@ -52,7 +53,7 @@ def index_pictures(
 
 
 def index_categories(content: Any, path: str) -> dict[int, str]:
-    """Names by id, in the file's order. DataError when one id has two names or a name is empty."""
+    """Names by id, in the file's order. DataError when there is none, one id has two names, or a name is empty."""
     names: dict[int, str] = {}
     for record in field(content, "categories", list, path):
         number = field(record, "id", int, f"a category of {path}")
@@ -63,6 +64,8 @@ def index_categories(content: Any, path: str) -> dict[int, str]:
                 f"correct the file"
             )
         names[number] = name
+    if not names:
+        raise DataError(f"{path} lists no category; expected at least one: correct the file", EMPTY_CLASS_LIST)
     return names
 
 
@@ -93,8 +96,17 @@ def category_name(annotation: dict[str, Any], names: dict[int, str], where: str)
     """The name of an annotation's category. DataError, starting with `where`, when "categories" does not list it."""
     number = field(annotation, "category_id", int, where)
     if number not in names:
-        raise DataError(f"{where} has category {number}, which 'categories' does not list: correct the file")
+        raise DataError(
+            f"{where} has category {number}, which 'categories' does not list: correct the file", "unlisted category"
+        )
     return names[number]
+
+
+def note_odd_box(record: dict[str, Any], noted: Counter[str]) -> None:
+    """Count a box of negative or no finite size; boxes are not read, masks are."""
+    box = record.get("bbox")
+    if isinstance(box, list) and any(not isinstance(side, int | float) or not side >= 0 for side in box[2:4]):
+        noted[ODD_BOX] += 1
 
 
 def is_crowd(annotation: dict[str, Any]) -> bool:

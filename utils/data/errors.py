@@ -2,6 +2,12 @@
 
 _UNUSABLE = "unusable annotation"
 
+NO_SUCH_SPLIT = "split that does not exist"
+"""Cause where a data set is asked for a split it does not have."""
+
+EMPTY_CLASS_LIST = "empty class list"
+"""Cause where a file of classes names none."""
+
 
 class DataError(ValueError):
     """A file, an annotation or a setting of the data cannot be used.

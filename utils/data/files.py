@@ -13,6 +13,11 @@ from PIL import Image, UnidentifiedImageError
 from utils.data.archives import archive_of
 from utils.data.errors import DataError
 
+OTHER_EDITION = "label map of another edition"
+"""Cause of a label map that is none, or that holds labels its data set does not have."""
+
+_MALFORMED = "malformed annotation"
+
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 _EXIF_ORIENTATION = 0x0112
@@ -33,7 +38,8 @@ class DataRoot:
         if not os.path.isdir(self.path):
             raise DataError(
                 f"there is no data root {self.path}; expected a folder laid out as in dataset/README.md: set "
-                f"--dataset_dir"
+                f"--dataset_dir",
+                cause="missing data root",
             )
         self._real_root = os.path.realpath(self.path)
         self._real_folders: dict[str, str] = {}
@@ -69,7 +75,8 @@ class DataRoot:
                 return self._known_folder((*base, *folder.split("/"))), rest
         raise DataError(
             f"{named_by} names the picture {name!r}; expected a path that begins with {' or '.join(folders)}: correct "
-            f"the file"
+            f"the file",
+            cause="picture name outside the known folders",
         )
 
     def picture(self, folder: str, name: str, named_by: str) -> str:
@@ -137,7 +144,9 @@ def read_bytes(path: str) -> bytes:
         with open(path, "rb") as stream:
             return stream.read()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); make it a readable file") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); make it a readable file", cause="unreadable file"
+        ) from error
 
 
 def digest(content: bytes) -> str:
@@ -153,11 +162,13 @@ def parse_json(content: bytes, path: str, encodings: tuple[str, ...] = ("utf-8-s
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); it may have been "
-            f"cut "
-            "short: fetch it again"
+            f"cut short: fetch it again",
+            cause="broken JSON",
         ) from error
     except RecursionError as error:
-        raise DataError(f"{path} nests deeper than any annotation file does: fetch it again") from error
+        raise DataError(
+            f"{path} nests deeper than any annotation file does: fetch it again", cause="broken JSON"
+        ) from error
 
 
 def _decode(content: bytes, path: str, encodings: tuple[str, ...]) -> str:
@@ -166,22 +177,30 @@ def _decode(content: bytes, path: str, encodings: tuple[str, ...]) -> str:
             return content.decode(encoding)
         except UnicodeDecodeError:
             continue
-    raise DataError(f"{path} is not text in {' or '.join(encodings)}: store it in UTF-8")
+    raise DataError(
+        f"{path} is not text in {' or '.join(encodings)}: store it in UTF-8", cause="text in another encoding"
+    )
 
 
 def expect(value: Any, kind: type[FieldType], where: str) -> FieldType:
     """`value` if it is a `kind`, else a DataError that says so; `where` names the file and the place in it."""
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise DataError(f"{where} is {_described(value)}; expected {_KIND_NAMES.get(kind, 'a value')}: correct the file")
+    raise DataError(
+        f"{where} is {_described(value)}; expected {_KIND_NAMES.get(kind, 'a value')}: correct the file", _MALFORMED
+    )
 
 
 def field(record: Any, key: str, kind: type[FieldType], where: str) -> FieldType:
     """`record[key]`, which must be there and be a `kind`; `where` names the file and the record."""
     if not isinstance(record, dict):
-        raise DataError(f"{where} is {_described(record)}; expected an object with {key!r}: correct the file")
+        raise DataError(
+            f"{where} is {_described(record)}; expected an object with {key!r}: correct the file", _MALFORMED
+        )
     if key not in record:
-        raise DataError(f"{where} has no {key!r}; expected {_KIND_NAMES.get(kind, 'a value')}: correct the file")
+        raise DataError(
+            f"{where} has no {key!r}; expected {_KIND_NAMES.get(kind, 'a value')}: correct the file", _MALFORMED
+        )
     value = record[key]
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
@@ -230,13 +249,27 @@ def read_label_map(path: str) -> np.ndarray:
     if labels.ndim != 2 or labels.dtype != np.uint8:
         raise DataError(
             f"{path} holds {labels.dtype} of shape {labels.shape}; expected one class number of 8 bits per pixel: it "
-            f"may "
-            "belong to another edition of the data set"
+            f"may belong to another edition of the data set",
+            cause=OTHER_EDITION,
         )
     return labels
 
 
+def read_binary_mask(path: str) -> np.ndarray:
+    """A picture of any kind as uint8 (H, W): 1 where it is not black. DataError if it is none."""
+    try:
+        with Image.open(path) as image:
+            return (np.asarray(image.convert("L")) > 0).astype(np.uint8)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise _no_picture(path, error) from error
+
+
 def list_pictures(folder: str) -> list[str]:
-    """Names of the pictures that lie directly in `folder`, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.name.lower().endswith(PICTURE_SUFFIXES))
+    """Names of the pictures that lie directly in `folder`, sorted. DataError when it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.name.lower().endswith(PICTURE_SUFFIXES))
+    except OSError as error:
+        raise DataError(
+            f"the folder {folder} cannot be read ({error.strerror}); make it readable", cause="unreadable file"
+        ) from error

@@ -18,6 +18,9 @@ _POINTS_OF_A_TRIANGLE = 3
 _FARTHEST = 1_000_000
 """No picture reaches so far; beyond, rastering would take all memory there is."""
 
+_MALFORMED = "malformed segmentation"
+_BROKEN_RLE = "broken run lengths"
+
 _MOST_DIGITS = 7
 """Of five bits each; more would be a run longer than any picture."""
 
@@ -98,6 +101,20 @@ class PaintedMask:
         cv2.fillPoly(canvas, points, value)
 
 
+def reach_outside(source: object) -> float:
+    """How many pixels the polygons of a mask source reach out of their picture; 0 for what has none."""
+    if isinstance(source, UnionMask):
+        return max(map(reach_outside, source.sources))
+    if not isinstance(source, CocoMask | PaintedMask):
+        return 0.0
+    farthest = 0.0
+    for polygon in source.polygons:
+        points = polygon.reshape(-1, 2)
+        beyond = np.concatenate([-points.min(axis=0), points.max(axis=0) - (source.width, source.height)])
+        farthest = max(farthest, float(beyond.max()))
+    return farthest
+
+
 def coco_mask(segmentation: Any, height: int, width: int, where: str) -> CocoMask | None:
     """The source of a COCO `segmentation`: polygons, an RLE (counts compressed or not) or a list of RLEs.
 
@@ -107,13 +124,15 @@ def coco_mask(segmentation: Any, height: int, width: int, where: str) -> CocoMas
     """
     if height < 1 or width < 1:
         raise DataError(
-            f"{where} belongs to a picture of {height}×{width} pixels; expected at least 1×1: correct the file"
+            f"{where} belongs to a picture of {height}×{width} pixels; expected at least 1×1: correct the file",
+            cause="picture of no size",
         )
     if isinstance(segmentation, dict):
         segmentation = [segmentation]
     if not isinstance(segmentation, list):
         raise DataError(
-            f"{where} is neither polygons nor run lengths but {type(segmentation).__name__}: correct the file"
+            f"{where} is neither polygons nor run lengths but {type(segmentation).__name__}: correct the file",
+            cause=_MALFORMED,
         )
     if segmentation and all(isinstance(part, dict) for part in segmentation):
         rles = tuple(_checked_rle(part, height, width, where) for part in segmentation)
@@ -144,14 +163,18 @@ def points_of(polygon: Any, where: str) -> np.ndarray:
     if points.size == 0:
         return points.reshape(0, 2)
     if points.ndim != 2 or points.shape[1] != 2:
-        raise DataError(f"{where} has points of shape {points.shape}; expected pairs of x and y: correct the file")
+        raise DataError(
+            f"{where} has points of shape {points.shape}; expected pairs of x and y: correct the file", _MALFORMED
+        )
     return points
 
 
 def _checked_polygon(part: Any, where: str) -> np.ndarray:
     polygon = _numbers(part, where)
     if polygon.ndim != 1 or polygon.size % 2:
-        raise DataError(f"{where} has a polygon of shape {polygon.shape}; expected x0 y0 x1 y1 …: correct the file")
+        raise DataError(
+            f"{where} has a polygon of shape {polygon.shape}; expected x0 y0 x1 y1 …: correct the file", _MALFORMED
+        )
     return polygon
 
 
@@ -159,11 +182,17 @@ def _numbers(values: Any, where: str) -> np.ndarray:
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where} has a polygon that is not made of numbers: correct the file") from error
+        raise DataError(f"{where} has a polygon that is not made of numbers: correct the file", _MALFORMED) from error
     if not np.isfinite(numbers).all():
-        raise DataError(f"{where} has a polygon with a coordinate that is not finite: correct the file")
+        raise DataError(
+            f"{where} has a polygon with a coordinate that is not finite: correct the file",
+            cause="coordinate that is not finite",
+        )
     if numbers.size and max(numbers.max(), -numbers.min()) > _FARTHEST:
-        raise DataError(f"{where} has a polygon with a coordinate beyond {_FARTHEST} pixels: correct the file")
+        raise DataError(
+            f"{where} has a polygon with a coordinate beyond {_FARTHEST} pixels: correct the file",
+            cause="coordinate beyond every picture",
+        )
     return numbers
 
 
@@ -171,15 +200,18 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int, where: str) -> di
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, Sequence) or list(size) != [height, width]:
         raise DataError(
-            f"{where} has run lengths for a size of {size}; its picture has {[height, width]}: correct the file"
+            f"{where} has run lengths for a size of {size}; its picture has {[height, width]}: correct the file",
+            cause="run lengths of another size",
         )
     if isinstance(counts, list):
         return _compressed(counts, height, width, where)
     if not isinstance(counts, str | bytes) or not counts:
-        raise DataError(f"{where} has run lengths without counts: correct the file")
+        raise DataError(f"{where} has run lengths without counts: correct the file", _BROKEN_RLE)
     packed = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
     if _packed_total(packed) != height * width:
-        raise DataError(f"{where} has run lengths that do not add up to {height}×{width} pixels: correct the file")
+        raise DataError(
+            f"{where} has run lengths that do not add up to {height}×{width} pixels: correct the file", _BROKEN_RLE
+        )
     return {"size": [height, width], "counts": packed}
 
 
@@ -208,5 +240,7 @@ def _packed_total(counts: bytes) -> int:
 def _compressed(counts: list[Any], height: int, width: int, where: str) -> dict[str, Any]:
     whole = all(isinstance(count, int) and count >= 0 for count in counts)
     if not whole or sum(counts) != height * width:
-        raise DataError(f"{where} has run lengths that do not add up to {height}×{width} pixels: correct the file")
+        raise DataError(
+            f"{where} has run lengths that do not add up to {height}×{width} pixels: correct the file", _BROKEN_RLE
+        )
     return coco_rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)

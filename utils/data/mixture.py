@@ -111,6 +111,7 @@ def build_mixture(
     refer_seg_data: str,
     vqa_data: str,
     reason_seg_data: str,
+    custom_data: str = "",
     options: ReaderOptions,
     seed: int,
 ) -> Mixture:
@@ -132,6 +133,7 @@ def build_mixture(
         "refer_seg": refer_seg_data,
         "vqa": vqa_data,
         "reason_seg": reason_seg_data,
+        "custom": custom_data,
     }
     readers: list[Reader] = []
     shares: list[float] = []

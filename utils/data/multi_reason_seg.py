@@ -5,17 +5,30 @@ refer_seg/images/mscoco/images/{train2014,train2017,val2017}. The release reads 
 (muse_train.json): that is read too where there is none in muse/.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from utils.data.errors import DataError
+from utils.data.coco_json import note_odd_box
+from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, digest, expect, field, parse_json, read_bytes
 from utils.data.masks import coco_mask
+from utils.data.presence import Mention, Part, file_part, folder_part
 from utils.data.reader import Reader, ReaderOptions, draw
-from utils.data.samples import NO_TARGET, REASONING, SEG_MARKER, Conversation, Sample, Target, Turn
+from utils.data.samples import (
+    FEWER_MARKERS,
+    MORE_MARKERS,
+    NO_TARGET,
+    REASONING,
+    SEG_MARKER,
+    Conversation,
+    Sample,
+    Target,
+    Turn,
+)
 from utils.data.templates import named_answer, nothing_fits, target_name
 
 MUSE_SPLITS = ("train", "val", "test_less", "test_many")
@@ -37,11 +50,11 @@ class MultiReasonSegReader(Reader):
 
     def __init__(self, name: str, root: DataRoot, split: str, options: ReaderOptions) -> None:
         super().__init__(name, split, options)
-        if split not in MUSE_SPLITS:
-            raise DataError(f"MUSE has no split {split!r}; it has {', '.join(MUSE_SPLITS)}: name one of these")
+        _check_split(split)
         self._root = root
         file = f"muse_{split}.json"
         self._path = root.file(file) if root.has(file) and not root.has("muse", file) else root.file("muse", file)
+        self.source = self._path
         content = read_bytes(self._path)
         self.fingerprint = digest(content)
         self._pictures: list[_Picture] = []
@@ -53,6 +66,10 @@ class MultiReasonSegReader(Reader):
 
     def __len__(self) -> int:
         return len(self._pictures)
+
+    def picture(self, index: int) -> str:
+        picture = self._pictures[index]
+        return os.path.join(self._root.path, *_PICTURES, picture.folder, picture.file_name)
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         picture = self._pictures[index]
@@ -98,8 +115,9 @@ class MultiReasonSegReader(Reader):
         targets = self._targets(expect(instances, list, f"an answer of {where}"), size, where)
         if targets is None:
             return None
-        if text and text.count(SEG_MARKER) != len(targets):
-            self.skipped["question whose text answer marks another number of targets than it has"] += 1
+        markers = text.count(SEG_MARKER) if text else len(targets)
+        if markers != len(targets):
+            self.skipped[MORE_MARKERS if markers > len(targets) else FEWER_MARKERS] += 1
             return None
         if not targets:
             return Turn(question, text or nothing_fits(), (), NO_TARGET)
@@ -110,6 +128,7 @@ class MultiReasonSegReader(Reader):
         targets = []
         for instance in instances:
             spot = f"an instance of {where}"
+            note_odd_box(instance, self.noted)
             source = coco_mask(field(instance, "segmentation", object, spot), *size, spot)
             if source is None or instance.get("iscrowd"):
                 self.skipped["question with a target that is a crowd or has no inside"] += 1
@@ -117,6 +136,25 @@ class MultiReasonSegReader(Reader):
             name = instance.get("rephrased_name") or field(instance, "category_name", str, spot)
             targets.append(Target(target_name(expect(name, str, f"the name of {spot}")) or "the target", source))
         return tuple(targets)
+
+
+def needed_parts(split: str) -> tuple[Part, ...]:
+    """What the split `split` is made of. Which of the folders of pictures it takes, its records say."""
+    _check_split(split)
+    records = file_part(f"muse/muse_{split}.json", f"muse_{split}.json")
+    told_by = {"train2014": '"file_name"', "train2017": "/train2017/", "val2017": "/val2017/"}
+    folders = [
+        folder_part("/".join((*_PICTURES, folder)), mention=Mention(records, told_by[folder], folder == "train2017"))
+        for folder in _URL_FOLDERS
+    ]
+    return records, *folders
+
+
+def _check_split(split: str) -> None:
+    if split not in MUSE_SPLITS:
+        raise DataError(
+            f"MUSE has no split {split!r}; it has {', '.join(MUSE_SPLITS)}: name one of these", NO_SUCH_SPLIT
+        )
 
 
 def _where_the_picture_is(record: dict[str, Any], where: str) -> tuple[str, str]:

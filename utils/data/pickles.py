@@ -34,13 +34,17 @@ _ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+class _AsksForCode(pickle.UnpicklingError):
+    """A pickle names something that is not plain data; loading it elsewhere might run it."""
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Admits containers, numbers, text and what numpy needs for its own; any other name in the pickle is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         admitted = _ADMITTED.get((module, name))
         if admitted is None:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise _AsksForCode(f"it asks for {module}.{name}")
         return admitted
 
 
@@ -57,5 +61,6 @@ def load_plain_pickle(content: bytes, path: str) -> Any:
     except Exception as error:  # a broken pickle can raise nearly anything
         raise DataError(
             f"{path} is not a pickle of plain data ({error}); expected lists, objects, numbers and text only: fetch "
-            f"it again"
+            f"it again",
+            cause="pickle with code" if isinstance(error, _AsksForCode) else "broken pickle",
         ) from error

@@ -45,15 +45,18 @@ class ReaderOptions:
 class Reader(ABC):
     """One split of one data set, indexed by picture when it is made; each file is parsed once.
 
-    name, split: which data set and split; skipped: what was left out, counted by cause; fingerprint: changes when the
-    annotation files do. Readers are picklable and read only.
+    name, split: which data set and split; source: its main annotation file, or the folder of annotations; skipped: what
+    was left out, noted: what is odd and does no harm, both counted by cause; fingerprint: changes when the annotation
+    files do. Readers are picklable and read only.
     """
 
     def __init__(self, name: str, split: str, options: ReaderOptions) -> None:
         self.name = name
         self.split = split
         self.options = options
+        self.source = ""
         self.skipped: Counter[str] = Counter()
+        self.noted: Counter[str] = Counter()
         self.fingerprint = ""
 
     @abstractmethod
@@ -70,12 +73,17 @@ class Reader(ABC):
     def read_all(self, index: int, rng: np.random.Generator) -> Sample:
         """Picture `index` with every question about it as a conversation of its own; `rng` draws the phrasing only."""
 
+    def picture(self, index: int) -> str:
+        """Where the picture `index` should be, as the annotations say, or NO_PICTURE; nothing is looked up on disk."""
+        return self.read_all(index, np.random.default_rng(0)).image_path
+
     def _refuse_if_empty(self, found: Sequence, source: str) -> None:
         """DataError, with the causes, when nothing usable was found in `source`."""
         if not found:
             causes = ", ".join(f"{count} × {cause}" for cause, count in self.skipped.items()) or "it is empty"
             raise DataError(
-                f"{source} holds nothing usable for {self.name}, split {self.split!r} ({causes}): check the files"
+                f"{source} holds nothing usable for {self.name}, split {self.split!r} ({causes}): check the files",
+                cause="nothing usable",
             )
 
 

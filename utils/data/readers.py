@@ -2,18 +2,27 @@
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 
+from utils.data import multi_reason_seg, reason_seg, refer_seg, vqa
+from utils.data.custom import layout as custom_layout
+from utils.data.custom.coco import CustomCocoReader
+from utils.data.custom.json_lines import JsonLinesReader
+from utils.data.custom.layout import COCO_FILE, CUSTOM, LINES_FILE, MASKS, form_of
+from utils.data.custom.mask_files import mask_folder_reader
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
 from utils.data.multi_reason_seg import MultiReasonSegReader
+from utils.data.presence import Part
 from utils.data.reader import Reader, ReaderOptions
 from utils.data.reason_seg import ReasonSegReader
 from utils.data.refer_seg import REFER_SETS, ReferSegReader
 from utils.data.samples import Sample
+from utils.data.sem_seg import label_maps
+from utils.data.sem_seg import parts as part_sets
 from utils.data.sem_seg.label_maps import LABEL_MAP_SETS, LabelMapReader
 from utils.data.sem_seg.parts import PART_SETS, PartReader
 from utils.data.vqa import VQA_SETS, VqaReader
@@ -29,6 +38,13 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "vqa": VQA_SETS,
     "multi_reason_seg": (MUSE,),
     "reason_seg": (REASON_SEG,),
+    CUSTOM: (f"{CUSTOM}|NAME",),
+}
+
+_CUSTOM_READERS: Mapping[str, Callable[[str, DataRoot, str, ReaderOptions], Reader]] = {
+    COCO_FILE: CustomCocoReader,
+    LINES_FILE: JsonLinesReader,
+    MASKS: mask_folder_reader,
 }
 
 _EVALUATION_SEED = 20231204
@@ -46,22 +62,51 @@ def build_reader(name: str, root: str | os.PathLike[str], split: str, options: R
 def build_training_readers(
     family: str, names: str, root: str | os.PathLike[str], options: ReaderOptions
 ) -> list[Reader]:
-    """The training readers of one family of --dataset; `names` is the value of its own flag, joined by JOIN.
+    """The training readers of one family of --dataset; see `training_sets`."""
+    return [build_reader(name, root, split, options) for name, split in training_sets(family, names)]
 
-    ReasonSeg carries its splits in its name: "ReasonSeg|train|val". MUSE has no flag: `names` is not read.
+
+def training_sets(family: str, names: str) -> list[tuple[str, str]]:
+    """(data set, split) of all that a family of --dataset trains on; `names` is the value of its own flag, joined by
+    JOIN.
+
+    ReasonSeg carries its splits in its name: "ReasonSeg|train|val". MUSE has no flag: `names` is not read. Of custom,
+    `names` are folders below custom/. DataError for a family or a name without a reader.
     """
     if family not in FAMILIES:
         raise DataError(f"--dataset names {family!r}; expected {', '.join(FAMILIES)}, joined by {JOIN!r}")
     if family == "multi_reason_seg":
-        return [build_reader(MUSE, root, "train", options)]
+        return [(MUSE, "train")]
     flag = f"--{family}_data"
     asked = _parted(names, flag)
+    if family == CUSTOM:
+        return [(f"{CUSTOM}|{name}", "train") for name in asked]
     for name in asked:
         if name.split("|")[0] not in FAMILIES[family]:
             raise DataError(_no_reader(name, flag, FAMILIES[family]))
     if family == "reason_seg":
-        return [build_reader(REASON_SEG, root, name.partition("|")[2] or "train", options) for name in asked]
-    return [build_reader(name, root, "train", options) for name in asked]
+        return [(REASON_SEG, name.partition("|")[2] or "train") for name in asked]
+    return [(name, "train") for name in asked]
+
+
+def parts_of(name: str, split: str) -> tuple[Part, ...]:
+    """The files and folders that `build_reader` needs for `name` and `split`. DataError for what has no reader."""
+    base, _, edition = name.partition("|")
+    if base in REFER_SETS:
+        return refer_seg.needed_parts(base, edition or None)
+    if base in LABEL_MAP_SETS:
+        return label_maps.needed_parts(base, split, edition or None)
+    if name in PART_SETS:
+        return part_sets.needed_parts(name, split)
+    if name in VQA_SETS:
+        return vqa.needed_parts(name, split)
+    if name == MUSE:
+        return multi_reason_seg.needed_parts(split)
+    if name == REASON_SEG:
+        return reason_seg.needed_parts(name, split)
+    if base == CUSTOM:
+        return custom_layout.needed_parts(edition, split)
+    raise DataError(_unknown(name))
 
 
 class EvalReader:
@@ -93,14 +138,19 @@ def build_eval_reader(spec: str, root: str | os.PathLike[str], options: ReaderOp
     "MultiReasonSeg|test_less", "ade20k|val" …, several joined by JOIN. DataError in one sentence when one of them
     cannot be read.
     """
-    data_root = DataRoot(root)
-    readers = []
+    data_root, chosen = DataRoot(root), options or ReaderOptions()
+    return EvalReader([_build(name, data_root, split, chosen) for name, split in evaluation_sets(spec)])
+
+
+def evaluation_sets(spec: str) -> list[tuple[str, str]]:
+    """(data set, split) of all that --val_dataset names. DataError for a name without a split."""
+    found = []
     for name in _parted(spec, "--val_dataset"):
         base, _, split = name.rpartition("|")
         if not base:
             raise DataError(f"{name!r} in --val_dataset names no split; expected DATASET|SPLIT, such as ReasonSeg|val")
-        readers.append(_build(base, data_root, split, options or ReaderOptions()))
-    return EvalReader(readers)
+        found.append((base, split))
+    return found
 
 
 @contextmanager
@@ -134,7 +184,13 @@ def _new_reader(name: str, root: DataRoot, split: str, options: ReaderOptions) -
         return MultiReasonSegReader(name, root, split, options)
     if name == REASON_SEG:
         return ReasonSegReader(name, root, split, options)
-    raise DataError(_no_reader(name, "the data set", tuple(known for family in FAMILIES.values() for known in family)))
+    if base == CUSTOM:
+        return _CUSTOM_READERS[form_of(root, edition, split)](edition, root, split, options)
+    raise DataError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    return _no_reader(name, "the data set", tuple(known for family in FAMILIES.values() for known in family))
 
 
 def _no_reader(name: str, named_in: str, supported: tuple[str, ...]) -> str:

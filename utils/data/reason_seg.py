@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.errors import DataError
+from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, digest, expect, field, list_pictures, parse_json, picture_size, read_bytes
 from utils.data.masks import PaintedMask, points_of
+from utils.data.presence import Part, folder_part
 from utils.data.reader import Reader, ReaderOptions, draw
 from utils.data.samples import REASONING, SEG_MARKER, TEXT, Conversation, Sample, Target, Turn
 from utils.data.templates import (
@@ -57,14 +58,10 @@ class ReasonSegReader(Reader):
     def __init__(self, name: str, root: DataRoot, split: str, options: ReaderOptions) -> None:
         super().__init__(name, split, options)
         self._root = root
+        self.source = os.path.join(root.path, *_FOLDER, split.replace("|", "+"))
         self._pictures: list[_Picture] = []
         contents = []
-        for part in split.split("|"):
-            if part == _EXPLANATIONS[0]:
-                raise DataError(
-                    f"{name} has no split {part!r}: its explanations belong to pictures of train; ask for {name}|train "
-                    f"and set --explanatory"
-                )
+        for part in _split_parts(name, split):
             folder = root.folder(*_FOLDER, part)
             for file_name in list_pictures(folder):
                 path = root.inside(folder, os.path.splitext(file_name)[0] + ".json", folder, "the file")
@@ -83,11 +80,14 @@ class ReasonSegReader(Reader):
         self.fingerprint = digest(b"\0".join(contents))
         self._refuse_if_empty(self._pictures, os.path.join(root.path, *_FOLDER, split))
         self._explanations: dict[str, list[_Explanation]] = {}
-        if options.explanatory >= 0 and "train" in split.split("|"):
+        if options.explanatory >= 0 and "train" in _split_parts(name, split):
             self._explanations = self._read_explanations()
 
     def __len__(self) -> int:
         return len(self._pictures)
+
+    def picture(self, index: int) -> str:
+        return os.path.join(self._pictures[index].folder, self._pictures[index].file_name)
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         picture = self._pictures[index]
@@ -171,3 +171,19 @@ class ReasonSegReader(Reader):
                 raise DataError(f"{where} holds {SEG_MARKER}, which explanations do not: correct the file")
             explanations.setdefault(image, []).append(_Explanation(question, answer))
         return explanations
+
+
+def needed_parts(name: str, split: str) -> tuple[Part, ...]:
+    """What `split`, which may join several, is made of; explanations may be absent."""
+    return tuple(folder_part("/".join((*_FOLDER, part))) for part in _split_parts(name, split))
+
+
+def _split_parts(name: str, split: str) -> list[str]:
+    parts = split.split("|")
+    if _EXPLANATIONS[0] in parts:
+        raise DataError(
+            f"{name} has no split {_EXPLANATIONS[0]!r}: its explanations belong to pictures of train; ask for "
+            f"{name}|train and set --explanatory",
+            cause=NO_SUCH_SPLIT,
+        )
+    return parts

@@ -4,11 +4,9 @@ Layout: refer_seg/<set>/{instances.json, refs(<split_by>).p or grefs(unc).json} 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from utils.data.coco_json import (
     CocoPicture,
@@ -17,15 +15,18 @@ from utils.data.coco_json import (
     index_categories,
     index_pictures,
     is_crowd,
+    note_odd_box,
 )
-from utils.data.errors import DataError
+from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, digest, expect, parse_json, read_bytes
 from utils.data.files import field as json_field
 from utils.data.masks import CocoMask, coco_mask
+from utils.data.phrase_reader import Asked, PhraseReader
 from utils.data.pickles import load_plain_pickle
-from utils.data.reader import Reader, ReaderOptions, draw
-from utils.data.samples import SEG_MARKER, Conversation, Sample, Target
-from utils.data.templates import pick_phrasing, target_name
+from utils.data.presence import Part, file_part, folder_part
+from utils.data.reader import ReaderOptions
+from utils.data.samples import SEG_MARKER, Target
+from utils.data.templates import target_name
 
 _FOLDER = "refer_seg"
 _TRAIN2014 = ("images", "mscoco", "images", "train2014")
@@ -51,23 +52,15 @@ REFER_SETS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A phrase about a picture and the targets it refers to."""
-
-    phrase: str
-    targets: tuple[Target, ...]
-
-
 @dataclass(slots=True)
 class _Picture:
     """A picture listed in instances.json and what is asked about it."""
 
     listed: CocoPicture
-    asked: list[_Asked] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
 
 
-class ReferSegReader(Reader):
+class ReferSegReader(PhraseReader):
     """One split of a referring set, grouped by picture. `split_by` names the authors of the split (unc, umd,
     google).
     """
@@ -85,10 +78,11 @@ class ReferSegReader(Reader):
         self._root = root
         self._folder = root.folder(_FOLDER, *layout.pictures)
         self._instances_path = instances_path
+        self.source = refs_path
         chosen = [ref for ref in refs if json_field(ref, "split", str, f"a ref of {refs_path}") == split]
         if not chosen:
             found = ", ".join(sorted({ref["split"] for ref in refs})) or "none"
-            raise DataError(f"{refs_path} has no split {split!r}; it has {found}: name one of these")
+            raise DataError(f"{refs_path} has no split {split!r}; it has {found}: name one of these", NO_SUCH_SPLIT)
         if options.exclude_val and split == _TRAIN_SPLIT:
             chosen = self._without_held_out(chosen, root, refs_path)
         self._pictures = self._index(chosen, refs_path, instances)
@@ -97,32 +91,15 @@ class ReferSegReader(Reader):
     def __len__(self) -> int:
         return len(self._pictures)
 
-    def read(self, index: int, rng: np.random.Generator) -> Sample:
-        picture = self._pictures[index]
-        options = self.options
-        waiting = draw(rng, picture.asked, options.num_classes_per_sample * options.num_classes_per_question)[::-1]
-        conversations: list[Conversation] = []
-        while waiting and len(conversations) < options.num_classes_per_sample:
-            together = [waiting.pop()]
-            if options.num_classes_per_question > 1 and len(together[0].targets) == 1:
-                wanted = int(rng.integers(1, options.num_classes_per_question + 1))
-                while waiting and len(together) < wanted and _may_join(waiting[-1], together):
-                    together.append(waiting.pop())
-            conversations.append(self._conversation(together, rng))
-        return self._sample(picture, conversations)
+    def picture(self, index: int) -> str:
+        return f"{self._folder}/{self._pictures[index].listed.file_name}"
 
-    def read_all(self, index: int, rng: np.random.Generator) -> Sample:
-        picture = self._pictures[index]
-        return self._sample(picture, [self._conversation([asked], rng) for asked in picture.asked])
+    def _asked(self, index: int) -> Sequence[Asked]:
+        return self._pictures[index].asked
 
-    def _conversation(self, together: list[_Asked], rng: np.random.Generator) -> Conversation:
-        phrasing = pick_phrasing(rng, self.options.use_expand_question_list)
-        targets = tuple(target for asked in together for target in asked.targets)
-        return (phrasing.turn([asked.phrase for asked in together], targets),)
-
-    def _sample(self, picture: _Picture, conversations: list[Conversation]) -> Sample:
-        path = self._root.picture(self._folder, picture.listed.file_name, self._instances_path)
-        return Sample(path, tuple(conversations), self.name, f"{self.name}/{self.split}/{picture.listed.number}")
+    def _located(self, index: int) -> tuple[str, str]:
+        listed = self._pictures[index].listed
+        return self._root.picture(self._folder, listed.file_name, self._instances_path), str(listed.number)
 
     def _without_held_out(self, refs: list[dict[str, Any]], root: DataRoot, refs_path: str) -> list[dict[str, Any]]:
         held_out = _held_out_pictures(root, self.name)
@@ -153,6 +130,7 @@ class ReferSegReader(Reader):
                 continue
             for number in ids:
                 if number not in masks:
+                    note_odd_box(annotations[number], self.noted)
                     where = f"annotation {number} of {path}"
                     segmentation = json_field(annotations[number], "segmentation", object, where)
                     masks[number] = coco_mask(segmentation, picture.listed.height, picture.listed.width, where)
@@ -164,12 +142,12 @@ class ReferSegReader(Reader):
                 category_name(annotations[number], names, f"annotation {number} of {self._instances_path}")
                 for number in ids
             ]
-            picture.asked += self._asked(ref, refs_path, sources, labels)
+            picture.asked += self._phrases(ref, refs_path, sources, labels)
         return [picture for picture in pictures.values() if picture.asked]
 
-    def _asked(
+    def _phrases(
         self, ref: dict[str, Any], refs_path: str, sources: list[CocoMask], labels: list[str]
-    ) -> Iterator[_Asked]:
+    ) -> Iterator[Asked]:
         where = f"ref {ref.get('ref_id')} of {refs_path}"
         for sentence in json_field(ref, "sentences", list, where):
             text = json_field(sentence, "sent", str, f"a sentence of {where}")
@@ -178,31 +156,46 @@ class ReferSegReader(Reader):
                 self.skipped["sentence that is empty or holds a marker"] += 1
                 continue
             names = [phrase] if len(sources) == 1 else [target_name(label) for label in labels]
-            yield _Asked(phrase, tuple(Target(name, mask) for name, mask in zip(names, sources, strict=True)))
+            yield Asked(phrase, tuple(Target(name, mask) for name, mask in zip(names, sources, strict=True)))
 
 
-def _may_join(candidate: _Asked, together: list[_Asked]) -> bool:
-    """Whether a question that asks for `together` may ask for `candidate` too: another thing, and just one."""
-    return len(candidate.targets) == 1 and all(
-        candidate.targets[0].decode is not asked.targets[0].decode and candidate.phrase != asked.phrase
-        for asked in together
+def needed_parts(name: str, split_by: str | None = None) -> tuple[Part, ...]:
+    """What the referring set `name` is made of, split by the authors `split_by`."""
+    layout = REFER_SETS[name]
+    return (
+        _refs_part(name, split_by or layout.split_by[0]),
+        file_part(f"{_FOLDER}/{name}/instances.json"),
+        folder_part("/".join((_FOLDER, *layout.pictures))),
     )
+
+
+def _refs_part(name: str, split_by: str) -> Part:
+    layout = REFER_SETS[name]
+    if split_by not in layout.split_by:
+        raise DataError(f"{name} is split by {' or '.join(layout.split_by)}, not by {split_by!r}: name one of these")
+    return file_part(*(f"{_FOLDER}/{name}/{pattern.format(split_by)}" for pattern in layout.refs))
 
 
 def _read_refs(root: DataRoot, name: str, split_by: str) -> tuple[str, list[dict[str, Any]], str]:
     """Path of the refs file, its refs, its content hash."""
-    layout = REFER_SETS[name]
-    if split_by not in layout.split_by:
-        raise DataError(f"{name} is split by {' or '.join(layout.split_by)}, not by {split_by!r}: name one of these")
-    candidates = [os.path.join(_FOLDER, name, pattern.format(split_by)) for pattern in layout.refs]
-    present = [part for part in candidates if os.path.isfile(os.path.join(root.path, part))]
-    path = root.file((present or candidates)[0])
+    refs = _refs_part(name, split_by)
+    path = root.file(refs.found(root.path) or refs.paths[0])
     content = read_bytes(path)
     loaded = parse_json(content, path) if path.endswith(".json") else load_plain_pickle(content, path)
-    refs = expect(loaded, list, path)
-    for ref in refs:
+    found = expect(loaded, list, path)
+    for ref in found:
         expect(ref, dict, f"a ref of {path}")
-    return path, refs, digest(content)
+    return path, found, digest(content)
+
+
+def pictures_by_split(root: DataRoot, name: str, split_by: str) -> dict[str, set[int]]:
+    """Picture ids of every split, from the refs alone. DataError where they cannot be read."""
+    path, refs, _ = _read_refs(root, name, split_by)
+    found: dict[str, set[int]] = {}
+    for ref in refs:
+        where = f"a ref of {path}"
+        found.setdefault(json_field(ref, "split", str, where), set()).add(json_field(ref, "image_id", int, where))
+    return found
 
 
 def _held_out_pictures(root: DataRoot, name: str) -> set[int]:

@@ -8,6 +8,10 @@ import numpy as np
 SEG_MARKER = "{seg}"
 """Stands in a turn's answer right after the words that name a target, once per target, in the order of its targets."""
 
+MORE_MARKERS = f"answer with more {SEG_MARKER} than masks"
+FEWER_MARKERS = f"answer with fewer {SEG_MARKER} than masks"
+"""Why an answer is left out whose text and masks disagree."""
+
 IGNORE_LABEL = 255
 """Value of mask pixels that take no part in any loss or score."""
 

@@ -5,6 +5,7 @@ left to learn is whether the thing is there, not which of several sentences was 
 a target stand between a punctuation mark and its marker.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -104,6 +105,7 @@ _BEGINS_WITHOUT_ARTICLE = frozenset(
         *("someone", "something", "everything", "everyone", "anything"),
     }
 )
+_CLAUSE_ENDS = re.compile("[,.;:!?]")
 _LIST_PUNCTUATION = str.maketrans(dict.fromkeys(",;:", " "))
 
 
@@ -145,6 +147,16 @@ def target_name(phrase: str) -> str:
     if not text or words[0].lower() in _BEGINS_WITHOUT_ARTICLE:
         return text
     return f"the {text}"
+
+
+def names_before_markers(answer: str) -> list[str]:
+    """The words before each SEG_MARKER, back to the last punctuation or marker.
+
+    >>> names_before_markers("Use the cup {seg}, and the blue tray {seg}.")
+    ['Use the cup', 'the blue tray']
+    """
+    before = answer.split(SEG_MARKER)[:-1]
+    return [_CLAUSE_ENDS.split(words)[-1].strip().removeprefix("and ") for words in before]
 
 
 def listed(things: Sequence[str]) -> str:

@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.errors import DataError
+from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, digest, expect, field, parse_json, read_bytes
+from utils.data.messages import exchanges
+from utils.data.presence import Mention, Part, file_part, folder_part
 from utils.data.reader import Reader, ReaderOptions, draw
 from utils.data.samples import NO_PICTURE, SEG_MARKER, TEXT, Conversation, Sample, Turn
 
 _COCO = "coco/train2017"
 _MIXED = ("gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
-
-_IMAGE_MARKER = "<image>"
-_ROLES = ("human", "gpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +54,9 @@ class VqaReader(Reader):
 
     def __init__(self, name: str, root: DataRoot, split: str, options: ReaderOptions) -> None:
         super().__init__(name, split, options)
-        if split != "train":
-            raise DataError(f"{name} has no split {split!r}; it has train only: name that")
+        _check_split(name, split)
         self._path = root.file("llava_dataset", f"{name}.json")
+        self.source = self._path
         content = read_bytes(self._path)
         self.fingerprint = digest(content)
         self._root, self._layout = root, _LAYOUTS[name]
@@ -69,6 +68,10 @@ class VqaReader(Reader):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def picture(self, index: int) -> str:
+        item = self._items[index]
+        return f"{item.folder}/{item.name}" if item.name else NO_PICTURE
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         item = self._items[index]
@@ -100,18 +103,22 @@ class VqaReader(Reader):
             self._items.append(_Item(image, pictures[image], folder, name))
 
     def _conversation(self, messages: list[Any], where: str) -> Conversation:
-        """The turns, or none where roles do not alternate or words are missing (counted)."""
-        roles = tuple(field(message, "from", str, f"a message of {where}") for message in messages)
-        texts = [_words(field(message, "value", str, f"a message of {where}")) for message in messages]
-        if not roles or roles != _ROLES * (len(roles) // 2):
-            self.skipped["conversation that does not alternate between human and gpt"] += 1
+        """The turns, or none where they cannot be used (counted)."""
+        pairs = exchanges(messages, where, self.skipped)
+        if any(SEG_MARKER in text for pair in pairs for text in pair):
+            self.skipped["conversation with a marker"] += 1
             return ()
-        if not all(texts) or any(SEG_MARKER in text for text in texts):
-            self.skipped["conversation with an empty message or a marker"] += 1
-            return ()
-        return tuple(Turn(asked, told, (), TEXT) for asked, told in zip(texts[::2], texts[1::2], strict=True))
+        return tuple(Turn(asked, told, (), TEXT) for asked, told in pairs)
 
 
-def _words(text: str) -> str:
-    """Without the place of the picture, which the processor decides."""
-    return text.replace(_IMAGE_MARKER, "").strip()
+def needed_parts(name: str, split: str) -> tuple[Part, ...]:
+    """What the data set `name` is made of."""
+    _check_split(name, split)
+    layout, records = _LAYOUTS[name], file_part(f"llava_dataset/{name}.json")
+    named = {folder: '"image"' if layout.before else f'"{folder}/' for folder in layout.folders}
+    return records, *(folder_part(folder, mention=Mention(records, text)) for folder, text in named.items())
+
+
+def _check_split(name: str, split: str) -> None:
+    if split != "train":
+        raise DataError(f"{name} has no split {split!r}; it has train only: name that", NO_SUCH_SPLIT)

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from utils.arguments import TrainArguments
+from utils.data.asked import absences, asked_for_evaluation, asked_for_training
 from utils.data.bad_samples import BadSamples
 from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.errors import DataError, without_traceback
 from utils.data.mixture import Mixture, build_mixture
+from utils.data.presence import absence_sentence, absence_table
 from utils.data.reader import ReaderOptions
 from utils.engine.checkpoints import latest_tag
 from utils.engine.fit import CHECKPOINT, Plan
@@ -101,6 +103,17 @@ def reader_options(args: TrainArguments) -> ReaderOptions:
     )
 
 
+def refuse_missing_data(args: TrainArguments) -> None:
+    """DataError before anything is loaded when files the run needs are not there; a table names all of them."""
+    asked = [] if args.eval_only else asked_for_training(args)
+    asked += [] if args.no_eval else asked_for_evaluation(args.val_dataset)
+    missing = absences(asked, args.dataset_dir)
+    if missing:
+        if len(missing) > 1:
+            note(f"missing in {args.dataset_dir}:\n{absence_table(missing)}")
+        raise DataError(absence_sentence(missing), cause="missing file")
+
+
 def make_mixture(args: TrainArguments) -> Mixture:
     """The samples the flags ask for."""
     return build_mixture(
@@ -111,6 +124,7 @@ def make_mixture(args: TrainArguments) -> Mixture:
         refer_seg_data=args.refer_seg_data,
         vqa_data=args.vqa_data,
         reason_seg_data=args.reason_seg_data,
+        custom_data=args.custom_data,
         options=reader_options(args),
         seed=args.seed,
     )

@@ -12,9 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.errors import DataError
-from utils.data.files import DataRoot, digest, expect, field, list_pictures, parse_json, read_bytes, read_label_map
+from utils.data.errors import EMPTY_CLASS_LIST, NO_SUCH_SPLIT, DataError
+from utils.data.files import (
+    OTHER_EDITION,
+    DataRoot,
+    digest,
+    expect,
+    field,
+    list_pictures,
+    parse_json,
+    read_bytes,
+    read_label_map,
+)
 from utils.data.masks import LabelMask
+from utils.data.presence import Part, file_part, folder_part
 from utils.data.reader import ReaderOptions
 from utils.data.samples import IGNORE_LABEL, Target
 from utils.data.sem_seg.class_reader import ClassReader
@@ -27,6 +38,10 @@ _IGNORED = ""
 _OTHER_FOLDERS = {"train": "training", "val": "validation"}
 _COCO_FOLDERS = {"train": "train2017", "val": "val2017"}
 _MAPILLARY = "mapillary"
+_FOLDERS = {"ade20k": _OTHER_FOLDERS, "cocostuff": _COCO_FOLDERS, _MAPILLARY: _OTHER_FOLDERS}
+"""What each data set calls its splits on the disk."""
+_PARTS = {"ade20k": ("ade20k/images/{}", "ade20k/annotations/{}"), "cocostuff": ("coco/{}", "cocostuff/{}")}
+"""Folders of pictures and of label maps, by the split's own name."""
 # By version: the file of classes and the folder of labels below that of the split, the first that is there.
 _MAPILLARY_LAYOUTS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "v2.0": (("config_v2.0.json", ("v2.0", "labels")),),
@@ -64,6 +79,7 @@ class LabelMapReader(ClassReader):
             raise DataError(f"{name} has no editions such as {version!r}; name it without one")
         layout = _mapillary(root, split, version) if name == _MAPILLARY else _LAYOUTS[name](root, split)
         self._root, self._layout = root, layout
+        self.source = layout.labels
         names = list_pictures(layout.pictures)
         labelled = set(list_pictures(layout.labels))
         self._names = [picture for picture in names if _label_file(picture) in labelled]
@@ -79,6 +95,9 @@ class LabelMapReader(ClassReader):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def picture(self, index: int) -> str:
+        return os.path.join(self._layout.pictures, self._names[index])
 
     def _class_names(self) -> Sequence[str]:
         return self._classes
@@ -96,7 +115,7 @@ class LabelMapReader(ClassReader):
         if unknown:
             raise DataError(
                 f"{path} holds label {unknown[-1]}; expected 0 to {len(layout.names) - 1}: {layout.hint}",
-                cause="label map of another edition",
+                cause=OTHER_EDITION,
             )
         classes = self._class_of[labels]
         shown = dict.fromkeys(int(self._class_of[label]) for label in present)
@@ -119,10 +138,11 @@ def _classes_of_labels(layout: _Layout, classes: Sequence[str]) -> np.ndarray:
 
 def _ade20k(root: DataRoot, split: str) -> _Layout:
     """Label 0, "other", is no class; label n is class n − 1."""
-    folder = _folder_of("ade20k", split, _OTHER_FOLDERS)
+    folder = _folder_of("ade20k", split, _FOLDERS["ade20k"])
+    pictures, labels = (root.folder(*pattern.format(folder).split("/")) for pattern in _PARTS["ade20k"])
     return _Layout(
-        root.folder("ade20k", "images", folder),
-        root.folder("ade20k", "annotations", folder),
+        pictures,
+        labels,
         (_IGNORED, *ADE20K_CLASSES),
         "use ADEChallengeData2016, not the full ADE20K release",
         other=0,
@@ -133,10 +153,11 @@ def _cocostuff(root: DataRoot, split: str) -> _Layout:
     """255 is unlabelled. Classes with a dash in their names are the rest of something ("wall-other") or a second name
     of a thing ("door-stuff"): nobody asks for them, and no answer is wrong there.
     """
-    folder = _folder_of("cocostuff", split, _COCO_FOLDERS)
+    folder = _folder_of("cocostuff", split, _FOLDERS["cocostuff"])
+    pictures, labels = (root.folder(*pattern.format(folder).split("/")) for pattern in _PARTS["cocostuff"])
     return _Layout(
-        root.folder("coco", folder),
-        root.folder("cocostuff", folder),
+        pictures,
+        labels,
         tuple(_IGNORED if "-" in name else name for name in COCO_STUFF_CLASSES),
         "use the PNGs of stuffthingmaps_trainval2017.zip",
     )
@@ -144,11 +165,8 @@ def _cocostuff(root: DataRoot, split: str) -> _Layout:
 
 def _mapillary(root: DataRoot, split: str, version: str | None) -> _Layout:
     """`version` of Mapillary Vistas, without it the newest that is there."""
-    if version is not None and version not in _MAPILLARY_LAYOUTS:
-        raise DataError(f"{_MAPILLARY} has the editions {', '.join(_MAPILLARY_LAYOUTS)}, not {version!r}: name one")
-    folder = _folder_of(_MAPILLARY, split, _OTHER_FOLDERS)
-    asked = [version] if version else list(_MAPILLARY_LAYOUTS)
-    candidates = [candidate for name in asked for candidate in _MAPILLARY_LAYOUTS[name]]
+    candidates = _mapillary_editions(version)
+    folder = _folder_of(_MAPILLARY, split, _FOLDERS[_MAPILLARY])
     config, labels = next((found for found in candidates if root.has(_MAPILLARY, found[0])), candidates[0])
     path = root.file(_MAPILLARY, config)
     content = read_bytes(path)
@@ -161,6 +179,25 @@ def _mapillary(root: DataRoot, split: str, version: str | None) -> _Layout:
     )
 
 
+def needed_parts(name: str, split: str, version: str | None = None) -> tuple[Part, ...]:
+    """What the data set `name` is made of; of Mapillary the edition `version`, or any."""
+    if name != _MAPILLARY:
+        folder = _folder_of(name, split, _FOLDERS[name])
+        return tuple(folder_part(pattern.format(folder)) for pattern in _PARTS[name])
+    folder = _folder_of(name, split, _FOLDERS[name])
+    editions = _mapillary_editions(version)
+    labels = ["/".join((name, folder, *below)) for _, below in editions]
+    configs = [f"{name}/{config}" for config, _ in editions]
+    return file_part(*configs), folder_part(f"{name}/{folder}/images"), folder_part(*labels)
+
+
+def _mapillary_editions(version: str | None) -> list[tuple[str, tuple[str, ...]]]:
+    if version is not None and version not in _MAPILLARY_LAYOUTS:
+        raise DataError(f"{_MAPILLARY} has the editions {', '.join(_MAPILLARY_LAYOUTS)}, not {version!r}: name one")
+    asked = [version] if version else list(_MAPILLARY_LAYOUTS)
+    return [edition for name in asked for edition in _MAPILLARY_LAYOUTS[name]]
+
+
 def _mapillary_names(config: Any, path: str) -> tuple[str, ...]:
     """The name of every label of a Mapillary config, in the order of the labels."""
     names = []
@@ -171,7 +208,10 @@ def _mapillary_names(config: Any, path: str) -> tuple[str, ...]:
         vague = kind.startswith("void--") or kind.endswith("--ambiguous")
         names.append(_spoken(readable) if counts and not vague else _IGNORED)
     if not any(names) or len(names) >= _LABEL_VALUES:
-        raise DataError(f"{path} lists {len(names)} labels; expected up to 255, some of them classes: fetch it again")
+        raise DataError(
+            f"{path} lists {len(names)} labels; expected up to 255, some of them classes: fetch it again",
+            cause=OTHER_EDITION if any(names) else EMPTY_CLASS_LIST,
+        )
     return tuple(names)
 
 
@@ -187,7 +227,7 @@ def _spoken(readable: str) -> str:
 
 def _folder_of(name: str, split: str, folders: Mapping[str, str]) -> str:
     if split not in folders:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(folders)}: name one of these")
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(folders)}: name one of these", NO_SUCH_SPLIT)
     return folders[split]
 
 

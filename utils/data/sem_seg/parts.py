@@ -10,18 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.coco_json import CocoPicture, category_name, index_categories, index_pictures, is_crowd
-from utils.data.errors import DataError
+from utils.data.coco_json import CocoPicture, category_name, index_categories, index_pictures, is_crowd, note_odd_box
+from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, digest, expect, parse_json, read_bytes
 from utils.data.files import field as json_field
 from utils.data.masks import CocoMask, UnionMask, coco_mask
+from utils.data.presence import Part, file_part, folder_part
 from utils.data.reader import ReaderOptions
 from utils.data.samples import SEG_MARKER, Target
 from utils.data.sem_seg.class_reader import ClassReader
 from utils.data.sem_seg.part_names import paco_names, partimagenet_names, pascal_part_names
 
 _PASCAL = ("vlpart", "pascal_part")
-_PACO = ("vlpart", "paco", "annotations")
+_VOC_PICTURES = "VOCdevkit/VOC2010/JPEGImages"
 _PARTIMAGENET = ("vlpart", "partimagenet")
 _COCO_FOLDERS = ("train2017", "val2017")
 _SPLITS = ("train", "val")
@@ -30,11 +31,13 @@ _PARTIAL = "not_exhaustive_category_ids"
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Of one data set: its annotation files by split ("{}"), the first that is there; what its categories are called;
-    and (root, split, file name, annotation file) -> (folder, name in it) of a picture.
+    """Of one data set: its annotation files by split ("{}"), the first that is there; folders of pictures, one of which
+    must be; what its categories are called; and (root, split, file name, annotation file) -> (folder, name in it) of a
+    picture.
     """
 
-    files: tuple[tuple[str, ...], ...]
+    files: tuple[str, ...]
+    pictures: tuple[str, ...]
     names: Callable[[Mapping[int, str]], dict[int, str]]
     place: Callable[[DataRoot, str, str, str], tuple[str, str]]
 
@@ -64,11 +67,10 @@ class PartReader(ClassReader):
 
     def __init__(self, name: str, root: DataRoot, split: str, options: ReaderOptions) -> None:
         super().__init__(name, split, options)
-        if split not in _SPLITS:
-            raise DataError(f"{name} has no split {split!r}; it has {', '.join(_SPLITS)}: name one of these")
         layout = _LAYOUTS[name]
-        files = [tuple(part.format(split) for part in parts) for parts in layout.files]
-        path = root.file(*next((parts for parts in files if root.has(*parts)), files[0]))
+        annotations, _ = needed_parts(name, split)
+        path = root.file(*(annotations.found(root.path) or annotations.paths[0]).split("/"))
+        self.source = path
         content = read_bytes(path)
         self.fingerprint = digest(content)
         self._root, self._path = root, path
@@ -92,6 +94,9 @@ class PartReader(ClassReader):
     def __len__(self) -> int:
         return len(self._pictures)
 
+    def picture(self, index: int) -> str:
+        return os.path.join(self._pictures[index].folder, self._pictures[index].file_name)
+
     def _class_names(self) -> Sequence[str]:
         return self._names
 
@@ -112,6 +117,7 @@ class PartReader(ClassReader):
             return
         where = f"annotation {annotation.get('id')} of {self._path}"
         name = category_name(annotation, names, where)
+        note_odd_box(annotation, self.noted)
         segmentation = json_field(annotation, "segmentation", object, where)
         source = coco_mask(segmentation, picture.listed.height, picture.listed.width, where)
         if source is None:
@@ -137,8 +143,19 @@ class PartReader(ClassReader):
             del picture.classes[name]
 
 
+def needed_parts(name: str, split: str) -> tuple[Part, Part]:
+    """What the data set `name` is made of: its annotations and its pictures."""
+    if split not in _SPLITS:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(_SPLITS)}: name one of these", NO_SUCH_SPLIT)
+    layout = _LAYOUTS[name]
+    return (
+        file_part(*(pattern.format(split) for pattern in layout.files)),
+        folder_part(*(pattern.format(split) for pattern in layout.pictures)),
+    )
+
+
 def _pascal_place(root: DataRoot, split: str, name: str, named_by: str) -> tuple[str, str]:
-    return root.placed(_PASCAL, ("VOCdevkit/VOC2010/JPEGImages",), f"VOCdevkit/VOC2010/JPEGImages/{name}", named_by)
+    return root.placed(_PASCAL, (_VOC_PICTURES,), f"{_VOC_PICTURES}/{name}", named_by)
 
 
 def _paco_place(root: DataRoot, split: str, name: str, named_by: str) -> tuple[str, str]:
@@ -155,10 +172,23 @@ def _partimagenet_place(root: DataRoot, split: str, name: str, named_by: str) ->
 
 
 _LAYOUTS = {
-    "pascal_part": _Layout(((*_PASCAL, "{}.json"),), pascal_part_names, _pascal_place),
-    "paco_lvis": _Layout(((*_PACO, "paco_lvis_v1_{}.json"),), paco_names, _paco_place),
+    "pascal_part": _Layout(
+        ("vlpart/pascal_part/{}.json",),
+        (f"vlpart/pascal_part/{_VOC_PICTURES}",),
+        pascal_part_names,
+        _pascal_place,
+    ),
+    "paco_lvis": _Layout(
+        ("vlpart/paco/annotations/paco_lvis_v1_{}.json",),
+        tuple(f"coco/{folder}" for folder in _COCO_FOLDERS),
+        paco_names,
+        _paco_place,
+    ),
     "partimagenet": _Layout(
-        ((*_PARTIMAGENET, "{}_format.json"), (*_PARTIMAGENET, "{}.json")), partimagenet_names, _partimagenet_place
+        ("vlpart/partimagenet/{}_format.json", "vlpart/partimagenet/{}.json"),
+        ("vlpart/partimagenet/{}",),
+        partimagenet_names,
+        _partimagenet_place,
     ),
 }
 

@@ -1,0 +1,96 @@
+"""Look at the data before training does: what is there, missing, broken, or shown by training and evaluation alike.
+
+python check_data.py --dataset_dir ./dataset
+python check_data.py --dataset custom --custom_data mine --val_dataset "custom|mine|val" --full --show 8
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from model.overlay import draw_overlay
+from model.pictures import open_picture
+from model.processing_pixellm import PixelLMProcessor
+from utils.arguments import CheckArguments, parse_check
+from utils.data.asked import asked_for_evaluation, asked_for_training
+from utils.data.doctor.leaks import find_leaks
+from utils.data.doctor.pages import Rendered, as_written, page
+from utils.data.doctor.report import SetReport, table
+from utils.data.doctor.survey import survey
+from utils.data.reader import Reader, ReaderOptions
+from utils.data.samples import Conversation
+from utils.scripts import UserError, run_script
+
+_ESCAPES = re.compile("\x1b\\[([0-9;]*)m")
+_DIM = "2"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check as the command line says; 0 when all that was asked for is usable, 1 when not."""
+    args = parse_check(argv)
+    rendered = renderer(args.version) if args.version else as_written
+    options = ReaderOptions(
+        num_classes_per_sample=args.num_classes_per_sample,
+        num_classes_per_question=args.num_classes_per_question,
+        use_expand_question_list=args.use_expand_question_list,
+        explanatory=args.explanatory,
+        exclude_val=args.exclude_val,
+    )
+    reports: list[SetReport] = []
+    for asked in [*asked_for_training(args), *asked_for_evaluation(args.val_dataset)]:
+        report, reader = survey(asked, args.dataset_dir, options, open_picture, full=args.full, workers=args.workers)
+        reports.append(report)
+        if args.show and reader is not None:
+            write_page(args, report, reader, rendered)
+    leaks = find_leaks(reports, args.dataset_dir)
+    print(table(reports, leaks, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    if args.json:
+        content = {
+            "dataset_dir": args.dataset_dir,
+            "full": args.full,
+            "sets": [report.as_dict() for report in reports],
+            "leaks": [
+                {"training": leak.training, "evaluation": leak.evaluation, "by": leak.by, "count": leak.count}
+                | {"first": leak.first}
+                for leak in leaks
+            ],
+        }
+        write(Path(args.json), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return int(any(report.state != "usable" for report in reports))
+
+
+def write_page(args: CheckArguments, report: SetReport, reader: Reader, rendered: Rendered) -> None:
+    """Leave the page of a data set in --show_dir."""
+    target = Path(args.show_dir) / (re.sub(r"[^\w+.-]+", "_", str(report)).strip("_") + ".html")
+    write(target, page(str(report), reader, args.show, open_picture, draw_overlay, rendered))
+    print(f"written: {target}")
+
+
+def write(target: Path, content: str) -> None:
+    """Write a file and the folders above it; UserError where that cannot be."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
+
+
+def renderer(version: str) -> Rendered:
+    """Conversations as the model in `version` writes them."""
+    processor = PixelLMProcessor.from_pretrained(version)
+
+    def rendered(conversation: Conversation, with_picture: bool) -> list[tuple[str, bool]]:
+        turns = [(turn.question, turn.answer) for turn in conversation]
+        coloured = processor.render_conversation(processor.encode_conversation(turns, with_picture=with_picture))
+        pieces = _ESCAPES.split(coloured)  # text, code, text, code …
+        return [
+            (text, code not in ("", "0", _DIM)) for code, text in zip(pieces[1::2], pieces[2::2], strict=True) if text
+        ]
+
+    return rendered
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,93 @@
+"""What is not there is named before anything is loaded: all of it, with where it comes from."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit import data_sets
+from utils import scripts
+from utils.arguments import TrainArguments
+from utils.data.asked import absences, asked_for_evaluation, asked_for_training
+from utils.data.errors import DataError
+from utils.data.presence import absence_sentence, absence_table
+from utils.data.readers import FAMILIES, build_reader, parts_of
+from utils.engine.setup import refuse_missing_data
+
+EVERY_SET = [name for family, names in FAMILIES.items() if family != "custom" for name in names]
+
+
+def arguments(root: Path, **flags: str) -> TrainArguments:
+    return TrainArguments(version="base", dataset_dir=str(root), **flags)
+
+
+def test_all_of_the_readmes_data_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("utils.engine.setup.note", said.append)
+    data_sets.write_refer_seg(tmp_path)
+    with pytest.raises(DataError, match=r"ade20k/images/training is missing, and \d+ more of what was asked") as caught:
+        refuse_missing_data(arguments(tmp_path))
+    assert "\n" not in str(caught.value)
+    (table,) = said
+    for path in ("ade20k/annotations/training", "mapillary/config_v2.0.json", "refer_seg/refcoco+/refs(unc).p"):
+        assert str(tmp_path / path) in table
+    assert "llava_instruct_150k.json of liuhaotian" in table and "ReasonSeg archive" in table
+    assert "refer_seg/refcoco/" not in table
+    assert sum(str(tmp_path / "coco/train2017") in line for line in table.splitlines()) == 1
+
+
+def test_what_is_there_is_no_matter(tmp_path: Path) -> None:
+    data_sets.write_refer_seg(tmp_path)
+    flags = {"dataset": "refer_seg", "sample_rates": "1", "refer_seg_data": "refcoco"}
+    refuse_missing_data(arguments(tmp_path, val_dataset="refcoco|unc|val", **flags))
+    with pytest.raises(DataError, match="reason_seg/ReasonSeg/val is missing; it comes with"):
+        refuse_missing_data(arguments(tmp_path, **flags))
+
+
+def test_only_what_the_run_needs_is_asked_for(tmp_path: Path) -> None:
+    data_sets.write_reason_seg(tmp_path, "val")
+    args = arguments(tmp_path)
+    args.eval_only = True
+    refuse_missing_data(args)
+    args.eval_only, args.no_eval, args.dataset, args.sample_rates = False, True, "reason_seg", "1"
+    with pytest.raises(DataError, match="ReasonSeg/train is missing"):
+        refuse_missing_data(args)
+
+
+def test_a_missing_root_is_told_first(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no data root") as caught:
+        refuse_missing_data(arguments(tmp_path / "nowhere"))
+    assert caught.value.cause == "missing data root" and scripts.explain(caught.value)
+
+
+@pytest.mark.parametrize("name", EVERY_SET)
+def test_a_reader_refuses_what_the_table_names(tmp_path: Path, name: str) -> None:
+    """The table and the readers have one idea of what a data set is made of."""
+    missing = absences(asked_for_evaluation(f"{name}|train"), tmp_path)
+    assert len(missing) == len([part for part in parts_of(name, "train") if part.needed(str(tmp_path))]) >= 1
+    with pytest.raises(DataError) as caught:
+        build_reader(name, tmp_path, "train")
+    assert caught.value.cause in ("missing file", "missing folder")
+    assert any(one.path in str(caught.value) for one in missing)
+
+
+def test_folders_of_pictures_are_needed_where_a_record_names_them(tmp_path: Path) -> None:
+    data_sets.write_muse(tmp_path)
+    assert absences(asked_for_evaluation("MultiReasonSeg|train"), tmp_path) == []
+    (tmp_path / data_sets.COCO / "val2017").rename(tmp_path / "away")
+    (missing,) = absences(asked_for_evaluation("MultiReasonSeg|train"), tmp_path)
+    assert missing.path.endswith("val2017") and missing.archive == "val2017.zip of COCO"
+    data_sets.write_mixed(tmp_path, data_sets.mixed_records()[:1])
+    (tmp_path / "gqa/images").rename(tmp_path / "gqa/away")
+    assert (
+        absences(asked_for_training(arguments(tmp_path, dataset="vqa", vqa_data="llava_v1_5_mix665k")), tmp_path) == []
+    )
+
+
+def test_table_and_sentence(tmp_path: Path) -> None:
+    flags = {"dataset": "custom||refer_seg", "sample_rates": "1,1", "custom_data": "mine", "refer_seg_data": "refcoco"}
+    missing = absences(asked_for_training(arguments(tmp_path, **flags)), tmp_path)
+    table = absence_table(missing)
+    assert len(table.splitlines()) == len(missing) == 5
+    assert "custom|mine (train)" in table and "put it there as dataset/README.md draws it" in table
+    assert absence_table([]) == ""
+    assert absence_sentence(missing[:1]).startswith(f"the folder {tmp_path}/custom/mine/train is missing; put it there")
