@@ -241,7 +241,7 @@ def calibration(scores: Sequence[float], ious: Sequence[float], bins: int = CALI
 
 
 def calibration_error(found: Sequence[CalibrationBin]) -> float | None:
-    """ECE: mean over masks of |mean score - mean IoU| of the mask's bin (Guo et al. 2017, with the IoU for accuracy)."""
+    """ECE: mean over masks of |mean score - mean IoU| of the mask's bin (Guo et al. 2017, IoU for accuracy)."""
     total = sum(one.n for one in found)
     return math.fsum(one.n * abs(one.score - one.iou) for one in found) / total if total else None
 

@@ -55,7 +55,7 @@ def ratio_intervals(
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
-def by_unit(units: Sequence[str], values: Sequence[Sequence[float]]) -> np.ndarray:
+def by_unit(units: Sequence[str], values: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
     """Values (M, K) summed over those of the same unit -> (N, K) float64, units in order of their names."""
     _, number = np.unique(np.asarray(units), return_inverse=True)
     table = np.asarray(values, dtype=np.float64)
