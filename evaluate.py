@@ -1,99 +1,121 @@
-"""Score a saved PixelLM on questions it did not see, free-running and teacher-forced, by kind of question.
+"""Score a saved PixelLM on questions it did not see, by protocol and by kind of question; compare and quote scores.
 
 python evaluate.py runs/demo/model --dataset_dir runs/demo/dataset --val_dataset "refcoco|unc|val" --out runs/eval/demo
+python evaluate.py --compare runs/eval/demo runs/eval/other
+python evaluate.py --table runs/eval/demo
 """
 
-import json
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
-from model.overlay import GalleryItem, draw_gallery
-from model.predictor import Predictor
+from model.overlay import GalleryItem, draw_gallery, draw_overlay
+from model.predictor import Answer, Predictor
 from utils.arguments import EvaluateArguments, parse_evaluate
-from utils.data.readers import build_eval_reader
-from utils.data.samples import KINDS
+from utils.data.readers import EvalReader, build_eval_reader
 from utils.engine.run_card import versions
 from utils.evaluation import Scored, evaluate
+from utils.scoreboard import write_json
+from utils.scores import fingerprints, pages
+from utils.scores.compare import compare_folders
+from utils.scores.figures import Figures
+from utils.scores.lines import SAMPLES, Lines
+from utils.scores.protocols import RELEASE
+from utils.scores.results import RESULTS, protocol_facts, read_results, with_intervals
+from utils.scores.tables import quotable, score_table
 from utils.scripts import run_script
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLUMNS = {
-    "n": "n",
-    "giou": "gIoU",
-    "ciou": "cIoU",
-    "giou_teacher_forced": "gIoU, teacher-forced",
-    "giou_shuffled": "gIoU, other picture",
-    "target_count_accuracy": "count",
-    "text_accuracy": "text",
-}
 
 
-class Records:
-    """Writes a line per question, and keeps some of every kind for the gallery, one about a picture."""
+@dataclass(frozen=True)
+class AnswerWithLogits(Answer):
+    """logits: float32 (Q, H, W), what the masks were made of."""
 
-    def __init__(self, lines: IO[str], wanted: int) -> None:
-        self._lines, self._wanted = lines, wanted
-        self._kept: dict[str, list[Scored]] = {kind: [] for kind in KINDS}
+    logits: np.ndarray
 
-    def add(self, scored: Scored) -> None:
-        """Take in one scored question."""
-        self._lines.write(json.dumps(scored.as_dict(), ensure_ascii=False) + "\n")
-        kept, path = self._kept[scored.question.turn.kind], scored.question.image_path
-        if len(kept) < self._wanted and all(path != other.question.image_path for other in kept):
-            kept.append(scored)
 
-    def chosen(self) -> list[Scored]:
-        """At most the wanted number, the kinds taking turns."""
-        longest = max(len(kept) for kept in self._kept.values())
-        turns = [kept[place] for place in range(longest) for kept in self._kept.values() if place < len(kept)]
-        return turns[: self._wanted]
+class LogitPredictor(Predictor):
+    """Answers keep the logits of their masks, which the release's loops count."""
+
+    def _to_answer(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> AnswerWithLogits:
+        return AnswerWithLogits(**vars(super()._to_answer(turns, logits_QHW)), logits=logits_QHW.float().cpu().numpy())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score as the command line says; returns the exit status."""
+    """Score, compare or quote as the command line says; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--version", *words]
     args = parse_evaluate(words)
+    if args.compare:
+        print(compare_folders(*args.compared()))
+    elif args.table:
+        print("\n\n".join(quotable(read_results(Path(args.table)))))
+    else:
+        score(args, words)
+    return 0
+
+
+def score(args: EvaluateArguments, words: list[str]) -> None:
+    """Ask every question and write what came of it into --out."""
     reader = build_eval_reader(args.val_dataset, args.dataset_dir)
     dtype = DTYPES[args.precision] if "precision" in args.given else None
-    predictor = Predictor.from_pretrained(args.version, args.device, dtype, args.attn_implementation)
+    kind = LogitPredictor if RELEASE in args.protocols() else Predictor
+    predictor = kind.from_pretrained(args.version, args.device, dtype, args.attn_implementation)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with (out / "samples.jsonl").open("w", encoding="utf-8") as lines:
-        records = Records(lines, args.gallery)
+    shown, chosen = pages.ByKind(args.gallery), pages.Chosen()
+    figures: list[Figures] = []
+    with Lines(out) as lines:
+
+        def keep(scored: Scored) -> None:
+            figures.append(scored.figures)
+            lines.add(scored)
+            if args.gallery:
+                shown.add(scored)
+                chosen.add(scored)
+
         scores = evaluate(
             predictor,
             reader,
             batch_size=args.batch_size,
             limit=args.limit,
-            teacher_forced=args.teacher_forced,
+            protocols=args.protocols(),
             shuffled=args.shuffled,
             max_new_tokens=args.max_new_tokens,
-            on_scored=records.add,
+            on_scored=keep,
         )
-    result = scores | circumstances(args, words, time.perf_counter() - start)
-    (out / "results.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if shown := records.chosen():
-        Image.fromarray(draw_gallery([card(predictor, scored) for scored in shown])).save(out / "gallery.png")
-    print(table(scores))
-    print(f"written to {out}: results.json, samples.jsonl{', gallery.png' if shown else ''}")
-    return 0
+    seconds = time.perf_counter() - start
+    facts = circumstances(args, words, reader, seconds) | {"seconds_per_sample": seconds / len(figures)}
+    write_json(out / RESULTS, with_intervals(scores, figures) | facts)
+    written = [RESULTS, SAMPLES]
+    if kept := shown.chosen():
+        open_picture = predictor.processor.open_picture
+        Image.fromarray(draw_gallery([card(predictor, scored) for scored in kept])).save(out / "gallery.png")
+        title = f"{args.version} on {args.val_dataset}: {','.join(args.protocols())}"
+        draw = partial(draw_overlay, min_side=pages.SIDE)
+        pages.write_page(out / pages.PAGE, title, chosen.sections(), draw, open_picture)
+        written += ["gallery.png", pages.PAGE]
+    print(score_table(scores))
+    print(f"written to {out}: {', '.join(written)}")
 
 
-def circumstances(args: EvaluateArguments, words: list[str], seconds: float) -> dict[str, Any]:
+def circumstances(args: EvaluateArguments, words: list[str], reader: EvalReader, seconds: float) -> dict[str, Any]:
     """How the scores came about."""
-    return {
-        "protocol": "free-running, greedy; the keys that say so are teacher-forced or shuffled",
+    return protocol_facts(args.protocols()) | {
         "model": args.version,
+        "model_fingerprint": fingerprints.of_model(args.version),
         "dataset_dir": args.dataset_dir,
         "val_dataset": args.val_dataset,
+        "data": fingerprints.of_data(reader.readers),
         "command": ["evaluate.py", *words],
         "versions": versions(),
         "seconds": seconds,
@@ -111,26 +133,8 @@ def card(predictor: Predictor, scored: Scored) -> GalleryItem:
         answer=scored.answer.text,
         masks=scored.answer.masks,
         phrases=scored.answer.phrases,
-        note=f"{turn.kind}, IoU {scored.figures.iou:.2f}",
+        note=f"{turn.kind}, {scored.protocol}, IoU {scored.shown.iou:.2f}",
     )
-
-
-def table(scores: dict[str, Any]) -> str:
-    """The scores over all questions and by kind, for a person."""
-    kinds = list(scores["n_by_kind"])
-    rows = [["kind", *COLUMNS.values()], ["all", *(_number(scores[name]) for name in COLUMNS)]]
-    rows += [[kind, *(_number(scores[f"{name}_by_kind"][kind]) for name in COLUMNS)] for kind in kinds]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
-
-
-def _number(value: float | int | None) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ the model in --version was saved; for a new model, the default of PixelLMConfig 
 """
 
 import dataclasses
+import itertools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
 from utils.command_line import Arguments, option, options_of, parse
+from utils.scores.protocols import TEACHER, split_protocols
 from utils.scripts import UserError
 
 SEPARATOR = "||"
@@ -424,14 +427,39 @@ class EvaluateArguments(BaseArguments):
 
     dataset_dir: str = option("./dataset", "the data root; dataset/README.md draws it")
     val_dataset: str = option("ReasonSeg|val", "what to score on, several joined by ||", join=SEPARATOR)
-    out: str = option("./runs/eval", "folder for results.json, samples.jsonl and gallery.png")
+    out: str = option("./runs/eval", "folder for results.json, samples.jsonl, gallery.png and index.html")
     batch_size: int = option(16, "questions answered together", low=1)
     limit: int = option(0, "questions to score, at most; 0: all", low=0)
     max_new_tokens: int = option(512, "longest answer in tokens", low=1)
-    shuffled: bool = option(True, "also score each question on another picture (what guessing gets)")
-    teacher_forced: bool = option(True, "also score masks with the answer given")
-    gallery: int = option(12, "answers drawn in the gallery picture; 0: no picture", low=0)
+    protocol: str = option("free,teacher", "how to ask: free, teacher, release, or several joined by commas")
+    shuffled: bool = option(True, "with free: also score each question on another picture (what guessing gets)")
+    teacher_forced: bool = option(True, "--no_teacher_forced takes teacher out of --protocol")
+    gallery: int = option(12, "answers drawn in the gallery picture; 0: neither that nor index.html", low=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    compare: str = option("", "two results folders, A B: paired differences, and the answers that changed most")
+    table: str = option("", "a results folder: print its scores as rows of Markdown and LaTeX")
+
+    def compared(self) -> tuple[Path, Path]:
+        """The two folders of --compare. UserError when there are not two."""
+        folders = split_list(self.compare)
+        if len(folders) != 2:
+            raise UserError(f"--compare takes two results folders, found {len(folders)}: {', '.join(folders)}")
+        return Path(folders[0]), Path(folders[1])
+
+    def protocols(self) -> tuple[str, ...]:
+        """The ways of asking. UserError where none is left, or one is not known."""
+        found = split_protocols(self.protocol)
+        kept = found if self.teacher_forced else tuple(name for name in found if name != TEACHER)
+        if not kept:
+            raise UserError("--no_teacher_forced leaves no protocol to score by: give --protocol free")
+        return kept
+
+    def check(self) -> None:
+        if self.compare:
+            self.compared()
+        elif not self.table:
+            super().check()
+            self.protocols()
 
 
 @dataclasses.dataclass
@@ -474,8 +502,16 @@ def parse_chat(argv: list[str] | None = None) -> ChatArguments:
 
 
 def parse_evaluate(argv: list[str] | None = None) -> EvaluateArguments:
-    """The arguments of evaluate.py."""
-    return parse(EvaluateArguments, argv, prog="evaluate.py", description="Score a saved PixelLM.")
+    """The arguments of evaluate.py. A first word that is no flag is the model's folder; --compare takes two words."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words = ["--version", *words]
+    if "--compare" in words:
+        place = words.index("--compare") + 1
+        folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words[place:]))
+        words[place : place + len(folders)] = [SEPARATOR.join(folders)] if folders else []
+    description = "Score a saved PixelLM, compare scores or print them as rows of a table."
+    return parse(EvaluateArguments, words, prog="evaluate.py", description=description)
 
 
 def trained_with(asked: MergeArguments, card: dict[str, Any] | None) -> TrainArguments:

@@ -1,18 +1,22 @@
-"""Free-running and teacher-forced scores of a predictor, by kind of question.
+"""Asks a predictor every question of a data set and hands what comes back to the scores, by protocol.
 
-The predictor is handed in; this file knows of it only `answer` and `segment` (see `Asked`). Three ways of asking:
+The predictor is handed in; this file knows of it only `answer` and `segment` (see `Asked`). The protocols:
 
 - free: the model gets the picture and the question and must say its seg groups itself. What a user gets.
-- teacher-forced: the true answer with its groups is given, the model only draws. Questions without a target are left
-  out, because an answer without groups draws nothing and would always be right.
-- shuffled: free, but another picture of the same set is shown while the truth stays that of the question's own
-  picture: what can be had from the words alone. Questions without a target are left out.
+- teacher: the true answer with its groups is given, the model only draws. Questions without a target are left out,
+  because an answer without groups draws nothing and would always be right.
+- release: both of the release's validation loops with their quirks (`utils.release_protocol`), for quoting beside
+  numbers that were made so. Needs answers that keep their logits.
+
+Beside free, another picture of the same set may be shown ("shuffled") while the truth stays that of the question's own
+picture: what can be had from the words alone. Questions without a target are left out there too.
 
 The unit is the question. Its IoU is that of the union of its predicted masks with the union of its true masks, as
 gRefCOCO scores sentences with several targets; a question without a target scores 1 when no mask is predicted and
 else 0. gIoU is the mean over questions, cIoU the sum of intersections over the sum of unions.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,16 +26,20 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils import metrics
-from utils.data.samples import KINDS, TEXT, Sample, Turn
-from utils.metrics import Overlap
+from utils import metrics, release_protocol
+from utils.data.samples import IGNORE_LABEL, TEXT, Sample, Turn
+from utils.scores.figures import CLASS_SETS, Drawn, Figures, Release, Said, drawn, summarise
+from utils.scores.protocols import FREE, RELEASE, TEACHER
 from utils.scripts import UserError
 
 MAX_NEW_TOKENS = 256
 
 
 class Answered(Protocol):
-    """What is read of an answer: its words, and a bool mask (Q, H, W) for every group."""
+    """What is read of an answer: its words, and a bool mask (Q, H, W) for every group.
+
+    For the protocol `release` it also has `logits`, float (Q, H, W), from which the masks were made.
+    """
 
     @property
     def text(self) -> str: ...
@@ -63,64 +71,28 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class EvalQuestion:
-    """One question about one picture."""
+    """One question about one picture; number: its place among those of its sample."""
 
     image_path: str
     dataset: str
     sample_id: str
+    number: int
     turn: Turn
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What one question scored; None where that way of asking was not taken. See `Scored` for what was answered."""
-
-    kind: str
-    dataset: str
-    overlap: Overlap
-    iou: float
-    matched_iou: float
-    count_right: bool
-    text_right: bool
-    num_broken: int
-    forced_overlap: Overlap | None = None
-    forced_iou: float | None = None
-    shuffled_iou: float | None = None
-
-
-@dataclass(frozen=True)
 class Scored:
-    """A question, its true masks uint8 (G, H, W), the free-running answer, and what it scored."""
+    """A question, its true masks uint8 (G, H, W), an answer to it, what that answer scored, and the question's figures.
+
+    protocol: which way of asking the answer and `shown` are from: free wherever the model said its groups itself.
+    """
 
     question: EvalQuestion
     truths: np.ndarray
     answer: Answered
+    protocol: str
+    shown: Drawn
     figures: Figures
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain enough for a line of JSON; without masks."""
-        turn, figures = self.question.turn, self.figures
-        return {
-            "dataset": self.question.dataset,
-            "sample_id": self.question.sample_id,
-            "image_path": self.question.image_path,
-            "kind": turn.kind,
-            "question": turn.question,
-            "names": [target.name for target in turn.targets],
-            "answer": self.answer.marked_text,
-            "phrases": list(self.answer.phrases),
-            "scores": list(self.answer.scores),
-            "boxes": [list(box) for box in self.answer.boxes],
-            "num_broken": figures.num_broken,
-            "iou": figures.iou,
-            "intersection": figures.overlap.intersection,
-            "union": figures.overlap.union,
-            "matched_iou": figures.matched_iou,
-            "count_right": figures.count_right,
-            "text_right": figures.text_right,
-            "iou_teacher_forced": figures.forced_iou,
-            "iou_shuffled": figures.shuffled_iou,
-        }
 
 
 def evaluate(
@@ -129,7 +101,7 @@ def evaluate(
     *,
     batch_size: int = 16,
     limit: int = 0,
-    teacher_forced: bool = True,
+    protocols: Sequence[str] = (FREE, TEACHER),
     shuffled: bool = True,
     max_new_tokens: int = MAX_NEW_TOKENS,
     on_scored: Callable[[Scored], None] | None = None,
@@ -138,79 +110,52 @@ def evaluate(
     """Ask every question of `samples` and return `summarise` of what came out.
 
     batch_size: questions answered together; those about one picture stay together, so that it is encoded once.
-    limit: score this many questions, evenly spread; 0 for all. on_scored: called for every question in turn.
-    progress: show a bar on stderr with the running gIoU. Raises UserError when there is no question to score, and
-    ValueError when a conversation has several turns or a true mask is not of its picture's size.
+    limit: score this many questions, evenly spread; 0 for all. protocols: of PROTOCOLS. shuffled: also show other
+    pictures, where free is among them. on_scored: called for every question in turn. progress: show a bar on stderr
+    with the running gIoU. Raises UserError when there is no question to score, and ValueError when a conversation has
+    several turns or a true mask is not of its picture's size.
     """
     questions = questions_of(samples)
     asked = [question for question in questions if question.turn.kind != TEXT]
-    if not asked:
+    if not any(question.turn.targets or {FREE, RELEASE} & set(protocols) for question in asked):
         raise UserError(f"there is nothing to score among {len(questions)} questions: none asks for masks")
-    chosen = _spread(asked, limit)
-    others = _other_pictures(chosen) if shuffled else {}
+    eligible = asked if {FREE, RELEASE} & set(protocols) else [question for question in asked if question.turn.targets]
+    chosen = _spread(eligible, limit)
+    others = _other_pictures(chosen) if shuffled and FREE in protocols else {}
     figures: list[Figures] = []
+    total = 0.0
     with tqdm(total=len(chosen), desc="evaluate", unit="question", disable=not progress) as bar:
         for batch in _batches(chosen, batch_size):
-            for scored in _score_batch(predictor, batch, teacher_forced, others, max_new_tokens):
+            for scored in _score_batch(predictor, batch, protocols, others, max_new_tokens):
                 figures.append(scored.figures)
+                total += scored.shown.iou
                 if on_scored is not None:
                     on_scored(scored)
             bar.update(len(batch))
-            bar.set_postfix(giou=f"{metrics.mean([f.iou for f in figures]):.3f}", refresh=False)
-    return summarise(figures) | {"left_out": {"text": len(questions) - len(asked), "limit": len(asked) - len(chosen)}}
+            bar.set_postfix(giou=f"{total / len(figures):.3f}", refresh=False)
+    return summarise(figures) | {
+        "left_out": {
+            "text": len(questions) - len(asked),
+            "no_target": len(asked) - len(eligible),
+            "limit": len(eligible) - len(chosen),
+            "ignored_pixels": sum(one.num_ignored for one in figures),
+        }
+    }
 
 
 def questions_of(samples: Iterable[Sample]) -> list[EvalQuestion]:
     """All questions, those about one picture side by side. ValueError when a conversation is not a single turn."""
     by_picture: dict[str, list[EvalQuestion]] = {}
     for sample in samples:
-        for conversation in sample.conversations:
+        for number, conversation in enumerate(sample.conversations):
             if len(conversation) != 1:
                 raise ValueError(
                     f"sample {sample.sample_id} of {sample.dataset} has a conversation of {len(conversation)} turns; "
                     "for evaluation every question is a conversation of its own"
                 )
-            question = EvalQuestion(sample.image_path, sample.dataset, sample.sample_id, conversation[0])
+            question = EvalQuestion(sample.image_path, sample.dataset, sample.sample_id, number, conversation[0])
             by_picture.setdefault(sample.image_path, []).append(question)
     return [question for group in by_picture.values() for question in group]
-
-
-def summarise(figures: Sequence[Figures]) -> dict[str, Any]:
-    """Scores over all questions, by kind and by data set; a score nobody asked for is None. Keys ending in
-    `_by_kind` hold the kinds that occur."""
-    found = _grouped(figures, lambda one: one.kind)
-    by_kind = {kind: found[kind] for kind in KINDS if kind in found}
-    result: dict[str, Any] = {"n": len(figures), "n_by_kind": {kind: len(group) for kind, group in by_kind.items()}}
-    for name, score in _SCORES.items():
-        result[name] = score(figures)
-        result[f"{name}_by_kind"] = {kind: score(group) for kind, group in by_kind.items()}
-    result["broken_groups"] = sum(one.num_broken for one in figures)
-    result["datasets"] = {
-        dataset: {"giou": _SCORES["giou"](group), "ciou": _SCORES["ciou"](group), "n": len(group)}
-        for dataset, group in _grouped(figures, lambda one: one.dataset).items()
-    }
-    return result
-
-
-def _grouped(figures: Sequence[Figures], key: Callable[[Figures], str]) -> dict[str, list[Figures]]:
-    groups: dict[str, list[Figures]] = {}
-    for one in figures:
-        groups.setdefault(key(one), []).append(one)
-    return groups
-
-
-_SCORES: dict[str, Callable[[Sequence[Figures]], float | None]] = {
-    "giou": lambda group: metrics.mean([f.iou for f in group]),
-    "ciou": lambda group: metrics.ciou([f.overlap for f in group]),
-    "giou_matched": lambda group: metrics.mean([f.matched_iou for f in group]),
-    "giou_teacher_forced": lambda group: metrics.mean([f.forced_iou for f in group if f.forced_iou is not None]),
-    "ciou_teacher_forced": lambda group: metrics.ciou(
-        [f.forced_overlap for f in group if f.forced_overlap is not None]
-    ),
-    "giou_shuffled": lambda group: metrics.mean([f.shuffled_iou for f in group if f.shuffled_iou is not None]),
-    "target_count_accuracy": lambda group: metrics.mean([float(f.count_right) for f in group]),
-    "text_accuracy": lambda group: metrics.mean([float(f.text_right) for f in group]),
-}
 
 
 def baseline_giou(samples: Iterable[Sample], draw: Callable[[str], np.ndarray]) -> float | None:
@@ -268,50 +213,108 @@ def _index(paths: Sequence[str]) -> tuple[list[str], list[int]]:
 def _score_batch(
     predictor: Asked,
     batch: Sequence[EvalQuestion],
-    teacher_forced: bool,
+    protocols: Sequence[str],
     others: Mapping[str, str],
     max_new_tokens: int,
 ) -> Iterator[Scored]:
-    pictures, image_index = _index([question.image_path for question in batch])
-    texts = [question.turn.question for question in batch]
-    answers = predictor.answer(pictures, texts, image_index, max_new_tokens)
-    truths = [_truths(q, answer.masks.shape[1:]) for q, answer in zip(batch, answers, strict=True)]
-    drawn = [number for number, question in enumerate(batch) if question.turn.targets]
+    everything = range(len(batch))
+    with_targets = [number for number in everything if batch[number].turn.targets]
+    free: dict[int, Answered] = {}
     forced: dict[int, Answered] = {}
-    if teacher_forced and drawn:
-        turns = [[(batch[number].turn.question, batch[number].turn.answer)] for number in drawn]
-        pictures, image_index = _index([batch[number].image_path for number in drawn])
-        forced = dict(zip(drawn, predictor.segment(pictures, turns, image_index), strict=True))
     elsewhere: dict[int, Answered] = {}
-    if others and drawn:
-        pictures, image_index = _index([others[batch[number].image_path] for number in drawn])
-        asked = [texts[number] for number in drawn]
-        elsewhere = dict(zip(drawn, predictor.answer(pictures, asked, image_index, max_new_tokens), strict=True))
-    for number, (question, truth, answer) in enumerate(zip(batch, truths, answers, strict=True)):
-        yield Scored(
-            question, truth, answer, _figures(question, truth, answer, forced.get(number), elsewhere.get(number))
-        )
+    if {FREE, RELEASE} & set(protocols):
+        free = _answers(predictor, batch, everything, max_new_tokens)
+    if with_targets and {TEACHER, RELEASE} & set(protocols):
+        turns = [[(batch[number].turn.question, batch[number].turn.answer)] for number in with_targets]
+        pictures, image_index = _index([batch[number].image_path for number in with_targets])
+        forced = dict(zip(with_targets, predictor.segment(pictures, turns, image_index), strict=True))
+    if with_targets and others:
+        elsewhere = _answers(predictor, batch, with_targets, max_new_tokens, others)
+    for number, question in enumerate(batch):
+        shown = free.get(number) or forced[number]
+        truths = _truths(question, shown.masks.shape[1:])
+        ways = _Ways(free.get(number), forced.get(number), elsewhere.get(number))
+        measured = drawn(shown.masks, truths)
+        figures = _figures(question, truths, measured, ways, protocols)
+        yield Scored(question, truths, shown, FREE if ways.free is not None else TEACHER, measured, figures)
+
+
+def _answers(
+    predictor: Asked,
+    batch: Sequence[EvalQuestion],
+    numbers: Sequence[int],
+    max_new_tokens: int,
+    others: Mapping[str, str] | None = None,
+) -> dict[int, Answered]:
+    """Free-running answers to the questions `numbers` of a batch, each about its own picture or that in `others`."""
+    paths = [batch[number].image_path for number in numbers]
+    pictures, image_index = _index(paths if others is None else [others[path] for path in paths])
+    texts = [batch[number].turn.question for number in numbers]
+    return dict(zip(numbers, predictor.answer(pictures, texts, image_index, max_new_tokens), strict=True))
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """The answers to one question; None where that way of asking was not taken."""
+
+    free: Answered | None
+    forced: Answered | None
+    elsewhere: Answered | None
 
 
 def _figures(
-    question: EvalQuestion, truths: np.ndarray, answer: Answered, forced: Answered | None, elsewhere: Answered | None
+    question: EvalQuestion, truths: np.ndarray, shown: Drawn, ways: _Ways, protocols: Sequence[str]
 ) -> Figures:
-    targets = question.turn.targets
+    """shown: what the free-running answer scored where there is one, else the teacher-forced one."""
+    turn = question.turn
+    of_class = question.dataset in CLASS_SETS and len(turn.targets) == 1
+    told: dict[str, Any] = {}
+    if FREE in protocols and ways.free is not None:
+        told |= {"free": shown, "said": _said(ways.free, [target.name for target in turn.targets])}
+    if TEACHER in protocols and ways.forced is not None:
+        told["forced"] = shown if ways.free is None else drawn(ways.forced.masks, truths)
+    if ways.elsewhere is not None:
+        told["shuffled_iou"] = metrics.question_iou(_resized(ways.elsewhere.masks, truths.shape[1:]), truths)
+    if RELEASE in protocols and ways.free is not None:
+        told["release"] = _release(question, truths, ways.free, ways.forced)
     return Figures(
-        kind=question.turn.kind,
+        kind=turn.kind,
         dataset=question.dataset,
-        overlap=metrics.question_overlap(answer.masks, truths),
-        iou=metrics.question_iou(answer.masks, truths),
-        matched_iou=metrics.matched_iou(answer.masks, truths),
-        count_right=len(answer.masks) == len(targets),
-        text_right=metrics.names_exactly(answer.phrases, [target.name for target in targets]),
-        num_broken=answer.num_broken,
-        forced_overlap=None if forced is None else metrics.question_overlap(forced.masks, truths),
-        forced_iou=None if forced is None else metrics.question_iou(forced.masks, truths),
-        shuffled_iou=None
-        if elsewhere is None
-        else metrics.question_iou(_resized(elsewhere.masks, truths.shape[1:]), truths),
+        picture=question.image_path,
+        num_targets=len(turn.targets),
+        class_name=turn.targets[0].name if of_class else None,
+        num_ignored=int(np.count_nonzero(metrics.unite_truths(truths) == IGNORE_LABEL)),
+        **told,
     )
+
+
+def _said(answer: Answered, names: Sequence[str]) -> Said:
+    return Said(
+        num_masks=len(answer.masks),
+        num_broken=answer.num_broken,
+        num_named=metrics.named(answer.phrases, names),
+        text_right=metrics.names_exactly(answer.phrases, names),
+        scores=tuple(min(float(value), 1.0) for value in answer.scores),
+    )
+
+
+def _release(question: EvalQuestion, truths: np.ndarray, free: Answered, forced: Answered | None) -> Release:
+    # The release draws its points anew at every run; here a question always gets the same ones.
+    rng = np.random.default_rng(zlib.crc32(f"{question.sample_id}#{question.number}".encode()))
+    return Release(
+        forced=None if forced is None else release_protocol.count_forced(_logits(forced), truths),
+        generated=release_protocol.count_generated(release_protocol.match_question(_logits(free), truths, rng)),
+    )
+
+
+def _logits(answer: Answered) -> np.ndarray:
+    found = getattr(answer, "logits", None)
+    if found is None:
+        raise TypeError(
+            f"answers of this predictor ({type(answer).__name__}) keep no logits, which the protocol {RELEASE!r} "
+            "counts; give a predictor whose answers have them as `logits`"
+        )
+    return np.asarray(found)
 
 
 def _resized(masks: np.ndarray, size: tuple[int, ...]) -> np.ndarray:

@@ -46,28 +46,52 @@ def pair_iou(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
     return intersection / (union + _IOU_EPS) + (union == 0)
 
 
-class _Meters:
-    """Running gIoU and cIoU of the release's validation loops: means over (background, foreground), read at the end."""
+@dataclass(frozen=True)
+class Counts:
+    """What a question adds to a loop's meters: sums over its pairs, each for (background, foreground).
 
-    def __init__(self) -> None:
-        self.intersection = np.zeros(2)
-        self.union = np.zeros(2)
-        self.weighted_iou = np.zeros(2)
-        self.weight = 0
+    predicted, true: how many masks were predicted, and how many targets there are.
+    """
 
-    def add(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], weight: int) -> None:
-        """One picture: its (output, target) pairs, and the number that divides and then weighs its mean."""
-        for output, target in pairs:
-            intersection, union = histogram_counts(output, target)
-            self.intersection += intersection
-            self.union += union
-            self.weighted_iou += pair_iou(intersection, union)
-        self.weight += weight
+    intersection: tuple[float, float]
+    union: tuple[float, float]
+    iou: tuple[float, float]
+    predicted: int
+    true: int
 
-    def read(self) -> tuple[float, float]:
-        giou_by_class = self.weighted_iou / (self.weight + _IOU_EPS)
-        ciou_by_class = self.intersection / (self.union + _CIOU_EPS)
-        return float(giou_by_class[1]), float(ciou_by_class[1])
+
+def _count(pairs: Iterable[tuple[np.ndarray, np.ndarray]], predicted: int, true: int) -> Counts:
+    sums = np.zeros((3, 2))
+    for output, target in pairs:
+        intersection, union = histogram_counts(output, target)
+        sums += np.stack([intersection, union, pair_iou(intersection, union)])
+    intersections, unions, ious = ((float(background), float(foreground)) for background, foreground in sums)
+    return Counts(intersections, unions, ious, predicted, true)
+
+
+def count_forced(logits: np.ndarray, targets: np.ndarray) -> Counts:
+    """A question of the teacher-forced loop: logits (Q, H, W) and targets (Q, H, W) uint8, paired by position."""
+    return _count(zip((logits > 0).astype(np.float32), targets, strict=True), len(logits), len(targets))
+
+
+def count_generated(question: "MatchedQuestion") -> Counts:
+    """A question of the generation loop, after matching."""
+    return _count(generation_pairs(question), len(question.logits), len(question.targets))
+
+
+def read_meters(pictures: Iterable[Sequence[Counts]], *, generated: bool) -> tuple[float, float]:
+    """(gIoU, cIoU) of all pictures, each the counts of its questions, as the loops' meters read at the end.
+
+    A picture weighs by its targets, in the generation loop by max(all predictions, all targets).
+    """
+    intersection, union, iou, weight = 0.0, 0.0, 0.0, 0
+    for questions in pictures:
+        intersection += sum(one.intersection[1] for one in questions)
+        union += sum(one.union[1] for one in questions)
+        iou += sum(one.iou[1] for one in questions)
+        true, predicted = sum(one.true for one in questions), sum(one.predicted for one in questions)
+        weight += max(predicted, true) if generated else true
+    return iou / (weight + _IOU_EPS), intersection / (union + _CIOU_EPS)
 
 
 def validate_meters(pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
@@ -78,10 +102,7 @@ def validate_meters(pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[
     the unit; a target value other than 0, 1 and IGNORE_LABEL is in neither class: a prediction there only enlarges the
     union.
     """
-    meters = _Meters()
-    for logits, targets in pictures:
-        meters.add(zip((logits > 0).astype(np.float32), targets, strict=True), weight=len(targets))
-    return meters.read()
+    return read_meters(([count_forced(*picture)] for picture in pictures), generated=False)
 
 
 @dataclass(frozen=True)
@@ -117,13 +138,7 @@ def ar_validate_meters(pictures: Iterable[Sequence[MatchedQuestion]]) -> tuple[f
     (against an empty prediction) and divided by max(all predictions, all targets) of the picture, so that a picture
     with several questions may exceed 1. Surplus predictions stay RAW logits: only logits in [0.5, 1] count there.
     """
-    meters = _Meters()
-    for questions in pictures:
-        pairs = [pair for question in questions for pair in generation_pairs(question)]
-        predicted = sum(len(question.logits) for question in questions)
-        true = sum(len(question.targets) for question in questions)
-        meters.add(pairs, weight=max(predicted, true))
-    return meters.read()
+    return read_meters(([count_generated(one) for one in questions] for questions in pictures), generated=True)
 
 
 def match_question(logits: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> MatchedQuestion:

@@ -9,9 +9,12 @@ import pytest
 
 from utils import evaluation
 from utils.data.samples import IGNORE_LABEL, Sample, Target, Turn
+from utils.metrics import Overlap
+from utils.scores.figures import intervals
 from utils.scripts import UserError
 
 SIZE = (4, 6)
+LOGIT = np.float32(40.0)  # so sure that BCE and DICE at the sampled points see the masks themselves
 BOXES = {"red square": (0, 2, 0, 2), "blue bar": (3, 4, 0, 6), "dot": (0, 1, 5, 6)}  # areas 4, 6, 1 of 24
 
 
@@ -53,6 +56,7 @@ def answer(names: Sequence[str], masks: Sequence[np.ndarray], size: tuple[int, i
         marked_text=words,
         phrases=[f"the {name}" for name in names],
         masks=np.array(masks, dtype=bool).reshape(len(masks), *size),
+        logits=np.where(np.array(masks, dtype=bool).reshape(len(masks), *size), LOGIT, -LOGIT),
         scores=[1.0] * len(masks),
         boxes=[(0, 0, 1, 1)] * len(masks),
         num_broken=broken,
@@ -90,8 +94,12 @@ def test_oracle_scores_one_everywhere() -> None:
     for name in ("giou", "ciou", "giou_matched", "giou_teacher_forced", "target_count_accuracy", "text_accuracy"):
         assert found[name] == 1.0, name
     assert found["giou_by_kind"] == {"direct": 1.0, "several": 1.0, "reasoning": 1.0, "no_target": 1.0}
-    assert found["datasets"] == {"drawn": {"giou": 1, "ciou": 1, "n": 4}, "other": {"giou": 1, "ciou": 1, "n": 1}}
-    assert found["left_out"] == {"text": 0, "limit": 0}
+    forced = {"giou_teacher_forced": 1.0, "ciou_teacher_forced": 1.0}
+    assert found["datasets"] == {
+        "drawn": {"giou": 1, "ciou": 1, "n": 4, "n_teacher_forced": 3, **forced},
+        "other": {"giou": 1, "ciou": 1, "n": 1, "n_teacher_forced": 1, **forced},
+    }
+    assert found["left_out"] == {"text": 0, "no_target": 0, "limit": 0, "ignored_pixels": 0}
 
 
 def test_silence_is_right_only_without_a_target() -> None:
@@ -159,7 +167,7 @@ def test_scores_do_not_depend_on_the_batch(batch_size: int) -> None:
 
 def test_ways_of_asking_can_be_left_out() -> None:
     predictor = oracle()
-    found = run(predictor, teacher_forced=False, shuffled=False)
+    found = run(predictor, protocols=["free"], shuffled=False)
     assert {call[0] for call in predictor.calls} == {"answer"}
     assert found["giou_teacher_forced"] is found["ciou_teacher_forced"] is found["giou_shuffled"] is None
     assert found["giou"] == 1.0
@@ -179,7 +187,7 @@ def test_another_pictures_masks_are_brought_to_the_questions_size() -> None:
             sizes = [SIZE if pictures[index] == "a.png" else large for index in image_index]
             return [answer(["dot"], [np.ones(size)], size=size) for size in sizes]
 
-    found = evaluation.evaluate(BySize(list), mixed, teacher_forced=False, progress=False)
+    found = evaluation.evaluate(BySize(list), mixed, protocols=["free"], progress=False)
     assert found["giou_shuffled"] == pytest.approx((4 / 24 + 1 / 96) / 2)
 
 
@@ -190,18 +198,17 @@ def test_limit_spreads_over_the_set() -> None:
         ("a.png", "direct"),
         ("a.png", "reasoning"),
     ]
-    assert found["left_out"] == {"text": 0, "limit": 3}
+    assert found["left_out"] == {"text": 0, "no_target": 0, "limit": 3, "ignored_pixels": 0}
 
 
-def test_on_scored_gets_everything_and_is_plain() -> None:
+def test_on_scored_gets_everything() -> None:
     scored: list[evaluation.Scored] = []
     run(oracle(), on_scored=scored.append)
     several = scored[1]
     assert several.truths.shape == (2, *SIZE)
-    line = several.as_dict()
-    assert line["names"] == ["red square", "blue bar"]
-    assert line["phrases"] == ["the red square", "the blue bar"]
-    assert (line["intersection"], line["union"], line["iou"]) == (10, 10, 1.0)
+    assert several.protocol == "free"
+    assert several.shown.overlap == Overlap(10, 10)
+    assert several.shown.matched.of_targets == (1.0, 1.0)
 
 
 def test_ignored_pixels_take_no_part() -> None:
@@ -211,6 +218,7 @@ def test_ignored_pixels_take_no_part() -> None:
     everything = Fake(lambda names: answer(names, [np.ones(SIZE)]))
     found = evaluation.evaluate(everything, [sample("a.png", asked)], progress=False)
     assert found["giou"] == 4 / 8
+    assert found["left_out"]["ignored_pixels"] == 24 - 8
 
 
 def test_text_questions_are_left_out_and_counted() -> None:
@@ -237,3 +245,171 @@ def test_masks_of_another_size_than_the_truth_are_refused() -> None:
 def test_baseline_draws_one_mask_whatever_is_asked() -> None:
     found = evaluation.baseline_giou(samples(), lambda path: np.ones(SIZE, dtype=bool))
     assert found == pytest.approx((4 / 24 + 10 / 24 + 1 / 24 + 0 + 6 / 24) / 5)
+
+
+ALL = ["free", "teacher", "release"]
+
+
+def release(found: dict[str, Any], loop: str) -> tuple[float, float]:
+    return found["release"][loop]["giou"], found["release"][loop]["ciou"]
+
+
+def test_oracle_scores_one_under_every_protocol() -> None:
+    found = run(oracle(), protocols=ALL)
+    free = found["free"]
+    assert set(free["precision"].values()) == {1.0} and list(free["precision"]) == ["0.5", "0.6", "0.7", "0.8", "0.9"]
+    assert free["ciou_matched"] == free["box_accuracy"] == free["n_acc"] == free["t_acc"] == 1.0
+    assert free["calibration_error"] == 0.0
+    # Five masks: 1 + 2 + 1 + 0 + 1.
+    assert free["calibration"] == [{"low": 0.9, "high": 1.0, "n": 5, "score": 1.0, "iou": 1.0}]
+    assert (free["groups"]["emitted"], free["groups"]["true"], free["groups"]["questions_with_groups"]) == (5, 5, 4)
+    teacher = found["teacher"]
+    assert teacher["n"] == 4  # the no-target question is left out
+    assert teacher["giou_matched"] == teacher["ciou_matched"] == teacher["box_accuracy"] == 1.0
+    assert release(found, "validate") == pytest.approx((1.0, 1.0), abs=1e-5)
+    assert release(found, "ar_validate") == pytest.approx((1.0, 1.0), abs=1e-5)
+
+
+def test_silence_under_every_protocol() -> None:
+    found = run(Fake(lambda names: answer([], [])), protocols=["free", "teacher"])
+    free = found["free"]
+    assert free["precision"]["0.5"] == 1 / 5
+    assert (free["n_acc"], free["t_acc"]) == (1 / 1, 0 / 4)
+    assert free["box_accuracy"] == 0 / 3
+    assert free["ciou_matched"] == 0 / (4 + 4 + 6 + 1 + 6)
+    assert free["calibration_error"] is None and free["calibration"] == []
+    assert free["groups"]["questions_with_too_few"] == 4 and free["groups"]["emitted"] == 0
+    assert found["teacher"]["precision"]["0.5"] == 0 / 4
+
+
+def test_silence_in_the_releases_generation_loop() -> None:
+    class Silent(Fake):
+        def answer(self, pictures: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
+            return [answer([], []) for _ in questions]
+
+    found = run(Silent(lambda names: answer(names, [region(name) for name in names])), protocols=["release"])
+    # Five missed targets, each of IoU 0; the question without a target adds nothing, right as it is.
+    assert release(found, "ar_validate") == (0.0, 0.0)
+    # The answer given, it draws all five.
+    assert release(found, "validate") == pytest.approx((5 / 5, 1.0), abs=1e-5)
+    assert found["giou"] is None and found["free"] is None and found["teacher"] is None
+
+
+def test_masking_everything_under_every_protocol() -> None:
+    def cover(names: list[str]) -> Any:
+        return answer(names or ["moon"], [np.ones(SIZE)] * max(1, len(names)))
+
+    found = run(Fake(cover), protocols=ALL)
+    free = found["free"]
+    assert free["precision"]["0.5"] == 0.0
+    assert (free["n_acc"], free["t_acc"]) == (0 / 1, 4 / 4)
+    assert free["box_accuracy"] == 0 / 3  # boxes of 24 against 4, 1 and 6
+    # Pairs and the surplus mask: each has a union of 24.
+    assert free["ciou_matched"] == (4 + 4 + 6 + 1 + 0 + 6) / (6 * 24)
+    # Six masks of score 1 have IoUs of 4, 4, 6, 1, 0 and 6 of 24.
+    assert free["calibration_error"] == pytest.approx(1 - (4 + 4 + 6 + 1 + 0 + 6) / 24 / 6)
+    assert free["groups"]["questions_with_too_many"] == 1
+    assert found["teacher"]["giou_matched"] == pytest.approx((4 + (4 + 6) / 2 + 1 + 6) / 24 / 4)
+    assert release(found, "validate") == pytest.approx(((4 + 4 + 6 + 1 + 6) / 24 / 5, 21 / (5 * 24)), abs=1e-5)
+    # Picture a: four pairs, and a surplus mask whose raw logits of 40 lie outside of [0, 1]: its union is empty, which
+    # the release counts as right. So 15 of 24 and 1, picture b 6 of 24, over 5 + 1 predictions.
+    assert release(found, "ar_validate") == pytest.approx(((15 / 24 + 1 + 6 / 24) / 6, 21 / (5 * 24)), abs=1e-5)
+
+
+def test_repeated_groups_under_every_protocol() -> None:
+    found = run(Fake(lambda names: answer(names * 2, [region(name) for name in names] * 2)), protocols=["free"])
+    free = found["free"]
+    assert free["groups"] == {
+        "emitted": 10,
+        "true": 5,
+        "broken": 0,
+        "questions_with_groups": 4,
+        "questions_with_broken_groups": 0,
+        "questions_with_too_many": 4,
+        "questions_with_too_few": 0,
+    }
+    assert free["ciou_matched"] == (4 + 10 + 1 + 6) / (2 * (4 + 10 + 1 + 6))
+    assert free["calibration_error"] == 1 - 5 / 10  # ten masks of score 1, five of them surplus
+    assert free["precision"]["0.9"] == free["n_acc"] == free["t_acc"] == 1.0
+
+
+def test_repeated_groups_in_the_releases_generation_loop() -> None:
+    class Twice(Fake):
+        def answer(self, pictures: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
+            found = super().answer(pictures, questions, image_index, max_new_tokens)
+            return [answer(one.phrases * 2, [*one.masks, *one.masks]) for one in found]
+
+    found = run(Twice(lambda names: answer(names, [region(name) for name in names])), protocols=["release"])
+    # Raw logits of 40 make the surplus masks free, an IoU of 1 each: 5 + 5 over 10 predictions.
+    assert release(found, "ar_validate") == pytest.approx((10 / 10, 1.0), abs=1e-5)
+
+
+def test_broken_groups_under_every_protocol() -> None:
+    found = run(Fake(lambda names: answer([], [], broken=len(names))), protocols=["free"])
+    groups = found["free"]["groups"]
+    assert (groups["broken"], groups["questions_with_broken_groups"]) == (1 + 2 + 1 + 0 + 1, 4)
+    assert (groups["emitted"], groups["questions_with_groups"], groups["questions_with_too_few"]) == (0, 0, 4)
+    assert found["free"]["n_acc"] == 1.0
+
+
+def test_the_order_of_instances_costs_only_the_releases_forced_loop() -> None:
+    def reverse(names: list[str]) -> Any:
+        return answer(names[::-1], [region(name) for name in names[::-1]])
+
+    found = run(Fake(reverse), protocols=ALL)
+    assert found["giou"] == found["giou_matched"] == found["text_accuracy"] == found["free"]["ciou_matched"] == 1.0
+    assert found["teacher"]["giou_matched"] == 1.0
+    assert release(found, "ar_validate") == pytest.approx((1.0, 1.0), abs=1e-5)
+    # By position: the two masks of one question do not meet (IoU 0 each), the other three are right.
+    assert release(found, "validate")[0] == pytest.approx(3 / 5, abs=1e-5)
+    assert release(found, "validate")[1] == pytest.approx((4 + 1 + 6) / (4 + 1 + 6 + 10 + 10), abs=1e-5)
+
+
+def test_teacher_alone_never_lets_the_model_speak() -> None:
+    predictor = oracle()
+    scored: list[evaluation.Scored] = []
+    found = run(predictor, protocols=["teacher"], on_scored=scored.append)
+    assert {call[0] for call in predictor.calls} == {"segment"}
+    assert found["n"] == 4 and found["left_out"]["no_target"] == 1
+    assert found["giou"] is found["giou_shuffled"] is found["free"] is None
+    assert found["giou_teacher_forced"] == 1.0
+    assert {one.protocol for one in scored} == {"teacher"}
+
+
+def test_the_release_needs_logits() -> None:
+    def without(names: list[str]) -> Any:
+        found = answer(names, [region(name) for name in names])
+        del found.logits
+        return found
+
+    with pytest.raises(TypeError, match="keep no logits"):
+        run(Fake(without), protocols=["release"])
+
+
+def test_classes_are_scored_over_all_pictures() -> None:
+    shifted = {"red square": 1, "blue bar": 0, "dot": 0}
+
+    def shift(names: list[str]) -> Any:
+        return answer(names, [np.roll(region(name), shifted[name], axis=1) for name in names])
+
+    asked = [
+        sample("a.png", turn("direct", "red square"), turn("direct", "dot"), dataset="ade20k"),
+        sample("b.png", turn("direct", "red square"), turn("no_target", question="moon?"), dataset="ade20k"),
+    ]
+    found = evaluation.evaluate(Fake(shift), asked, progress=False)["datasets"]["ade20k"]
+    # A square of 2 x 2 moved by one: 2 of 6 pixels, in both pictures.
+    assert found["class_iou"] == {"dot": 1.0, "red square": (2 + 2) / (6 + 6)}
+    assert found["miou"] == found["miou_teacher_forced"] == pytest.approx((1 + 1 / 3) / 2)
+
+
+def test_intervals_belong_to_scores() -> None:
+    scored: list[evaluation.Scored] = []
+    found = run(Fake(lambda names: answer(["red square"], [np.ones(SIZE)])), on_scored=scored.append)
+    bounds = intervals([one.figures for one in scored])
+    # Two pictures: a with IoUs of 4, 10, 1 and 0 of 24, b with 6 of 24; a quarter of the draws takes only one of them.
+    low, high = bounds["giou"]
+    assert (low, high) == pytest.approx(((4 + 10 + 1 + 0) / 24 / 4, 6 / 24))
+    assert low <= found["giou"] <= high
+    assert bounds["datasets"]["other"]["giou_interval"] == [6 / 24, 6 / 24]
+    assert bounds["giou_by_kind"]["several"] == [10 / 24, 10 / 24]
+    assert bounds["unit"] == "picture" and bounds["draws"] == 10_000

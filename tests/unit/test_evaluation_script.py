@@ -53,12 +53,25 @@ def test_scores_lines_gallery_and_table(model: Path, data: Path, tmp_path: Path,
         assert 0.0 <= result[name] <= 1.0
     assert set(result["giou_by_kind"]) == {"direct", "several", "reasoning", "no_target"}
     assert result["model"] == str(model) and result["val_dataset"] == HELD_OUT_SPEC
-    assert "free-running" in result["protocol"] and result["versions"]["torch"]
+    assert result["protocol"] == "free,teacher" and result["versions"]["torch"]
+    assert result["command"][0] == "evaluate.py" and str(model) in result["command"]
+    assert result["seconds_per_sample"] == pytest.approx(result["seconds"] / QUESTIONS)
+    assert len(result["model_fingerprint"]["sha256"]) == 64 and result["model_fingerprint"]["bytes"] > 0
+    assert [one["dataset"] for one in result["data"]] == list(result["datasets"])
+    assert all(one["split"] == "val" and one["fingerprint"] and one["pictures"] for one in result["data"])
+    low, high = result["intervals"]["giou"]
+    assert low <= result["giou"] <= high
+    for one in result["datasets"].values():
+        assert one["giou_interval"][0] <= one["giou"] <= one["giou_interval"][1]
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == QUESTIONS
     assert sum(line["iou"] for line in lines) / QUESTIONS == pytest.approx(result["giou"])
     intersection, union = (sum(line[name] for line in lines) for name in ("intersection", "union"))
     assert intersection / union == pytest.approx(result["ciou"])
+    assert not (out / "samples.jsonl.part").exists()
+    assert {line["protocol"] for line in lines} == {"free"}
+    assert lines == sorted(lines, key=lambda line: (line["dataset"], line["sample_id"], int(line["id"].split("#")[1])))
+    assert "free,teacher" in (out / "index.html").read_text(encoding="utf-8")
     with Image.open(out / "gallery.png") as gallery:
         assert gallery.width > gallery.height / 2
     said = capsys.readouterr().out
@@ -72,7 +85,34 @@ def test_what_was_not_asked_for_is_not_there(model: Path, data: Path, tmp_path: 
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["giou_shuffled"] is result["giou_teacher_forced"] is None
     assert result["n"] == 2 and result["left_out"]["limit"] > 0
-    assert not (tmp_path / "out" / "gallery.png").exists()
+    assert result["protocol"] == "free"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "samples.jsonl"]
+
+
+def test_runs_that_are_equal_write_equal_lines_and_differ_by_nothing(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = [f"--dataset_dir={data}", f"--val_dataset={HELD_OUT_SPEC}", "--max_new_tokens=6", "--gallery=0"]
+    for name, batch in (("a", 5), ("b", 5)):
+        assert run(model, *flags, f"--out={tmp_path / name}", f"--batch_size={batch}", "--protocol=free") == 0
+    first, second = ((tmp_path / name / "samples.jsonl").read_bytes() for name in "ab")
+    assert first == second
+    capsys.readouterr()
+    assert run("--compare", tmp_path / "a", tmp_path / "b") == 0
+    said = capsys.readouterr().out
+    assert f"free, all {QUESTIONS} " in " ".join(said.split())
+    assert "+0.0000" in said and "no question's IoU changed" in said
+    assert run("--table", tmp_path / "a") == 0
+    assert "| refcoco | free | " in capsys.readouterr().out
+
+
+def test_the_releases_protocol_runs_on_a_model(model: Path, data: Path, tmp_path: Path) -> None:
+    flags = [f"--dataset_dir={data}", f"--val_dataset={HELD_OUT_SPEC}", "--max_new_tokens=6", "--gallery=0"]
+    assert run(model, *flags, f"--out={tmp_path}", "--protocol=release,teacher", "--limit=6") == 0
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["protocol"] == "teacher,release" and result["giou"] is None
+    assert 0.0 <= result["release"]["validate"]["giou"] <= 1.0
+    assert result["release"]["ar_validate"]["ciou"] is not None
 
 
 @pytest.mark.parametrize(
@@ -84,6 +124,11 @@ def test_what_was_not_asked_for_is_not_there(model: Path, data: Path, tmp_path: 
         (["{model}", "--dataset_dir={data}", "--val_dataset=refcoco"], "refcoco"),
         (["{model}", "--dataset_dir={data}", "--val_dataset=refcoco|unc|val", "--batch_size=0"], "--batch_size"),
         (["{model}", "{model}"], "do not know what to do with"),
+        (["{model}", "--protocol=free,fre"], "--protocol names 'fre'"),
+        (["{model}", "--protocol=teacher", "--no_teacher_forced"], "leaves no protocol"),
+        (["--compare", "{place}"], "--compare takes two results folders, found 1"),
+        (["--compare", "{place}/x", "{place}/y"], "give a folder that evaluate.py wrote"),
+        (["--table", "{place}/x"], "give a folder that evaluate.py wrote"),
         ([], "--version is missing"),
     ],
 )

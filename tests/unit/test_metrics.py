@@ -1,7 +1,11 @@
 """Scores of masks, counts and words, each with its arithmetic beside the assert."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from pycocotools import mask as coco_rle
 
 from utils import metrics
 from utils.data.samples import IGNORE_LABEL
@@ -123,3 +127,96 @@ def test_target_count_accuracy() -> None:
 )
 def test_phrases_name_exactly_the_true_set(phrases: list[str], names: list[str], right: bool) -> None:
     assert metrics.names_exactly(phrases, names) is right
+
+
+def test_matching_charges_masks_without_a_partner() -> None:
+    found = metrics.match_masks(stack(LEFT, TOP) == 1, stack(LEFT))
+    assert (found.of_predictions, found.of_targets) == ((1.0, 0.0), (1.0,))
+    assert (found.overlap.intersection, found.overlap.union) == (4, 4 + 4)
+    missed = metrics.match_masks(stack(LEFT) == 1, stack(RIGHT, LEFT))
+    assert (missed.of_predictions, missed.of_targets) == ((1.0,), (0.0, 1.0))
+    assert missed.overlap == metrics.Overlap(4 + 0, 4 + 4)
+
+
+def test_a_surplus_mask_is_not_charged_for_ignored_pixels() -> None:
+    truth = mask("##??", "##??")
+    found = metrics.match_masks(stack(LEFT, RIGHT, TOP) == 1, stack(truth))
+    # The right half is ignored: of the surplus masks only the left two pixels of TOP count.
+    assert found.overlap == metrics.Overlap(4, 4 + 0 + 2)
+
+
+def test_the_order_of_instances_does_not_matter_to_matching() -> None:
+    a, b, c = mask("##..", "...."), mask("..#.", "..#."), mask("...#", ".#.#")
+    truths = stack(mask("#...", "#..."), b, mask("...#", "..##"))
+    # a 1/3, b 1, c 2/4.
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0], [2, 1, 0]):
+        predicted = stack(a, b, c)[order] == 1
+        assert metrics.matched_iou(predicted, truths) == pytest.approx((1 / 3 + 1 + 2 / 4) / 3)
+
+
+def test_boxes() -> None:
+    assert metrics.mask_box(mask("....", ".##.") == 1) == (1, 1, 3, 2)
+    assert metrics.mask_box(mask("....") == 1) is None
+    assert metrics.box_iou((0, 0, 2, 2), (1, 0, 3, 2)) == 2 / (4 + 4 - 2)
+    assert metrics.box_iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0 / 2
+    assert metrics.box_iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0.0
+
+
+def test_a_box_is_right_from_half_on() -> None:
+    assert metrics.box_right(stack(mask("#...", "...#")) == 1, stack(TOP)) is True  # box 8, true box 4: 4 / 8
+    assert metrics.box_right(stack(mask("#...", "....")) == 1, stack(TOP)) is False  # 1 / 4
+    assert metrics.box_right(NONE == 1, stack(TOP)) is False
+    # The predicted pixel under '?' stretches no box: 4 / 4 rather than 4 / 8.
+    assert metrics.box_right(stack(mask("####", "...#")) == 1, stack(mask("####", "...?"))) is True
+    assert metrics.box_right(stack(LEFT) == 1, stack(LEFT, RIGHT)) is None
+    assert metrics.box_right(NONE == 1, NONE) is None
+    assert metrics.box_right(stack(LEFT) == 1, stack(mask("??..", "...."))) is None
+
+
+def test_precision_counts_from_the_threshold_on() -> None:
+    found = metrics.precision_at([0.5, 0.65, 0.9, 0.0])
+    assert found == {"0.5": 3 / 4, "0.6": 2 / 4, "0.7": 1 / 4, "0.8": 1 / 4, "0.9": 1 / 4}
+    assert metrics.precision_at([])["0.5"] is None
+
+
+def test_no_target_accuracy() -> None:
+    # Three without a target, two of them answered so; two with one, one of them answered with masks.
+    assert metrics.no_target_accuracy([0, 0, 2, 3, 0], [0, 0, 0, 1, 2]) == (2 / 3, 1 / 2)
+    assert metrics.no_target_accuracy([1], [1]) == (None, 1.0)
+    assert metrics.no_target_accuracy([], []) == (None, None)
+
+
+def test_a_class_adds_up_over_pictures() -> None:
+    answers = [("wall", metrics.Overlap(1, 2)), ("sky", metrics.Overlap(3, 3)), ("wall", metrics.Overlap(8, 8))]
+    assert metrics.class_ious(answers) == {"sky": 3 / 3, "wall": (1 + 8) / (2 + 8)}
+    assert metrics.class_ious([]) == {}
+
+
+def test_calibration_compares_scores_with_ious() -> None:
+    found = metrics.calibration([0.95, 1.0, 0.25, 0.2], [0.5, 1.0, 0.5, 0.0])
+    low, high = found
+    assert (low.low, low.high, low.n) == (0.2, 0.3, 2)
+    assert (low.score, low.iou) == pytest.approx(((0.25 + 0.2) / 2, (0.5 + 0) / 2))
+    assert (high.low, high.high, high.n) == (0.9, 1.0, 2)
+    assert (high.score, high.iou) == pytest.approx(((0.95 + 1) / 2, (0.5 + 1) / 2))
+    assert metrics.calibration_error(found) == pytest.approx((2 * (0.25 - 0.225) + 2 * (0.975 - 0.75)) / 4)
+    assert metrics.calibration_error([]) is None
+    with pytest.raises(ValueError, match=r"score 1\.5"):
+        metrics.calibration([1.5], [1.0])
+
+
+def test_real_mask_pairs_score_as_pycocotools_says(realdata: Path) -> None:
+    path = realdata / "reference" / "mask_pairs_pycocotools_shared.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    overlaps = []
+    for pair in stored["pairs"]:
+        predicted, truth = (coco_rle.decode(pair[key]) for key in ("pred_panoptic_rle", "gt_instance_rle"))
+        overlaps.append(metrics.overlap(predicted == 1, truth))
+        assert (overlaps[-1].intersection, overlaps[-1].union) == (pair["inter"], pair["union"])
+        assert overlaps[-1].iou == pytest.approx(pair["iou"], abs=1e-12)
+    summary, ious = stored["summary"], [one.iou for one in overlaps]
+    assert len(ious) == summary["n"]
+    assert metrics.mean(ious) == pytest.approx(summary["gIoU"], abs=1e-12)
+    assert metrics.ciou(overlaps) == pytest.approx(summary["cIoU"], abs=1e-12)
+    precision = {f"Pr@{threshold}": share for threshold, share in metrics.precision_at(ious).items()}
+    assert precision == pytest.approx({name: value for name, value in summary.items() if name.startswith("Pr@")})

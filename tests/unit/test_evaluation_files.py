@@ -1,0 +1,245 @@
+"""What evaluation writes: lines with causes and masks, pages, tables, comparisons, fingerprints."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_rle
+
+from utils.data.samples import Target, Turn
+from utils.evaluation import EvalQuestion, Scored
+from utils.metrics import named, names_exactly
+from utils.scores import compare, fingerprints, lines, pages, tables
+from utils.scores.figures import Figures, Said, drawn
+from utils.scores.results import read_results
+from utils.scripts import UserError
+
+SIDE = 8
+
+
+def square(left: int, width: int = 4) -> np.ndarray:
+    mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    mask[:4, left : left + width] = 1
+    return mask
+
+
+def scored(
+    names: list[str],
+    phrases: list[str],
+    masks: list[np.ndarray],
+    *,
+    broken: int = 0,
+    number: int = 0,
+    question: str = "Where?",
+    said: str = "There.",
+    protocol: str = "free",
+) -> Scored:
+    """A question whose true masks are squares side by side."""
+    truths = np.array([square(4 * place) for place in range(len(names))], dtype=np.uint8).reshape(-1, SIDE, SIDE)
+    targets = tuple(Target(name, lambda place=place: square(4 * place)) for place, name in enumerate(names))
+    turn = Turn(question, " ".join("{seg}" for _ in names) or "None.", targets, "direct" if names else "no_target")
+    predicted = np.array(masks, dtype=bool).reshape(-1, SIDE, SIDE)
+    answer: Any = SimpleNamespace(
+        text=said,
+        marked_text=said,
+        phrases=phrases,
+        masks=predicted,
+        scores=[0.5] * len(masks),
+        boxes=[(0, 0, 1, 1)] * len(masks),
+        num_broken=broken,
+    )
+    shown = drawn(predicted, truths)
+    told: dict[str, Any] = {"forced": shown}
+    if protocol == "free":
+        right = names_exactly(phrases, names)
+        words = Said(len(masks), broken, named(phrases, names), right, tuple(answer.scores))
+        told = {"free": shown, "said": words}
+    figures = Figures(turn.kind, "drawn", "a.png", len(names), **told)
+    return Scored(EvalQuestion("a.png", "drawn", "drawn/val/1", number, turn), truths, answer, protocol, shown, figures)
+
+
+A, B = square(0), square(4)
+
+
+@pytest.mark.parametrize(
+    ("one", "expected"),
+    [
+        (scored(["cat"], ["the cat"], [A]), []),
+        (scored(["cat", "dog"], ["the dog", "a cat"], [B, A]), []),
+        (scored(["cat", "dog"], ["cat"], [A]), ["missed"]),
+        (scored(["cat"], ["cat", "cat"], [A, A]), ["extra"]),
+        (scored([], ["moon"], [A]), ["extra"]),
+        (scored([], [], []), []),
+        (scored(["cat"], ["dog"], [A]), ["wrong phrase"]),
+        (scored(["cat"], [], [], broken=1), ["missed", "broken group"]),
+        (scored(["cat"], ["cat"], [B]), ["bad mask"]),
+        (scored(["cat"], ["cat"], [square(0, 2)]), []),  # half of it, 8 of 16 pixels, is enough
+        (scored(["cat"], ["dog"], [square(0, 1)]), ["wrong phrase", "bad mask"]),
+        (scored(["cat"], ["dog"], [B], protocol="teacher"), ["bad mask"]),
+    ],
+)
+def test_causes_of_failure(one: Scored, expected: list[str]) -> None:
+    assert lines.causes(one) == expected
+
+
+def test_a_line_holds_masks_that_pycocotools_reads() -> None:
+    line = json.loads(json.dumps(lines.line_of(scored(["cat", "dog"], ["cat"], [A]))))
+    (counts,) = line["masks"]
+    assert np.array_equal(coco_rle.decode({"size": line["size"], "counts": counts.encode()}), A)
+    assert (line["iou"], line["matched_iou"], line["intersection"], line["union"]) == (16 / 32, 1 / 2, 16, 32)
+    assert (line["ious_of_masks"], line["ious_of_targets"]) == ([1.0], [1.0, 0.0])
+    assert line["causes"] == ["missed"] and line["protocol"] == "free" and line["id"] == "drawn/val/1#0"
+    assert lines.line_of(scored(["cat"], ["cat"], [A], protocol="teacher"))["iou"] is None
+
+
+def test_lines_are_sorted_and_appear_when_all_are_there(tmp_path: Path) -> None:
+    with lines.Lines(tmp_path) as written:
+        for number in (10, 2):
+            written.add(scored(["cat"], ["cat"], [A], number=number))
+        assert not (tmp_path / "samples.jsonl").exists()
+    assert [line["id"] for line in lines.read_lines(tmp_path)] == ["drawn/val/1#2", "drawn/val/1#10"]
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "No such file"), ("{}\n", "line 1"), ("{\n", "line 1")])
+def test_lines_that_cannot_be_read(tmp_path: Path, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "samples.jsonl").write_text(content)
+    with pytest.raises(UserError, match=said):
+        lines.read_lines(tmp_path)
+
+
+def test_results_that_cannot_be_read(tmp_path: Path) -> None:
+    for content, said in (("{", "not valid JSON"), ("{}", "no scores")):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(UserError, match=said):
+            read_results(tmp_path)
+
+
+def flat(picture: np.ndarray, masks: np.ndarray, phrases: Any) -> np.ndarray:
+    return np.where(masks.any(axis=0)[..., None], 255, picture).astype(np.uint8)
+
+
+def noise(path: str) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def test_words_of_a_page_are_shown_and_not_run(tmp_path: Path) -> None:
+    hostile = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+    one = scored(["cat"], ["cat"], [A], question=hostile, said=hostile)
+    pages.write_page(tmp_path / "index.html", hostile, {hostile: [one], "again": [one]}, flat, noise)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "<script" not in text and "<img src=x" not in text
+    assert text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;") >= 4
+    assert text.count('src="data:image/jpeg;base64,') == 3  # drawn once, linked the second time
+    assert text.count('href="#a0"') == 1
+    assert "http://" not in text and "https://" not in text
+    assert "free, IoU 1.000" in text
+
+
+def test_a_page_of_500_answers_stays_under_20_megabytes(tmp_path: Path) -> None:
+    # Noise is what a JPEG is worst at, and a quotation mark what escaping is.
+    loud = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    small, _ = pages._small(loud, np.zeros((0, 480, 640), dtype=bool))
+    quotes = scored(["cat"], ["cat"], [A], question='"' * 5000, said='"' * 5000)
+    pages.write_page(tmp_path / "index.html", "one", {"all": [quotes]}, flat, noise)
+    words = (tmp_path / "index.html").stat().st_size - 3 * len(pages._embedded(noise("")))
+    assert 500 * (3 * len(pages._embedded(small)) + words + 6 * pages._MOST_LETTERS) < 20e6
+
+
+def test_a_page_keeps_best_worst_random_and_causes() -> None:
+    chosen = pages.Chosen(per_section=2)
+    right = [scored(["cat"], ["cat"], [A], number=n) for n in range(3)]
+    wrong = scored(["cat"], ["dog"], [B], number=3)
+    silent = scored([], [], [], number=4)
+    for one in (*right, wrong, silent):
+        chosen.add(one)
+    sections = chosen.sections()
+    assert sections["best"] == right[:2]
+    assert sections["worst"] == [wrong, right[0]]
+    assert len(sections["at random"]) == 2
+    assert sections["cause: bad mask"] == sections["cause: wrong phrase"] == [wrong]
+    assert "cause: extra" not in sections
+
+
+def test_rows_to_quote() -> None:
+    entry = {"giou": 0.5, "ciou": 0.25, "n": 4, "giou_interval": [0.4, 0.6], "ciou_interval": [0.2, 0.3]}
+    forced = {"giou_teacher_forced": 0.75, "ciou_teacher_forced": 1.0, "n_teacher_forced": 3}
+    loops = {"validate": {"giou": 0.1, "ciou": 0.2}, "ar_validate": {"giou": None, "ciou": None}}
+    markdown, latex = tables.quotable({"n": 4, "datasets": {"ref_coco|x": entry | forced}, "release": loops})
+    assert markdown.splitlines()[2:] == [
+        r"| ref_coco\|x | free | 4 | 50.0 [40.0, 60.0] | 25.0 [20.0, 30.0] |",
+        r"| ref_coco\|x | teacher | 3 | 75.0 | 100.0 |",
+        "| all | release, validate | 4 | 10.0 | 20.0 |",
+    ]
+    assert latex.splitlines()[1] == r"ref\_coco|x & free & 4 & 50.0 [40.0, 60.0] & 25.0 [20.0, 30.0] \\"
+
+
+def line(number: int, iou: float | None, **changed: Any) -> dict[str, Any]:
+    told = {"id": f"s#{number}", "question": f"q{number}", "answer": "a", "image_path": f"{number // 2}.png"}
+    return told | {"dataset": "d", "kind": "direct", "iou": iou, "iou_teacher_forced": None} | changed
+
+
+def test_compared_runs_are_paired() -> None:
+    first = [line(n, 0.5) for n in range(4)] + [line(9, 1.0)]
+    second = [line(0, 0.5), line(1, 0.7), line(2, 0.2), line(3, 0.5)]
+    found = compare.compare(first, second)
+    (whole,) = found.differences
+    assert (whole.protocol, whole.n, found.only_first, found.only_second) == ("free", 4, 1, 0)
+    assert whole.first == 0.5 and whole.second == pytest.approx((0.5 + 0.7 + 0.2 + 0.5) / 4)
+    # Two pictures: +0.2 over two questions and -0.3 over two; a quarter of the draws takes only one of them.
+    assert whole.interval == pytest.approx((-0.3 / 2, 0.2 / 2))
+    assert [pair[0]["id"] for pair in found.changed] == ["s#2", "s#1"]
+    assert [compare.change(pair) for pair in found.changed] == pytest.approx([-0.3, 0.2])
+
+
+def test_runs_that_cannot_be_compared() -> None:
+    with pytest.raises(UserError, match="share no question"):
+        compare.compare([line(1, 0.5)], [line(2, 0.5)])
+    with pytest.raises(UserError, match="of different data"):
+        compare.compare([line(1, 0.5)], [line(1, 0.5, question="other")])
+    with pytest.raises(UserError, match="no protocol in common"):
+        compare.compare([line(1, 0.5)], [line(1, None, iou_teacher_forced=0.5)])
+
+
+def test_comparing_says_what_changed(tmp_path: Path) -> None:
+    for name, mask in (("a", A), ("b", B)):
+        (tmp_path / name).mkdir()
+        with lines.Lines(tmp_path / name) as written:
+            written.add(scored(["cat"], ["cat"], [mask], said="It is\x1b[31m here."))
+    said = compare.compare_folders(tmp_path / "a", tmp_path / "b")
+    assert "free, all" in said and "-1.0000" in said and "-1.000  drawn/val/1#0  Where?" in said
+    assert "\x1b" not in said
+
+
+def test_a_models_fingerprint_changes_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(1000))
+    found = fingerprints.of_model(tmp_path)
+    assert found["files"] == ["config.json", "model.safetensors"] and found["bytes"] == 1002
+    assert found == fingerprints.of_model(tmp_path)
+    weights.write_bytes(bytes(999) + b"x")
+    assert fingerprints.of_model(tmp_path)["sha256"] != found["sha256"]
+    # A large file counts by blocks, first and last among them.
+    monkeypatch.setattr(fingerprints, "_WHOLE", 100)
+    monkeypatch.setattr(fingerprints, "_BLOCK", 10)
+    ends = {fingerprints.of_model(tmp_path)["sha256"]}
+    for content in (bytes(1000), b"x" + bytes(999), bytes(500)):
+        weights.write_bytes(content)
+        ends.add(fingerprints.of_model(tmp_path)["sha256"])
+    assert len(ends) == 4
+
+
+def test_the_datas_fingerprint_tells_what_was_left_out() -> None:
+    class Reader:
+        name, split, fingerprint, skipped = "refcoco", "val", "abc", {"ref to a crowd": 2}
+
+        def __len__(self) -> int:
+            return 7
+
+    expected = {"dataset": "refcoco", "split": "val", "pictures": 7, "fingerprint": "abc"}
+    assert fingerprints.of_data([Reader()]) == [expected | {"left_out": {"ref to a crowd": 2}}]

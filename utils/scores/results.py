@@ -1,0 +1,39 @@
+"""results.json: its content, its place, and how it is read again."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.scores.figures import Figures, intervals
+from utils.scores.protocols import PROTOCOLS
+from utils.scripts import UserError
+
+RESULTS = "results.json"
+
+
+def with_intervals(scores: Mapping[str, Any], figures: Sequence[Figures]) -> dict[str, Any]:
+    """The scores that `figures` gave, with their bootstrap intervals: those of a data set beside its scores."""
+    found = intervals(figures)
+    of_sets = found.pop("datasets")
+    datasets = {name: entry | of_sets.get(name, {}) for name, entry in scores["datasets"].items()}
+    return {**scores, "datasets": datasets, "intervals": found}
+
+
+def protocol_facts(protocols: Sequence[str]) -> dict[str, Any]:
+    """The protocols by name, and what each means."""
+    return {"protocol": ",".join(protocols), "protocols": {name: PROTOCOLS[name] for name in protocols}}
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results in a folder. UserError when there are none."""
+    path = folder / RESULTS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a folder that evaluate.py wrote") from error
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON: it was changed or cut off, score again") from None
+    if not isinstance(found, dict) or "datasets" not in found:
+        raise UserError(f"{path} holds no scores of data sets: give a folder that evaluate.py wrote")
+    return found
