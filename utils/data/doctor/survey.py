@@ -108,9 +108,8 @@ def _examined(
 ) -> Iterator[Examined]:
     indices: Sequence[int] = range(len(reader)) if full else spread(len(reader), QUICK_SAMPLES)
     examination = Examination(reader, indices, open_picture, with_content=full)
-    loader = DataLoader(
-        examination, batch_size=_BATCH, num_workers=min(workers, len(indices)) if full else 0, collate_fn=list
-    )
+    processes = min(workers, len(indices), os.cpu_count() or 1) if full else 0
+    loader = DataLoader(examination, batch_size=_BATCH, num_workers=processes, collate_fn=list)
     with tqdm(total=len(indices), desc=str(report), disable=None if full else True, leave=False) as bar:
         for batch in loader:
             yield from batch
