@@ -31,9 +31,10 @@ from utils.scores.lines import SAMPLES, Lines
 from utils.scores.protocols import RELEASE
 from utils.scores.results import RESULTS, protocol_facts, read_results, with_intervals
 from utils.scores.tables import quotable, score_table
-from utils.scripts import run_script
+from utils.scripts import note, run_script
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SETTINGS = ("batch_size", "limit", "max_new_tokens", "shuffled", "precision", "attn_implementation", "device")
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,13 @@ def score(args: EvaluateArguments, words: list[str]) -> None:
     predictor = kind.from_pretrained(args.version, args.device, dtype, args.attn_implementation)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    facts = circumstances(args, words, reader)
     start = time.perf_counter()
     shown, chosen = pages.ByKind(args.gallery), pages.Chosen()
     figures: list[Figures] = []
-    with Lines(out) as lines:
+    with Lines(out, {name: value for name, value in facts.items() if name != "command"}) as lines:
+        if lines.earlier:
+            note(f"evaluate.py: {len(lines.earlier)} questions were scored before an earlier run ended: going on there")
 
         def keep(scored: Scored) -> None:
             figures.append(scored.figures)
@@ -92,9 +96,11 @@ def score(args: EvaluateArguments, words: list[str]) -> None:
             shuffled=args.shuffled,
             max_new_tokens=args.max_new_tokens,
             on_scored=keep,
+            restore=lines.earlier.restore,
         )
     seconds = time.perf_counter() - start
-    facts = circumstances(args, words, reader, seconds) | {"seconds_per_sample": seconds / len(figures)}
+    facts |= {"data": fingerprints.of_data(reader.readers), "seconds": seconds, "resumed_after": len(lines.earlier)}
+    facts |= {"seconds_per_sample": seconds / len(figures)}
     write_json(out / RESULTS, with_intervals(scores, figures) | facts)
     written = [RESULTS, SAMPLES]
     if kept := shown.chosen():
@@ -108,8 +114,8 @@ def score(args: EvaluateArguments, words: list[str]) -> None:
     print(f"written to {out}: {', '.join(written)}")
 
 
-def circumstances(args: EvaluateArguments, words: list[str], reader: EvalReader, seconds: float) -> dict[str, Any]:
-    """How the scores came about."""
+def circumstances(args: EvaluateArguments, words: list[str], reader: EvalReader) -> dict[str, Any]:
+    """How the scores come about."""
     return protocol_facts(args.protocols()) | {
         "model": args.version,
         "model_fingerprint": fingerprints.of_model(args.version),
@@ -117,8 +123,8 @@ def circumstances(args: EvaluateArguments, words: list[str], reader: EvalReader,
         "val_dataset": args.val_dataset,
         "data": fingerprints.of_data(reader.readers),
         "command": ["evaluate.py", *words],
+        "settings": {name: getattr(args, name) for name in SETTINGS},
         "versions": versions(),
-        "seconds": seconds,
     }
 
 

@@ -105,13 +105,15 @@ def evaluate(
     shuffled: bool = True,
     max_new_tokens: int = MAX_NEW_TOKENS,
     on_scored: Callable[[Scored], None] | None = None,
+    restore: Callable[[EvalQuestion], Scored | None] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Ask every question of `samples` and return `summarise` of what came out.
 
     batch_size: questions answered together; those about one picture stay together, so that it is encoded once.
     limit: score this many questions, evenly spread; 0 for all. protocols: of PROTOCOLS. shuffled: also show other
-    pictures, where free is among them. on_scored: called for every question in turn. progress: show a bar on stderr
+    pictures, where free is among them. on_scored: called for every question in turn. restore: gives a question as it
+    was scored before; a batch of which it has all is not asked again. progress: show a bar on stderr
     with the running gIoU. Raises UserError when there is no question to score, and ValueError when a conversation has
     several turns or a true mask is not of its picture's size.
     """
@@ -126,7 +128,9 @@ def evaluate(
     total = 0.0
     with tqdm(total=len(chosen), desc="evaluate", unit="question", disable=not progress) as bar:
         for batch in _batches(chosen, batch_size):
-            for scored in _score_batch(predictor, batch, protocols, others, max_new_tokens):
+            before = [one for question in batch if restore and (one := restore(question))]
+            whole = len(before) == len(batch)
+            for scored in before if whole else _score_batch(predictor, batch, protocols, others, max_new_tokens):
                 figures.append(scored.figures)
                 total += scored.shown.iou
                 if on_scored is not None:
@@ -164,7 +168,7 @@ def baseline_giou(samples: Iterable[Sample], draw: Callable[[str], np.ndarray]) 
     for question in questions_of(samples):
         if question.turn.kind != TEXT:
             mask = draw(question.image_path)
-            ious.append(metrics.question_iou(mask[None], _truths(question, mask.shape)))
+            ious.append(metrics.question_iou(mask[None], truths_of(question, mask.shape)))
     return metrics.mean(ious)
 
 
@@ -197,7 +201,7 @@ def _other_pictures(questions: Sequence[EvalQuestion]) -> dict[str, str]:
     return {path: paths[(place + shift) % len(paths)] for place, path in enumerate(paths)} if len(paths) > 1 else {}
 
 
-def _truths(question: EvalQuestion, size: tuple[int, ...]) -> np.ndarray:
+def truths_of(question: EvalQuestion, size: tuple[int, ...]) -> np.ndarray:
     """(G, H, W) uint8; `size` is that of the picture, for questions without a target."""
     masks = [target.decode() for target in question.turn.targets]
     return np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)
@@ -232,7 +236,7 @@ def _score_batch(
         elsewhere = _answers(predictor, batch, with_targets, max_new_tokens, others)
     for number, question in enumerate(batch):
         shown = free.get(number) or forced[number]
-        truths = _truths(question, shown.masks.shape[1:])
+        truths = truths_of(question, shown.masks.shape[1:])
         ways = _Ways(free.get(number), forced.get(number), elsewhere.get(number))
         measured = drawn(shown.masks, truths)
         figures = _figures(question, truths, measured, ways, protocols)

@@ -96,7 +96,7 @@ def test_a_line_holds_masks_that_pycocotools_reads() -> None:
 
 
 def test_lines_are_sorted_and_appear_when_all_are_there(tmp_path: Path) -> None:
-    with lines.Lines(tmp_path) as written:
+    with lines.Lines(tmp_path, {}) as written:
         for number in (10, 2):
             written.add(scored(["cat"], ["cat"], [A], number=number))
         assert not (tmp_path / "samples.jsonl").exists()
@@ -208,7 +208,7 @@ def test_runs_that_cannot_be_compared() -> None:
 def test_comparing_says_what_changed(tmp_path: Path) -> None:
     for name, mask in (("a", A), ("b", B)):
         (tmp_path / name).mkdir()
-        with lines.Lines(tmp_path / name) as written:
+        with lines.Lines(tmp_path / name, {}) as written:
             written.add(scored(["cat"], ["cat"], [mask], said="It is\x1b[31m here."))
     said = compare.compare_folders(tmp_path / "a", tmp_path / "b")
     assert "free, all" in said and "-1.0000" in said and "-1.000  drawn/val/1#0  Where?" in said

@@ -5,7 +5,7 @@ Lines are sorted by data set, sample and place of the question in its sample: eq
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from utils import metrics
 from utils.evaluation import Scored
 from utils.scores.protocols import FREE
+from utils.scores.resume import Earlier, Key, key_of, record_of
 from utils.scripts import UserError
 
 SAMPLES = "samples.jsonl"
@@ -94,32 +95,48 @@ def line_of(scored: Scored) -> dict[str, Any]:
 
 
 class Lines:
-    """Writes lines as they come into `samples.jsonl.part`, and sorted into `samples.jsonl` once all are there."""
+    """Writes scored questions as they come into `samples.jsonl.part`, and once all are there their lines, sorted, into
+    `samples.jsonl`.
 
-    def __init__(self, folder: Path) -> None:
+    run: what is evaluated and how, plain enough for JSON. Where an earlier evaluation of the same was ended, `earlier`
+    has what it scored.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         self._path = folder / SAMPLES
         self._part = folder / f"{SAMPLES}.part"
-        self._sorted: list[tuple[tuple[str, str, int], str]] = []
+        self._run = run
+        self._sorted: list[tuple[Key, str]] = []
+        self.earlier = Earlier(self._part, run)
 
     def __enter__(self) -> "Lines":
-        self._file = self._part.open("w", encoding="utf-8")
+        # The earlier part is replaced in one go: being ended now must not cost it.
+        draft = self._part.with_name(f"{SAMPLES}.draft")
+        draft.write_text("".join(map(_text, [self._run, *self.earlier.records()])), encoding="utf-8")
+        os.replace(draft, self._part)
+        self._file = self._part.open("a", encoding="utf-8")
         return self
 
     def add(self, scored: Scored) -> None:
         """Take in one scored question."""
-        text = json.dumps(line_of(scored), ensure_ascii=False) + "\n"
-        self._file.write(text)
-        question = scored.question
-        self._sorted.append(((question.dataset, question.sample_id, question.number), text))
+        key, line = key_of(scored.question), line_of(scored)
+        if key not in self.earlier:
+            self._file.write(_text(record_of(scored, line)))
+        self._sorted.append((key, _text(line)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
         if kind is None:
-            self._sorted.sort()
-            self._part.write_text("".join(text for _, text in self._sorted), encoding="utf-8")
-            os.replace(self._part, self._path)
+            draft = self._path.with_name(f"{SAMPLES}.draft")
+            draft.write_text("".join(text for _, text in sorted(self._sorted)), encoding="utf-8")
+            os.replace(draft, self._path)
+            self._part.unlink()
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,98 @@
+"""An evaluation that was ended goes on where it stopped, and ends as if it never had been."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.test_evaluation import ALL, Fake, answer, region, samples
+from utils import evaluation
+from utils.evaluation import Scored
+from utils.scores.figures import Figures
+from utils.scores.lines import Lines
+from utils.scores.resume import from_plain
+
+RUN = {"model": "m", "limit": 0}
+
+
+class Tired(Fake):
+    """Draws what is asked for, a pixel beside it; ends the run at a batch."""
+
+    def __init__(self, end_at: int = -1) -> None:
+        super().__init__(lambda names: answer(names, [np.roll(region(name), 1, axis=1) for name in names]))
+        self.end_at = end_at
+
+    def answer(self, *args: Any) -> list[Any]:
+        if len(self.calls) == self.end_at:
+            raise KeyboardInterrupt
+        return super().answer(*args)
+
+
+def score(folder: Path, predictor: Fake, run: dict[str, Any] = RUN) -> tuple[dict[str, Any], list[Scored]]:
+    kept: list[Scored] = []
+    with Lines(folder, run) as lines:
+
+        def keep(scored: Scored) -> None:
+            kept.append(scored)
+            lines.add(scored)
+
+        found = evaluation.evaluate(
+            predictor,
+            samples(),
+            batch_size=2,
+            protocols=ALL,
+            shuffled=False,
+            on_scored=keep,
+            restore=lines.earlier.restore,
+            progress=False,
+        )
+    return found, kept
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Path:
+    """A folder in which a run was ended before its third batch of two, two and one; each takes two calls."""
+    with pytest.raises(KeyboardInterrupt):
+        score(tmp_path, Tired(end_at=4))
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl.part"]
+    return tmp_path
+
+
+def test_it_ends_as_if_it_had_never_stopped(ended: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere, predictor = tmp_path_factory.mktemp("whole"), Tired()
+    expected, whole = score(elsewhere, Tired())
+    found, resumed = score(ended, predictor)
+    assert [name for name, *_ in predictor.calls] == ["answer", "segment"]  # the third batch alone
+    assert found == expected
+    assert [one.figures for one in resumed] == [one.figures for one in whole]
+    assert (ended / "samples.jsonl").read_bytes() == (elsewhere / "samples.jsonl").read_bytes()
+    assert [path.name for path in ended.iterdir()] == ["samples.jsonl"]
+
+
+def test_a_run_that_is_ended_again_keeps_what_it_had(ended: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        score(ended, Tired(end_at=0))
+    assert len(Lines(ended, RUN).earlier) == 4
+
+
+def test_another_run_starts_anew(ended: Path) -> None:
+    predictor = Tired()
+    score(ended, predictor, RUN | {"limit": 3})
+    assert len(predictor.calls) == 2 * 3
+
+
+def test_a_line_that_was_cut_off_is_scored_again_with_its_batch(ended: Path) -> None:
+    part = ended / "samples.jsonl.part"
+    part.write_bytes(part.read_bytes()[:-10])
+    predictor = Tired()
+    found, _ = score(ended, predictor)
+    assert len(predictor.calls) == 2 * 2 and found["n"] == 5
+
+
+def test_figures_survive_json(tmp_path: Path) -> None:
+    _, kept = score(tmp_path, Tired())
+    for one in kept:
+        assert from_plain(Figures, json.loads(json.dumps(dataclasses.asdict(one.figures)))) == one.figures
