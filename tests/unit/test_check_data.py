@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import check_data
+from model.build.builder import save_model
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, annotation, corners, muse_instance, ref, shape, square
+from tests.unit.tiny_pixellm import make_model
 from utils.data.doctor.examine import Examination
 from utils.data.doctor.leaks import picture_key
 from utils.data.doctor.report import BROKEN, HARMLESS, LEFT_OUT, MISSING
@@ -407,6 +409,16 @@ def test_a_page_shows_what_is_learned(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert status == 0 and page.name == "refcoco_train.html" and text.count("data:image/png;base64,") == 1
     assert '<span class="learned">' in text and "{seg}" in text
+
+
+def test_a_page_shows_the_words_of_a_model(tmp_path: Path) -> None:
+    built, pages = make_model(), tmp_path / "pages"
+    save_model(built.model, built.processor, tmp_path / "model")
+    flags = [*REFCOCO, "--show=1", f"--show_dir={pages}", f"--version={tmp_path / 'model'}"]
+    assert run(sound(tmp_path / "data"), *flags)[0] == 0
+    text = (pages / "refcoco_train.html").read_text(encoding="utf-8")
+    learned = text.rpartition('<span class="learned">')[2].partition("</span>")[0]
+    assert "[SEG0]" in learned and "ASSISTANT" not in learned
 
 
 def test_colours_only_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
