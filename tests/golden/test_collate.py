@@ -45,7 +45,7 @@ from model.release_text import (
 )
 from tests.golden import vectors
 from utils.data.collate import Batch, EncodedRow, Example, collate
-from utils.data.vqa import _words
+from utils.data.messages import without_picture
 
 GROUP = "collate"
 PROMPTS = vectors.case_names(GROUP, "prompts")
@@ -196,7 +196,7 @@ def test_place_of_the_picture() -> None:
     for probe in probes:
         assert sorted(probe) == ["in", "out"]
         assert (IMAGE_TOKEN in probe["in"]) == (IMAGE_TOKEN in probe["out"])
-        assert _words(probe["in"]) == probe["out"].removeprefix(IMAGE_TOKEN).strip(), probe
+        assert without_picture(probe["in"]) == probe["out"].removeprefix(IMAGE_TOKEN).strip(), probe
 
 
 @pytest.mark.parametrize("case", TEMPLATES)

@@ -12,12 +12,12 @@ _ROLES = ("human", "gpt")
 def exchanges(messages: list[Any], where: str, skipped: Counter[str]) -> list[tuple[str, str]]:
     """(question, answer) pairs, or none where roles do not alternate or words are missing (counted in `skipped`).
 
-    The place of the picture, which the processor decides, is left out. DataError, naming `where`, for what is no
+    The words are `without_picture`. DataError, naming `where`, for what is no
     message.
     """
     roles = tuple(field(message, "from", str, f"a message of {where}") for message in messages)
     values = (field(message, "value", str, f"a message of {where}") for message in messages)
-    texts = [value.replace(_IMAGE_MARKER, "").strip() for value in values]
+    texts = [without_picture(value) for value in values]
     if not roles or roles != _ROLES * (len(roles) // 2):
         skipped["conversation that does not alternate between human and gpt"] += 1
         return []
@@ -25,3 +25,8 @@ def exchanges(messages: list[Any], where: str, skipped: Counter[str]) -> list[tu
         skipped["conversation with an empty message"] += 1
         return []
     return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def without_picture(text: str) -> str:
+    """The words of a message: the place of the picture, which the processor decides, is left out."""
+    return text.replace(_IMAGE_MARKER, "").strip()
