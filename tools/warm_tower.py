@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         save_model(built.model, built.processor, args.model, left_out=MASK_PARTS)
     if ranks > 1:
+        dist.barrier()  # a rank that leaves while another still writes can leave that one waiting for good
         dist.destroy_process_group()
 
 
