@@ -1,6 +1,7 @@
 """A published PixelLM: in, on, and back out with every bit where it was."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -244,31 +245,40 @@ def test_chat_says_that_it_has_to_be_converted(published: Path) -> None:
         Predictor.from_pretrained(published, device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda t: t.pop("model.mask_decoder.level_embed.weight"),
-            "'model.mask_decoder.level_embed.weight' is missing",
-        ),
-        (
-            lambda t: t.update({"model.mask_decoder.levels": t.pop("model.mask_decoder.level_embed.weight")}),
-            "'model.mask_decoder.levels' does not belong to a published PixelLM",
-        ),
-        (
-            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
-            r"'model.norm.weight' has another shape than this model \(found \[3\], expected \[64\]\)",
-        ),
-        (lambda t: t["lm_head.weight"][5, 5:].fill_(torch.nan), "'lm_head.weight' holds values that are not finite"),
-        (
-            lambda t: t.update({"model.embed_tokens.weight": torch.ones(600, 64)}),
-            r"'model.embed_tokens.weight' has another shape .*found \[600, 64\], expected \[568, 64\]",
-        ),
-    ],
-    ids=["lacking", "renamed", "reshaped", "nan", "vocabulary"],
-)
-def test_a_broken_one_gets_one_sentence(change, said: str, eye: str, tmp_path: Path) -> None:
-    folders.write_published(tmp_path, change=change)
+def rename(tensors: folders.Tensors) -> None:
+    tensors["model.mask_decoder.levels"] = tensors.pop("model.mask_decoder.level_embed.weight")
+
+
+BROKEN = {
+    "lacking": (
+        lambda t: t.pop("model.mask_decoder.level_embed.weight"),
+        "'model.mask_decoder.level_embed.weight' is missing",
+    ),
+    "renamed": (rename, "'model.mask_decoder.levels' does not belong to a published PixelLM"),
+    "reshaped": (
+        lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+        r"'model.norm.weight' has another shape than this model \(found \[3\], expected \[64\]\)",
+    ),
+    "nan": (
+        lambda t: t["lm_head.weight"][5, 5:].fill_(torch.nan),
+        "'lm_head.weight' holds values that are not finite",
+    ),
+    "vocabulary": (
+        lambda t: t.update({"model.embed_tokens.weight": torch.ones(600, 64)}),
+        r"'model.embed_tokens.weight' has another shape .*found \[600, 64\], expected \[568, 64\]",
+    ),
+    "truncated": (None, r"is cut off: tensor '(model|lm_head)\.[\w.]+' is not whole in it"),
+}
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", folders.OLD])
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_one_gets_one_sentence_with_the_tensor(how: str, form: str, eye: str, tmp_path: Path) -> None:
+    change, said = BROKEN[how]
+    folders.write_published(tmp_path, form, change)
+    if change is None:
+        (file,) = (*tmp_path.glob("*.bin"), *tmp_path.glob("*.safetensors"))
+        os.truncate(file, file.stat().st_size * 2 // 3)
     with pytest.raises(BuildError, match=said) as error:
         build_model(str(tmp_path), eye)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
