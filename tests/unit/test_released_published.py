@@ -100,6 +100,7 @@ def test_release_numerics_are_chosen_and_saved(published: Path, eye: str, tmp_pa
         assert torch.equal(one.model.pixel_decoder.scale_weights, HALF)
         assert processor.image_mean == list(RELEASE_IMAGE_MEAN) and processor.image_std == list(RELEASE_IMAGE_STD)
         assert not processor.pad_before_normalize
+        assert (config.group_rule, processor.text_rules) == ("release", "release")
         # No row for the picture's placeholder: the head predicts what the original's predicts.
         assert one.model.get_output_embeddings().weight.shape[0] == folders.ROWS == processor.image_token_id
         same(dict(one.model.state_dict()), dict(built.model.state_dict()))
@@ -166,6 +167,7 @@ def test_it_trains_on_under_our_recipe(published: Path, eye: str, tmp_path: Path
         assert {"codebook.token_weights", "pixel_decoder.scale_weights", "pixel_decoder.neck.0.weight"} <= trained
         assert "pixel_decoder.no_mask_embed.weight" in trained
         assert built.processor.image_mean == list(RELEASE_IMAGE_MEAN)
+        assert (config.group_rule, built.processor.text_rules) == ("release", "release")
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
@@ -320,6 +322,15 @@ def test_a_sentencepiece_tokenizer_as_it_was_published(eye: str, tmp_path: Path)
     write_published(again, tmp_path / "back")
     assert all((tmp_path / "back" / name).read_bytes() == content for name, content in files.items())
     same(read(tmp_path / "back"), tensors)
+
+
+def test_what_no_weight_depends_on_may_be_ours(published: Path, eye: str, tmp_path: Path) -> None:
+    """A broken group then costs its own mask alone, a long conversation loses whole turns, and going back stays free."""
+    built = build_model(str(published), eye, ModelOptions(group_rule="adjacent", text_rules="turns"))
+    write_folder(built, tmp_path / "ours")
+    again = build_model(str(tmp_path / "ours"))
+    assert (again.model.config.group_rule, again.processor.text_rules) == ("adjacent", "turns")
+    assert write_published(again, tmp_path / "back")
 
 
 def test_options_against_what_its_weights_fix(published: Path, eye: str) -> None:
