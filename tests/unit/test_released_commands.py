@@ -69,8 +69,7 @@ class Shell:
 def shell(repository: Path, child_env: dict[str, str], tmp_path: Path) -> Shell:
     scenes = SceneDataSettings(train=12, heldout=6, questions=12, scene=SceneSettings(side=48))
     write_scene_data(tmp_path / "data", scenes)
-    folders.write_eye(tmp_path / "PATH_TO_CLIP")
-    # What the commands have in PATH_TO_... must be there, or be replaced.
+    folders.write_eye(tmp_path / "clip")
     return Shell(tmp_path, repository, {**child_env, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
 
 
@@ -88,7 +87,7 @@ def test_the_section_holds_the_commands(repository: Path) -> None:
 @pytest.mark.parametrize("base", ["v1", "1.5", "llama", "mistral", "qwen2", "qwen3"])
 def test_training_from_a_llava_or_a_language_model(base: str, shell: Shell) -> None:
     command = commands(shell.repository)[0]
-    version, tower = shell.place / "base", shell.place / "PATH_TO_CLIP"
+    version, tower = shell.place / "base", shell.place / "clip"
     if base in ("v1", "1.5"):
         folders.write_llava(version, base, "sharded pytorch_model.bin")
     else:
@@ -112,13 +111,13 @@ def test_training_from_what_holds_its_own_tower(layout: str, shell: Shell) -> No
 @pytest.mark.long
 def test_training_a_published_pixellm_on(shell: Shell) -> None:
     folders.write_published(shell.place / "published")
-    shell.train(commands(shell.repository)[2], PATH_TO_PUBLISHED="published", PATH_TO_CLIP=shell.place / "PATH_TO_CLIP")
+    shell.train(commands(shell.repository)[2], PATH_TO_PUBLISHED="published", PATH_TO_CLIP=shell.place / "clip")
 
 
 @pytest.mark.long
 def test_converting_there_and_back(shell: Shell) -> None:
     *_, there, merge, back = commands(shell.repository)
-    tower = shell.place / "PATH_TO_CLIP"
+    tower = shell.place / "clip"
     tensors = folders.write_published(shell.place / "published")
     shell.run(there, PATH_TO_PUBLISHED="published", PATH_TO_CLIP=tower)
     picture = next((shell.place / "data").rglob("*.jpg"))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,43 @@ def test_release_numerics_are_chosen_and_saved(published: Path, eye: str, tmp_pa
     # transformers leaves tensors where they lie in the file, and sums depend on that in their last bits.
     unlike = outputs(BuiltModel(loaded, again.processor, again.report)) - outputs(built)
     assert unlike.abs().max() <= 1e-5 * outputs(built).abs().max()
+
+
+ELSEWHERE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+folder, batch, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+# Sums depend in their last bits on where numbers lie in memory, and these lie where they do in the file.
+model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+with torch.no_grad():
+    output = model(**torch.load(batch))
+    text = model.get_output_embeddings()(output.last_hidden_state)
+torch.save({"module": type(model).__module__, "text": text, "masks": output.mask_logits}, out)
+"""
+
+
+def test_elsewhere_logits_and_masks_are_the_same(
+    published: Path, eye: str, elsewhere_env: dict[str, str], tmp_path: Path
+) -> None:
+    """ours -> safetensors -> from_pretrained in a process that has nothing of this repository but the folder."""
+    built = build_model(str(published), eye)
+    write_folder(built, tmp_path / "ours", max_shard_size="9MB")
+    batch = make_batch(built.processor, [(0, ONE)], [(24, 40)])
+    torch.save(batch, tmp_path / "batch.pt")
+    (tmp_path / "script.py").write_text(ELSEWHERE)
+    command = [sys.executable, "script.py", "ours", "batch.pt", "found.pt"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=elsewhere_env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt")
+    assert found["module"].startswith("transformers_modules.")
+    with torch.no_grad():
+        output = built.model(**batch)
+        text = built.model.get_output_embeddings()(output.last_hidden_state)
+    assert torch.equal(found["text"], text)
+    assert all(torch.equal(one, other) for one, other in zip(found["masks"], output.mask_logits, strict=True))
 
 
 def test_the_folder_gives_what_the_golden_numbers_were_checked_with(published: Path, eye: str) -> None:
@@ -325,7 +364,7 @@ def test_a_sentencepiece_tokenizer_as_it_was_published(eye: str, tmp_path: Path)
 
 
 def test_what_no_weight_depends_on_may_be_ours(published: Path, eye: str, tmp_path: Path) -> None:
-    """A broken group then costs its own mask alone, a long conversation loses whole turns, and going back stays free."""
+    """A broken group costs its own mask alone then, a long conversation loses whole turns; going back stays free."""
     built = build_model(str(published), eye, ModelOptions(group_rule="adjacent", text_rules="turns"))
     write_folder(built, tmp_path / "ours")
     again = build_model(str(tmp_path / "ours"))
