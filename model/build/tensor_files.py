@@ -18,7 +18,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .cut_files import TEXT_OPCODES, first_lost
+from .byte_places import TEXT_OPCODES, first_lost, old_file_places
 from .folders import BuildError, first_sentence
 
 # The names under which DeepSpeed, the plain engine and transformers leave weights in a folder; an index comes first.
@@ -31,7 +31,7 @@ _DAMAGED = (
     *(SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError),
     *(TypeError, AttributeError, AssertionError, MemoryError, struct.error),
 )
-_PIECE = 1 << 24  # numbers looked at together
+_PIECE = 1 << 20  # numbers looked at together: large temporaries leave holes between the tensors of a model
 
 
 @dataclass(frozen=True)
@@ -175,43 +175,46 @@ def _reader(path: Path, name: str) -> Callable[[], torch.Tensor]:
 
 
 def _pytorch(path: Path, expected: list[str]) -> Stored:
-    mapped = is_zipfile(path)
-    if not mapped:
+    is_archive = is_zipfile(path)
+    if not is_archive:
         _refuse_cut_off(path, expected)
-    weights = _load(path, mapped)
-    if mapped:
-        return {name: StoredTensor(name, path, tuple(value.shape), _holder(value)) for name, value in weights.items()}
-    # Files of old PyTorch cannot be mapped: they are read whole, and again when their tensors are asked for.
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    del weights
-    cache = _LastRead(path)
-    return {name: StoredTensor(name, path, shape, cache.reader(name)) for name, shape in shapes.items()}
+    weights = _load(path, is_archive)
+    if not is_archive:
+        weights = _placed(path, weights)
+    return {name: StoredTensor(name, path, tuple(value.shape), _holder(value)) for name, value in weights.items()}
+
+
+def _placed(path: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that have shapes only, over the numbers of a file of old PyTorch, which torch itself does not map."""
+    places = old_file_places(path)
+    by_tensor = {id(weights[name]): place for name, place in places.items() if name in weights}
+    content = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    placed = {}
+    for name, like in weights.items():
+        place = by_tensor.get(id(like))
+        if place is None:
+            raise BuildError(
+                f"{path}: tensor {name!r} cannot be found in this file of an old PyTorch: load and save it again with "
+                "today's"
+            )
+        with _whole(path):
+            numbers = content[place : place + like.untyped_storage().nbytes()]
+            placed[name] = torch.empty(0, dtype=like.dtype).set_(
+                numbers, like.storage_offset(), like.shape, like.stride()
+            )
+    return placed
 
 
 def _holder(value: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: value
 
 
-class _LastRead:
-    """What a file that cannot be mapped holds, kept until all of its tensors were read."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._weights: dict[str, torch.Tensor] = {}
-
-    def reader(self, name: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            if name not in self._weights:
-                self._weights = _load(self._path, mapped=False)
-            return self._weights.pop(name)
-
-        return read
-
-
-def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
+def _load(path: Path, is_archive: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a file: mapped from an archive, shapes without numbers from another."""
+    where = "cpu" if is_archive else "meta"
     try:
         with _whole(path):
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            weights = torch.load(path, map_location=where, weights_only=True, mmap=is_archive)
     except BuildError as error:
         code = _asked_for(path, error.__cause__)
         if code is None:

@@ -333,13 +333,18 @@ def test_a_pickle_with_code_is_refused_unread(new: bool, eye: str, tmp_path: Pat
 
 
 def test_files_of_old_pytorch_are_read(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(3), "b": torch.randn(2, 2), "empty": torch.ones(0)}
-    tensors["tied"] = tensors["b"]
-    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    """From where they lie: parts of one storage, axes in another order, one tensor under two names."""
+    flat = torch.arange(24.0)
+    tensors = {"a": torch.randn(3), "part": flat[5:11], "turned": flat[12:].view(3, 4).T, "empty": torch.ones(0)}
+    tensors |= {"half": torch.randn(2, 2).half(), "scalar": torch.tensor(7), "flags": torch.tensor([True, False])}
+    tensors["tied"] = tensors["half"]
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=False)
     found = stored_in(tmp_path)
     assert set(found) == set(tensors)
-    assert all(torch.equal(found[name].read(), value) for name, value in tensors.items())
-    assert found["b"].shape == (2, 2)
+    for name, value in tensors.items():
+        read = found[name].read()
+        assert torch.equal(read, value) and read.dtype == value.dtype and found[name].shape == value.shape, name
 
 
 def test_a_folder_written_here_is_read_again_from_bin(eye: str, tmp_path: Path) -> None:
