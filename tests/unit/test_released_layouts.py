@@ -282,7 +282,7 @@ def test_damaged_bytes_give_one_sentence_or_numbers(form: str, tmp_path: Path) -
     whole = file.read_bytes()
     chosen = torch.Generator().manual_seed(0)
     refused = 0
-    for _ in range(200):
+    for _ in range(100):
         place, byte = (int(torch.randint(limit, (), generator=chosen)) for limit in (min(len(whole), 3000), 256))
         file.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
         try:
@@ -291,7 +291,7 @@ def test_damaged_bytes_give_one_sentence_or_numbers(form: str, tmp_path: Path) -
         except BuildError as error:
             refused += 1
             assert "\n" not in str(error) and str(file) in str(error)
-    assert refused > 10
+    assert refused > 5
 
 
 def test_shards_that_do_not_match_their_index(tmp_path: Path) -> None:

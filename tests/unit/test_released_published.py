@@ -312,8 +312,13 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", folders.OLD])
-@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize(
+    ("how", "form"),
+    [
+        *((how, form) for how in BROKEN for form in ("model.safetensors", "pytorch_model.bin")),
+        ("truncated", folders.OLD),
+    ],
+)
 def test_a_broken_one_gets_one_sentence_with_the_tensor(how: str, form: str, eye: str, tmp_path: Path) -> None:
     change, said = BROKEN[how]
     folders.write_published(tmp_path, form, change)
