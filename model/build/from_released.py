@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..configuration_pixellm import PixelLMConfig
-from ..processing_pixellm import IMAGE_TOKEN, PixelLMProcessor, check_groups
+from ..processing_pixellm import IMAGE_TOKEN, RELEASE_RULES, PixelLMProcessor, check_groups
 from .bases import TOWER, Part, resized, stand_alone_tower
 from .blueprint import BuiltModel, Manner, ModelOptions, finish, learn_fusion
 from .filling import Origin
@@ -159,6 +159,7 @@ def _release_numerics(
         "image_mean": RELEASE_IMAGE_MEAN,
         "image_std": RELEASE_IMAGE_STD,
         "pad_before_normalize": False,
+        "text_rules": RELEASE_RULES,
         **options.chosen(PixelLMProcessor),
     }
     shared = ("image_size", "patch_size", "image_token_pool", "num_scales", "tokens_per_scale")

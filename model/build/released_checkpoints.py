@@ -219,5 +219,6 @@ def config_from_release(
         "scale_fusion": "constant",
         "scale_fusion_value": 1 / RELEASE_NUM_SCALES,
         "position_resize": "release",
+        "group_rule": "release",
     }
     return PixelLMConfig(**{**fields, **overrides})

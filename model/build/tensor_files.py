@@ -4,20 +4,21 @@ Files are mapped into memory, so that what is read takes no memory of its own un
 """
 
 import json
-import mmap
 import pickle
 import pickletools
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .byte_places import TEXT_OPCODES, first_lost, old_file_places
 from .folders import BuildError, first_sentence
 
 # The names under which DeepSpeed, the plain engine and transformers leave weights in a folder; an index comes first.
@@ -25,10 +26,12 @@ INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE_NAMES = ("model.safetensors", "pytorch_model.bin")
 SAFETENSORS = ".safetensors"
 _SHARD_PATTERNS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
-_LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
-_PIECE = 1 << 24  # numbers looked at together
-_TEXT_OPCODES = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"}
-_ARCHIVE, _PICKLE, _STORAGE = b"PK\x03\x04", b"\x80\x02", b"/data/"
+# What the readers raise where single bytes of a file are wrong: a pickle's bytes are a program.
+_DAMAGED = (
+    *(SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError),
+    *(TypeError, AttributeError, AssertionError, MemoryError, struct.error),
+)
+_PIECE = 1 << 20  # numbers looked at together: large temporaries leave holes between the tensors of a model
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def stored_in(place: Path) -> Stored:
         BuildError: there are none, or a file is cut off, is not a file of tensors, or would run code when read.
     """
     if place.is_file():
-        return _file(place, ())
+        return _file(place, [])
     files = weight_files(place)
     if files is None:
         raise BuildError(
@@ -125,8 +128,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _file(path: Path, expected: Iterable[str]) -> Stored:
-    return _safetensors(path) if path.suffix == SAFETENSORS else _pytorch(path, list(expected))
+def _file(path: Path, expected: list[str]) -> Stored:
+    """The tensors of a file. expected: names that an index says are in it."""
+    return _safetensors(path, expected) if path.suffix == SAFETENSORS else _pytorch(path, expected)
 
 
 @contextmanager
@@ -134,27 +138,28 @@ def _whole(path: Path) -> Iterator[None]:
     """Turn what the readers raise for a file that is not whole into one sentence."""
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        if isinstance(error, BuildError):
-            raise
-        raise BuildError(
-            f"{path} is not a whole file of weights ({first_sentence(error)[:200]}): export or copy it again"
-        ) from error
+    except BuildError:
+        raise
+    except _DAMAGED as error:
+        why = first_sentence(error)[:200] or "it ends too early"
+        raise BuildError(f"{path} is not a whole file of weights ({why}): export or copy it again") from error
 
 
-def _cut_off(path: Path, name: str) -> NoReturn:
-    raise BuildError(f"{path} is cut off: tensor {name!r} is not whole in it; copy it again")
+def _refuse_cut_off(path: Path, expected: list[str]) -> None:
+    with _whole(path):
+        name = first_lost(path, expected)
+    if name is not None:
+        raise BuildError(f"{path} is cut off: tensor {name!r} is not whole in it; copy it again")
 
 
 # --- safetensors --------------------------------------------------------------------------------------------------
 
 
-def _safetensors(path: Path) -> Stored:
-    with _whole(path):
-        _check_end(path)
-        with safe_open(path, framework="pt") as opened:
-            names = list(opened.keys())
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+def _safetensors(path: Path, expected: list[str]) -> Stored:
+    _refuse_cut_off(path, expected)
+    with _whole(path), safe_open(path, framework="pt") as opened:
+        names = list(opened.keys())
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
     return {name: StoredTensor(name, path, shapes[name], _reader(path, name)) for name in names}
 
 
@@ -166,60 +171,50 @@ def _reader(path: Path, name: str) -> Callable[[], torch.Tensor]:
     return read
 
 
-def _check_end(path: Path) -> None:
-    """BuildError that names the first tensor which lies beyond the end of the file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        size = path.stat().st_size - _LENGTH_BYTES
-        if length > size:
-            raise ValueError("its header is cut off")
-        header = json.loads(file.read(length))
-    for name, entry in sorted(header.items(), key=lambda item: str(item[0])):
-        if name != "__metadata__" and entry["data_offsets"][1] > size - length:
-            _cut_off(path, name)
-
-
 # --- PyTorch's own files ------------------------------------------------------------------------------------------
 
 
 def _pytorch(path: Path, expected: list[str]) -> Stored:
-    mapped = is_zipfile(path)
-    if not mapped and (name := _first_lost(path, expected)):
-        _cut_off(path, name)
-    weights = _load(path, mapped)
-    if mapped:
-        return {name: StoredTensor(name, path, tuple(value.shape), _holder(value)) for name, value in weights.items()}
-    # Files of old PyTorch cannot be mapped: they are read whole, and again when their tensors are asked for.
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    del weights
-    cache = _LastRead(path)
-    return {name: StoredTensor(name, path, shape, cache.reader(name)) for name, shape in shapes.items()}
+    is_archive = is_zipfile(path)
+    if not is_archive:
+        _refuse_cut_off(path, expected)
+    weights = _load(path, is_archive)
+    if not is_archive:
+        weights = _placed(path, weights)
+    return {name: StoredTensor(name, path, tuple(value.shape), _holder(value)) for name, value in weights.items()}
+
+
+def _placed(path: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that have shapes only, over the numbers of a file of old PyTorch, which torch itself does not map."""
+    places = old_file_places(path)
+    by_tensor = {id(weights[name]): place for name, place in places.items() if name in weights}
+    content = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    placed = {}
+    for name, like in weights.items():
+        place = by_tensor.get(id(like))
+        if place is None:
+            raise BuildError(
+                f"{path}: tensor {name!r} cannot be found in this file of an old PyTorch: load and save it again with "
+                "today's"
+            )
+        with _whole(path):
+            numbers = content[place : place + like.untyped_storage().nbytes()]
+            placed[name] = torch.empty(0, dtype=like.dtype).set_(
+                numbers, like.storage_offset(), like.shape, like.stride()
+            )
+    return placed
 
 
 def _holder(value: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: value
 
 
-class _LastRead:
-    """What a file that cannot be mapped holds, kept until all of its tensors were read."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._weights: dict[str, torch.Tensor] = {}
-
-    def reader(self, name: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            if name not in self._weights:
-                self._weights = _load(self._path, mapped=False)
-            return self._weights.pop(name)
-
-        return read
-
-
-def _load(path: Path, mapped: bool) -> dict[str, torch.Tensor]:
+def _load(path: Path, is_archive: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a file: mapped from an archive, shapes without numbers from another."""
+    where = "cpu" if is_archive else "meta"
     try:
         with _whole(path):
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            weights = torch.load(path, map_location=where, weights_only=True, mmap=is_archive)
     except BuildError as error:
         code = _asked_for(path, error.__cause__)
         if code is None:
@@ -247,7 +242,7 @@ def _first_global(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name in _TEXT_OPCODES:
+                if opcode.name in TEXT_OPCODES:
                     texts.append(str(argument))
                 elif opcode.name in {"GLOBAL", "INST"}:
                     return str(argument).replace(" ", ".")
@@ -256,49 +251,6 @@ def _first_global(path: Path) -> str | None:
     except (ValueError, IndexError, UnicodeDecodeError):
         return None
     return None
-
-
-def _first_lost(path: Path, expected: list[str]) -> str | None:
-    """The first tensor that a cut-off archive lost, as far as it can be told; None where the file is no archive.
-
-    Nothing is unpickled: the names are read off the opcodes.
-    """
-    if path.stat().st_size == 0:
-        return expected[0] if expected else None
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content[: len(_ARCHIVE)] != _ARCHIVE:
-            return None
-        names = _names_in_pickle(content[:_PIECE]) or expected
-        # A storage is whole when another record follows it.
-        whole, at = -1, content.find(_STORAGE)
-        while at >= 0:
-            whole, at = whole + 1, content.find(_STORAGE, at + 1)
-    return names[max(0, min(whole, len(names) - 1))] if names else None
-
-
-def _names_in_pickle(archive: bytes) -> list[str]:
-    """Names of an archive's tensors in the order of their storages.
-
-    A tensor is pickled as its name and then ("storage", its type, its key, its device, its length).
-    """
-    names: list[str] = []
-    texts: list[str] = []
-    memo: dict[int, str] = {}
-    was_text = False
-    try:
-        for opcode, argument, _ in pickletools.genops(archive[archive.find(_PICKLE) :]):
-            if opcode.name in _TEXT_OPCODES:
-                texts.append(str(argument))
-            elif opcode.name in {"BINPUT", "LONG_BINPUT"} and was_text:
-                memo[int(str(argument))] = texts[-1]
-            elif opcode.name in {"BINGET", "LONG_BINGET"} and argument in memo:
-                texts.append(memo[argument])
-            elif opcode.name == "BINPERSID" and len(texts) > 3:
-                names.append(texts[-4])
-            was_text = opcode.name in _TEXT_OPCODES
-    except (ValueError, IndexError, UnicodeDecodeError):
-        return names  # the pickle itself is cut off
-    return names
 
 
 def as_dict(tensors: Stored) -> dict[str, Any]:

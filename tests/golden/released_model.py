@@ -24,9 +24,7 @@ def build() -> PixelLMForCausalLM:
 
 
 def make() -> PixelLMForCausalLM:
-    """A new model in float32, everything but the vision tower trainable, refinement off as in the release's training,
-    groups counted by the release's rule.
-    """
+    """A new model in float32, everything but the vision tower trainable, refinement off as the release trains."""
     weights = vectors.read_json("weights")
     dims = weights["model_dims"]
     config = config_from_release(
@@ -37,7 +35,6 @@ def make() -> PixelLMForCausalLM:
             "vocab_size"
         ],  # the release's placeholder is negative; ours is any id that is never embedded
         refinement_alpha=1.0,
-        group_rule="release",
     )
     state = state_dict_from_release(
         recipe.make_tensors(weights["seed"], weights["model_tensors"]),

@@ -33,25 +33,30 @@ def watched_constants(model: PixelLMForCausalLM) -> Iterator[None]:
         model.eval()
 
 
-def run(golden: vectors.Reading, model: PixelLMForCausalLM, seed: int) -> PixelLMOutput:
-    """Our forward on the inputs that a case records."""
+def inputs(golden: vectors.Reading, seed: int) -> dict[str, Any]:
+    """What a case gives to the forward, under the names of our forward's arguments."""
     facts = golden.facts
     resized = facts["clip_resize_hw"]
     pixels = recipe.make_pixels(seed, facts["images_clip_recipe"].read_all(), resized)
     counts = facts["target_counts_per_conversation"]
     golden.same("rows of each picture", golden.tensor("in.offset").diff().tolist(), [len(rows) for rows in counts])
     per_row = torch.tensor([count for rows in counts for count in rows])
-    return model(
-        input_ids=released_model.input_ids(golden.tensor("in.input_ids")),
-        attention_mask=golden.tensor("in.attention_masks"),
-        pixel_values={TOWER_KEY: pixels},
-        resized_sizes=torch.tensor(resized),
-        original_sizes=torch.tensor(facts["original_hw"]),
-        image_index=torch.repeat_interleave(torch.tensor([len(rows) for rows in counts])),
-        labels=golden.tensor("in.labels"),
-        masks=golden.per_picture("in.masks"),
-        target_questions=torch.repeat_interleave(per_row),
-    )
+    return {
+        "input_ids": released_model.input_ids(golden.tensor("in.input_ids")),
+        "attention_mask": golden.tensor("in.attention_masks"),
+        "pixel_values": {TOWER_KEY: pixels},
+        "resized_sizes": torch.tensor(resized),
+        "original_sizes": torch.tensor(facts["original_hw"]),
+        "image_index": torch.repeat_interleave(torch.tensor([len(rows) for rows in counts])),
+        "labels": golden.tensor("in.labels"),
+        "masks": golden.per_picture("in.masks"),
+        "target_questions": torch.repeat_interleave(per_row),
+    }
+
+
+def run(golden: vectors.Reading, model: PixelLMForCausalLM, seed: int) -> PixelLMOutput:
+    """Our forward on the inputs that a case records."""
+    return model(**inputs(golden, seed))
 
 
 def weighted_losses(model: PixelLMForCausalLM, output: PixelLMOutput) -> dict[str, torch.Tensor]:

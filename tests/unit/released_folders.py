@@ -23,6 +23,7 @@ from tests.unit.tokenizer_kinds import FIXTURES
 
 Tensors = dict[str, torch.Tensor]
 FORMS = ("model.safetensors", "pytorch_model.bin", "sharded model.safetensors", "sharded pytorch_model.bin")
+OLD = "old pytorch_model.bin"  # as PyTorch wrote it before its files were archives
 GROUP, WIDTH, EYE_WIDTH, DEPTH, EYE_DEPTH, SIDE, PATCH = 6, 64, 32, 3, 12, 336, 14
 PIECES = 560  # of the fixtures' tokenizer
 ROWS = PIECES + GROUP + 2
@@ -77,11 +78,11 @@ def random_tensors(shapes: dict[str, list[int]], seed: int = 0) -> Tensors:
 
 
 def write_weights(tensors: Tensors, folder: Path, form: str) -> None:
-    """Tensors in one of FORMS."""
+    """Tensors in one of FORMS, or OLD."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = form.removeprefix("sharded ")
+    *how, whole = form.split(" ")
     parts = {whole: sorted(tensors)}
-    if whole != form:
+    if "sharded" in how:
         stem, suffix = whole.split(".")
         names = sorted(tensors)
         parts = {f"{stem}-0000{part}-of-00002.{suffix}": names[part - 1 :: 2] for part in (1, 2)}
@@ -92,7 +93,7 @@ def write_weights(tensors: Tensors, folder: Path, form: str) -> None:
         if file.endswith(".safetensors"):
             save_file(part, folder / file, metadata={"format": "pt"})
         else:
-            torch.save(part, folder / file)
+            torch.save(part, folder / file, _use_new_zipfile_serialization="old" not in how)
 
 
 def write_tokenizer(folder: Path, names: tuple[str, ...] = ()) -> None:

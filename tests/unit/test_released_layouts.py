@@ -236,18 +236,62 @@ def test_a_tokenizer_with_more_words_than_the_table(tmp_path: Path) -> None:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", folders.OLD])
 def test_a_cut_off_file_names_what_it_lost(form: str, tmp_path: Path) -> None:
     names = [f"layers.{number}.weight" for number in range(9)]
-    folders.write_weights({name: torch.randn(50, 50) for name in names}, tmp_path, form)
-    whole = (tmp_path / form).read_bytes()
-    for share, lost in ((0.5, names[4]), (0.02, names[0])):
-        (tmp_path / form).write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(BuildError, match=f"is cut off: tensor '{lost}' is not whole in it; copy it again"):
+    kinds = (torch.float32, torch.bfloat16, torch.int64)
+    tensors = {name: torch.ones(50, 50, dtype=kinds[number % 3]) for number, name in enumerate(names)}
+    folders.write_weights(tensors, tmp_path, form)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    assert set(stored_in(tmp_path)) == set(names)
+    told = []
+    for length in (400, *range(2000, len(whole), 1000), len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(BuildError, match=r"is cut off: tensor '[^']+' is not whole in it; copy it again$") as error:
             stored_in(tmp_path)
-    (tmp_path / form).write_bytes(b"")
-    with pytest.raises(BuildError, match="is not a whole file of weights"):
+        told.append(str(error.value).split("'")[1])
+    assert told[0] in names, "one that it names, where the list of names is cut itself"
+    # One after the other, in the order in which they lie in the file: none is skipped, and none comes again.
+    order = list(dict.fromkeys(told[1:]))
+    assert sorted(order) == names and told[1:] == sorted(told[1:], key=order.index)
+    if form == "pytorch_model.bin":
+        assert order == names
+    file.write_bytes(b"")
+    with pytest.raises(BuildError, match=r"is not a whole file of weights \("):
         stored_in(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["sharded model.safetensors", "sharded pytorch_model.bin", f"sharded {folders.OLD}"])
+def test_a_shard_cut_before_its_first_name_is_told_by_the_index(form: str, tmp_path: Path) -> None:
+    folders.write_weights({name: torch.ones(9) for name in "abcd"}, tmp_path, form)
+    (file,) = tmp_path.glob("*-00002-of-*")
+    whole = file.read_bytes()
+    for length in (0, 30, 60):
+        file.write_bytes(whole[:length])
+        with pytest.raises(BuildError, match=r"00002-of-00002\.\w+ is cut off: tensor 'b' is not whole in it"):
+            stored_in(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", folders.OLD])
+def test_damaged_bytes_give_one_sentence_or_numbers(form: str, tmp_path: Path) -> None:
+    """Bytes of a pickle are a program, so that its readers fail in many ways."""
+    folders.write_weights({f"layers.{number}.weight": torch.ones(3) for number in range(9)}, tmp_path, form)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    chosen = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(100):
+        place, byte = (int(torch.randint(limit, (), generator=chosen)) for limit in (min(len(whole), 3000), 256))
+        file.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+        try:
+            for stored in stored_in(tmp_path).values():
+                stored.read()
+        except BuildError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(file) in str(error)
+    assert refused > 5
 
 
 def test_shards_that_do_not_match_their_index(tmp_path: Path) -> None:
@@ -289,11 +333,18 @@ def test_a_pickle_with_code_is_refused_unread(new: bool, eye: str, tmp_path: Pat
 
 
 def test_files_of_old_pytorch_are_read(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(3), "b": torch.randn(2, 2)}
-    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    """From where they lie: parts of one storage, axes in another order, one tensor under two names."""
+    flat = torch.arange(24.0)
+    tensors = {"a": torch.randn(3), "part": flat[5:11], "turned": flat[12:].view(3, 4).T, "empty": torch.ones(0)}
+    tensors |= {"half": torch.randn(2, 2).half(), "scalar": torch.tensor(7), "flags": torch.tensor([True, False])}
+    tensors["tied"] = tensors["half"]
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=False)
     found = stored_in(tmp_path)
-    assert all(torch.equal(found[name].read(), value) for name, value in tensors.items())
-    assert found["b"].shape == (2, 2)
+    assert set(found) == set(tensors)
+    for name, value in tensors.items():
+        read = found[name].read()
+        assert torch.equal(read, value) and read.dtype == value.dtype and found[name].shape == value.shape, name
 
 
 def test_a_folder_written_here_is_read_again_from_bin(eye: str, tmp_path: Path) -> None:

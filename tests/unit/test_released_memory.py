@@ -76,13 +76,22 @@ def test_a_small_checkpoint_is_held_once(form: str, child_env: dict[str, str], t
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
-@pytest.mark.parametrize("form", folders.FORMS)
-def test_a_gigabyte_is_held_once(form: str, child_env: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "kind", "asked"),
+    [
+        *((form, torch.bfloat16, "bfloat16") for form in (*folders.FORMS, folders.OLD)),
+        ("sharded pytorch_model.bin", torch.float16, "float16"),
+        ("model.safetensors", torch.float16, "bfloat16"),
+    ],
+)
+def test_a_gigabyte_is_held_once(
+    form: str, kind: torch.dtype, asked: str, child_env: dict[str, str], tmp_path: Path
+) -> None:
     eye = str(folders.write_eye(tmp_path / "eye"))
-    size = write_large_llava(tmp_path / "llava", 2048, 10, form, torch.bfloat16)
+    size = write_large_llava(tmp_path / "llava", 2048, 10, form, kind)
     assert size > 10**9
     # All that is new in a PixelLM counts too.
-    check(tmp_path / "llava", size, eye, "bfloat16", child_env, new=0)
+    check(tmp_path / "llava", size, eye, asked, child_env, new=0)
     for file in weight_files(tmp_path / "llava") or []:
         os.truncate(file, 0)
 

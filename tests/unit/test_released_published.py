@@ -1,6 +1,9 @@
 """A published PixelLM: in, on, and back out with every bit where it was."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +102,7 @@ def test_release_numerics_are_chosen_and_saved(published: Path, eye: str, tmp_pa
         assert torch.equal(one.model.pixel_decoder.scale_weights, HALF)
         assert processor.image_mean == list(RELEASE_IMAGE_MEAN) and processor.image_std == list(RELEASE_IMAGE_STD)
         assert not processor.pad_before_normalize
+        assert (config.group_rule, processor.text_rules) == ("release", "release")
         # No row for the picture's placeholder: the head predicts what the original's predicts.
         assert one.model.get_output_embeddings().weight.shape[0] == folders.ROWS == processor.image_token_id
         same(dict(one.model.state_dict()), dict(built.model.state_dict()))
@@ -106,6 +110,43 @@ def test_release_numerics_are_chosen_and_saved(published: Path, eye: str, tmp_pa
     # transformers leaves tensors where they lie in the file, and sums depend on that in their last bits.
     unlike = outputs(BuiltModel(loaded, again.processor, again.report)) - outputs(built)
     assert unlike.abs().max() <= 1e-5 * outputs(built).abs().max()
+
+
+ELSEWHERE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+folder, batch, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+# Sums depend in their last bits on where numbers lie in memory, and these lie where they do in the file.
+model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+with torch.no_grad():
+    output = model(**torch.load(batch))
+    text = model.get_output_embeddings()(output.last_hidden_state)
+torch.save({"module": type(model).__module__, "text": text, "masks": output.mask_logits}, out)
+"""
+
+
+def test_elsewhere_logits_and_masks_are_the_same(
+    published: Path, eye: str, elsewhere_env: dict[str, str], tmp_path: Path
+) -> None:
+    """ours -> safetensors -> from_pretrained in a process that has nothing of this repository but the folder."""
+    built = build_model(str(published), eye)
+    write_folder(built, tmp_path / "ours", max_shard_size="9MB")
+    batch = make_batch(built.processor, [(0, ONE)], [(24, 40)])
+    torch.save(batch, tmp_path / "batch.pt")
+    (tmp_path / "script.py").write_text(ELSEWHERE)
+    command = [sys.executable, "script.py", "ours", "batch.pt", "found.pt"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=elsewhere_env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt")
+    assert found["module"].startswith("transformers_modules.")
+    with torch.no_grad():
+        output = built.model(**batch)
+        text = built.model.get_output_embeddings()(output.last_hidden_state)
+    assert torch.equal(found["text"], text)
+    assert all(torch.equal(one, other) for one, other in zip(found["masks"], output.mask_logits, strict=True))
 
 
 def test_the_folder_gives_what_the_golden_numbers_were_checked_with(published: Path, eye: str) -> None:
@@ -165,6 +206,7 @@ def test_it_trains_on_under_our_recipe(published: Path, eye: str, tmp_path: Path
         assert {"codebook.token_weights", "pixel_decoder.scale_weights", "pixel_decoder.neck.0.weight"} <= trained
         assert "pixel_decoder.no_mask_embed.weight" in trained
         assert built.processor.image_mean == list(RELEASE_IMAGE_MEAN)
+        assert (config.group_rule, built.processor.text_rules) == ("release", "release")
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
@@ -244,31 +286,45 @@ def test_chat_says_that_it_has_to_be_converted(published: Path) -> None:
         Predictor.from_pretrained(published, device="cpu")
 
 
+def rename(tensors: folders.Tensors) -> None:
+    tensors["model.mask_decoder.levels"] = tensors.pop("model.mask_decoder.level_embed.weight")
+
+
+BROKEN = {
+    "lacking": (
+        lambda t: t.pop("model.mask_decoder.level_embed.weight"),
+        "'model.mask_decoder.level_embed.weight' is missing",
+    ),
+    "renamed": (rename, "'model.mask_decoder.levels' does not belong to a published PixelLM"),
+    "reshaped": (
+        lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+        r"'model.norm.weight' has another shape than this model \(found \[3\], expected \[64\]\)",
+    ),
+    "nan": (
+        lambda t: t["lm_head.weight"][5, 5:].fill_(torch.nan),
+        "'lm_head.weight' holds values that are not finite",
+    ),
+    "vocabulary": (
+        lambda t: t.update({"model.embed_tokens.weight": torch.ones(600, 64)}),
+        r"'model.embed_tokens.weight' has another shape .*found \[600, 64\], expected \[568, 64\]",
+    ),
+    "truncated": (None, r"is cut off: tensor '(model|lm_head)\.[\w.]+' is not whole in it"),
+}
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("how", "form"),
     [
-        (
-            lambda t: t.pop("model.mask_decoder.level_embed.weight"),
-            "'model.mask_decoder.level_embed.weight' is missing",
-        ),
-        (
-            lambda t: t.update({"model.mask_decoder.levels": t.pop("model.mask_decoder.level_embed.weight")}),
-            "'model.mask_decoder.levels' does not belong to a published PixelLM",
-        ),
-        (
-            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
-            r"'model.norm.weight' has another shape than this model \(found \[3\], expected \[64\]\)",
-        ),
-        (lambda t: t["lm_head.weight"][5, 5:].fill_(torch.nan), "'lm_head.weight' holds values that are not finite"),
-        (
-            lambda t: t.update({"model.embed_tokens.weight": torch.ones(600, 64)}),
-            r"'model.embed_tokens.weight' has another shape .*found \[600, 64\], expected \[568, 64\]",
-        ),
+        *((how, form) for how in BROKEN for form in ("model.safetensors", "pytorch_model.bin")),
+        ("truncated", folders.OLD),
     ],
-    ids=["lacking", "renamed", "reshaped", "nan", "vocabulary"],
 )
-def test_a_broken_one_gets_one_sentence(change, said: str, eye: str, tmp_path: Path) -> None:
-    folders.write_published(tmp_path, change=change)
+def test_a_broken_one_gets_one_sentence_with_the_tensor(how: str, form: str, eye: str, tmp_path: Path) -> None:
+    change, said = BROKEN[how]
+    folders.write_published(tmp_path, form, change)
+    if change is None:
+        (file,) = (*tmp_path.glob("*.bin"), *tmp_path.glob("*.safetensors"))
+        os.truncate(file, file.stat().st_size * 2 // 3)
     with pytest.raises(BuildError, match=said) as error:
         build_model(str(tmp_path), eye)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
@@ -310,6 +366,15 @@ def test_a_sentencepiece_tokenizer_as_it_was_published(eye: str, tmp_path: Path)
     write_published(again, tmp_path / "back")
     assert all((tmp_path / "back" / name).read_bytes() == content for name, content in files.items())
     same(read(tmp_path / "back"), tensors)
+
+
+def test_what_no_weight_depends_on_may_be_ours(published: Path, eye: str, tmp_path: Path) -> None:
+    """A broken group costs its own mask alone then, a long conversation loses whole turns; going back stays free."""
+    built = build_model(str(published), eye, ModelOptions(group_rule="adjacent", text_rules="turns"))
+    write_folder(built, tmp_path / "ours")
+    again = build_model(str(tmp_path / "ours"))
+    assert (again.model.config.group_rule, again.processor.text_rules) == ("adjacent", "turns")
+    assert write_published(again, tmp_path / "back")
 
 
 def test_options_against_what_its_weights_fix(published: Path, eye: str) -> None:
