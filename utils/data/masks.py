@@ -24,6 +24,9 @@ _BROKEN_RLE = "broken run lengths"
 _MOST_DIGITS = 7
 """Of five bits each; more would be a run longer than any picture."""
 
+PlainMask = tuple[int, int, tuple[bytes, ...], tuple[bytes, ...]]
+"""Of a CocoMask: height, width, the float64 numbers of each polygon, the compressed counts of each run-length encoding."""
+
 
 @dataclass(frozen=True, slots=True)
 class CocoMask:
@@ -39,6 +42,26 @@ class CocoMask:
         if self.polygons:
             parts += coco_rle.frPyObjects(list(self.polygons), self.height, self.width)
         return coco_rle.decode(coco_rle.merge(parts) if len(parts) > 1 else parts[0])
+
+    def plain(self) -> PlainMask:
+        """Plain values that `mask_of` makes the same mask of."""
+        return (
+            self.height,
+            self.width,
+            tuple(polygon.tobytes() for polygon in self.polygons),
+            tuple(rle["counts"] for rle in self.rles),
+        )
+
+
+def mask_of(plain: PlainMask) -> CocoMask:
+    """The mask whose `plain` values these are."""
+    height, width, polygons, counts = plain
+    return CocoMask(
+        height,
+        width,
+        tuple(np.frombuffer(polygon) for polygon in polygons),
+        tuple({"size": [height, width], "counts": count} for count in counts),
+    )
 
 
 @dataclass(frozen=True, slots=True)

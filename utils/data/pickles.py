@@ -64,3 +64,8 @@ def load_plain_pickle(content: bytes, path: str) -> Any:
             f"it again",
             cause="pickle with code" if isinstance(error, _AsksForCode) else "broken pickle",
         ) from error
+
+
+def unpickle_plain(content: bytes) -> Any:
+    """Unpickle what this program wrote, plain data alone: pickle's own errors tell of anything else."""
+    return _PlainUnpickler(io.BytesIO(content)).load()
