@@ -140,7 +140,7 @@ class RecordIndex(Sequence[Any]):
             raise IndexError(f"record {number} of {self._length}")
         try:
             return unpickle_plain(self._content[self._table[number] : self._table[number + 1]])
-        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
+        except pickle.UnpicklingError as error:
             raise DataError(
                 f"record {number} of the index {self.path} is damaged; delete the file, it is made again",
                 cause="damaged index",
@@ -205,7 +205,7 @@ def _file_name(name: str) -> str:
 
 
 def _folders(root: str, chosen: str) -> list[str]:
-    """Where an index may lie, in the order in which it is looked for. Folders for several roots have a part for each."""
+    """Where an index may lie, in the order in which it is looked for. What several roots share has a part for each."""
     part = hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:12]
     chosen = chosen or os.environ.get(INDEX_FOLDER, "")
     if chosen:

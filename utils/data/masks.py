@@ -25,7 +25,7 @@ _MOST_DIGITS = 7
 """Of five bits each; more would be a run longer than any picture."""
 
 PlainMask = tuple[int, int, tuple[bytes, ...], tuple[bytes, ...]]
-"""Of a CocoMask: height, width, the float64 numbers of each polygon, the compressed counts of each run-length encoding."""
+"""Of a CocoMask: height, width, the float64 numbers of each polygon, the compressed counts of each RLE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,9 @@ class CocoMask:
         if self.polygons:
             parts += coco_rle.frPyObjects(list(self.polygons), self.height, self.width)
         return coco_rle.decode(coco_rle.merge(parts) if len(parts) > 1 else parts[0])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CocoMask) and self.plain() == other.plain()
 
     def plain(self) -> PlainMask:
         """Plain values that `mask_of` makes the same mask of."""
@@ -76,6 +79,13 @@ class UnionMask:
         for source in self.ignored:
             mask[(mask == 0) & (source() == 1)] = IGNORE_LABEL
         return mask
+
+
+def union_of(sources: Sequence[PlainMask], ignored: Sequence[PlainMask] = ()) -> CocoMask | UnionMask:
+    """The mask of one target made of `sources`, at least one; pixels of `ignored` alone become IGNORE_LABEL."""
+    if len(sources) == 1 and not ignored:
+        return mask_of(sources[0])
+    return UnionMask(tuple(map(mask_of, sources)), tuple(map(mask_of, ignored)))
 
 
 @dataclass(frozen=True, slots=True)

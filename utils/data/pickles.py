@@ -67,5 +67,8 @@ def load_plain_pickle(content: bytes, path: str) -> Any:
 
 
 def unpickle_plain(content: bytes) -> Any:
-    """Unpickle what this program wrote, plain data alone: pickle's own errors tell of anything else."""
-    return _PlainUnpickler(io.BytesIO(content)).load()
+    """Unpickle what this program wrote: plain data. pickle.UnpicklingError when the bytes are anything else."""
+    try:
+        return _PlainUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a broken pickle can raise nearly anything
+        raise pickle.UnpicklingError(str(error)) from error

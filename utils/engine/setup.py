@@ -100,6 +100,7 @@ def reader_options(args: TrainArguments) -> ReaderOptions:
         use_expand_question_list=args.use_expand_question_list,
         explanatory=args.explanatory,
         exclude_val=args.exclude_val,
+        index_dir=args.index_dir,
     )
 
 
