@@ -25,7 +25,16 @@ from .conversation_formats import (
     ConversationFormatError,
     build_format,
 )
-from .pictures import PIXEL_MAX, Picture, PictureError, encode_picture, open_picture
+from .pictures import (
+    PIXEL_MAX,
+    Picture,
+    PictureError,
+    PixelStatistics,
+    PreparedPicture,
+    encode_picture,
+    open_picture,
+    prepare_picture,
+)
 from .release_text import LegacyTokenizer, encode_rows, separator_of, with_image_markers
 from .seg_codebook import whole_groups
 
@@ -301,6 +310,17 @@ class PixelLMProcessor(ProcessorMixin):
         return encode_picture(
             array, self.image_size, self.image_mean, self.image_std, pad_before_normalize=self.pad_before_normalize
         )
+
+    def prepare_picture(self, source: Any, fast: bool = False) -> PreparedPicture:
+        """See `pictures.prepare_picture`: anything that holds a picture, in its square as bytes; what
+        `pixel_statistics` makes of it is what `encode_picture` gives.
+        """
+        return prepare_picture(source, self.image_size, fast=fast)
+
+    @property
+    def pixel_statistics(self) -> PixelStatistics:
+        """From prepared pictures to pixel_values."""
+        return PixelStatistics(tuple(self.image_mean), tuple(self.image_std), self.pad_before_normalize)
 
     # -- conversations -------------------------------------------------------------------------------------------------
 

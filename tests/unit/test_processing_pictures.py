@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.pictures import PictureError, encode_picture, open_picture, resize_longest_side
+from model.pictures import PictureError, encode_picture, open_picture, prepare_picture
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10
 
@@ -186,12 +186,15 @@ def test_longest_side_shapes():
         (1, 1000): (1, 448),  # 0.448: the release gives 0 and fails
     }
     for (height, width), expected in cases.items():
-        assert resize_longest_side(np.zeros((height, width, 3), np.uint8), 448).shape == (*expected, 3)
+        assert prepare_picture(np.zeros((height, width, 3), np.uint8), 448).resized_size == expected
 
 
 def test_a_picture_of_the_right_size_is_not_touched():
     array = np.random.default_rng(0).integers(0, 256, (3, 8, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(resize_longest_side(array, 8), array)
+    for fast in (False, True):
+        prepared = prepare_picture(array, 8, fast=fast)
+        np.testing.assert_array_equal(prepared.pixels[:, :3].permute(1, 2, 0), array)
+        assert prepared.pixels[:, 3:].max() == 0
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)])

@@ -3,6 +3,7 @@
 Axes: B pictures, C conversations, T tokens, Q targets, P side of the square picture, H W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -13,6 +14,9 @@ PICTURE_KEY = "vision_tower"
 
 IGNORED_TOKEN = -100
 """Label of tokens that are no part of an answer."""
+
+Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(pictures (B, 3, P, P) uint8, their sizes in the square (B, 2)) -> (B, 3, P, P) float32, on the same device."""
 
 
 @dataclass(slots=True)
@@ -30,8 +34,9 @@ class EncodedRow:
 class Example:
     """One picture with its conversations, ready to be put into a batch.
 
-    pixel_values (3, P, P) float32; sizes (height, width) after resizing and of the picture itself; masks (Q, H, W)
-    uint8 of 0, 1 and 255 in the order of the rows' targets; info: what people and logs want to know.
+    pixel_values (3, P, P) uint8, to be normalised by `normalise`, or float32, where that is None; sizes (height, width)
+    after resizing and of the picture itself; masks (Q, H, W) uint8 of 0, 1 and 255 in the order of the rows' targets;
+    info: what people and logs want to know.
     """
 
     pixel_values: torch.Tensor
@@ -40,6 +45,7 @@ class Example:
     rows: list[EncodedRow]
     masks: torch.Tensor
     info: dict[str, Any]
+    normalise: Normalise | None = None
 
 
 @dataclass(slots=True)
@@ -47,11 +53,14 @@ class Batch:
     """Rows are right-padded and ordered by picture; targets by picture, row, and place in the text.
 
     input_ids (C, T) long; attention_mask (C, T) bool; labels (C, T) long, IGNORED_TOKEN outside answers
-    pixel_values: (B, 3, P, P) float32 by tower; resized_sizes, original_sizes (B, 2) long, height first
+    pixel_values: (B, 3, P, P) by tower, float32, or uint8 as long as `normalise` is there to be used
+    resized_sizes, original_sizes (B, 2) long, height first
     image_index (C,) long, never falling: the picture of each row
     masks: for each picture (Q_b, H_b, W_b) uint8 of 0, 1 and 255
     target_questions (Q,) long: the question (row and turn) each target belongs to, a number unique in the batch
-    info: one dictionary per picture; no argument of forward
+    info, normalise: one dictionary per picture, and what is to be done to pixel_values: no arguments of forward
+
+    Bytes are a quarter of what has to be sent to a device, and a device normalises them in no time.
     """
 
     input_ids: torch.Tensor
@@ -64,10 +73,11 @@ class Batch:
     masks: list[torch.Tensor]
     target_questions: torch.Tensor
     info: list[dict[str, Any]] = field(default_factory=list)
+    normalise: Normalise | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
-        """A copy on `device`; `dtype`, if given, is that of the pictures only."""
-        moved = self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        """A copy on `device`, its pictures normalised; `dtype`, if given, is that of the pictures only."""
+        moved = self._mapped(lambda tensor: tensor.to(device, non_blocking=True))._normalised()
         if dtype is not None:
             moved.pixel_values = {key: value.to(dtype) for key, value in moved.pixel_values.items()}
         return moved
@@ -77,12 +87,21 @@ class Batch:
         return self._mapped(lambda tensor: tensor.pin_memory())
 
     def as_kwargs(self) -> dict[str, Any]:
-        """The arguments of forward."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "info"}
+        """The arguments of forward, pictures normalised."""
+        return self._normalised()._arguments()
+
+    def _arguments(self) -> dict[str, Any]:
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _NO_ARGUMENTS}
+
+    def _normalised(self) -> "Batch":
+        if self.normalise is None:
+            return self
+        pixels = {key: self.normalise(value, self.resized_sizes) for key, value in self.pixel_values.items()}
+        return replace(self, pixel_values=pixels, normalise=None)
 
     def _mapped(self, change: Any) -> "Batch":
         changed: dict[str, Any] = {}
-        for name, value in self.as_kwargs().items():
+        for name, value in self._arguments().items():
             if isinstance(value, dict):
                 changed[name] = {key: change(tensor) for key, tensor in value.items()}
             elif isinstance(value, list):
@@ -90,6 +109,9 @@ class Batch:
             else:
                 changed[name] = change(value)
         return replace(self, **changed)
+
+
+_NO_ARGUMENTS = ("info", "normalise")
 
 
 def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
@@ -115,6 +137,7 @@ def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
         masks=[example.masks for example in examples],
         target_questions=_numbered_questions(rows),
         info=[example.info for example in examples],
+        normalise=examples[0].normalise,
     )
 
 

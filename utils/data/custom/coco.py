@@ -85,7 +85,7 @@ class CustomCocoReader(PhraseReader):
         self, records: list[dict[str, Any]], picture: CocoPicture
     ) -> list[tuple[list[str], _PlainRegions]]:
         """The phrases for each target, and what it is."""
-        asked = []
+        asked: list[tuple[list[str], _PlainRegions]] = []
         for record in records:
             where = f"annotation {record['id']} of {self.source}"
             source = self._mask(record, picture, where)
