@@ -35,6 +35,7 @@ from .pictures import (
     open_picture,
     prepare_picture,
 )
+from .piece_encoder import PieceEncoder
 from .release_text import LegacyTokenizer, encode_rows, separator_of, with_image_markers
 from .seg_codebook import whole_groups
 
@@ -134,10 +135,10 @@ class _Row:
     tokenizers glue a space to the word it precedes; before ready ids it is dropped.
     """
 
-    def __init__(self, tokenizer: Any, implies_space: bool, reserved_ids: set[int]) -> None:
+    def __init__(self, encoder: PieceEncoder, implies_space: bool, reserved_ids: set[int]) -> None:
         self.ids: list[int] = []
         self.labels: list[int] = []
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._implies_space = implies_space
         self._reserved_ids = reserved_ids
         self._space_before_next = False
@@ -150,14 +151,11 @@ class _Row:
         self._space_before_next = kept != text
         if self._implies_space:
             kept = kept.removeprefix(" ")
-        if kept:
-            ids = self._tokenizer.encode(
-                kept, add_special_tokens=False, split_special_tokens=not scaffold, verbose=False
-            )
-            if not scaffold:
-                # Tokenizers of the unigram kind find their special tokens in plain text whatever they are told.
-                ids = [token for token in ids if token not in self._reserved_ids]
-            self._append(ids, labelled)
+        if kept and scaffold:
+            self._append(self._encoder.scaffold(kept), labelled)
+        elif kept:
+            # Tokenizers of the unigram kind find their special tokens in plain text whatever they are told.
+            self._append([token for token in self._encoder.words(kept) if token not in self._reserved_ids], labelled)
 
     def add_ids(self, ids: list[int], *, labelled: bool = False) -> None:
         """Append ready ids."""
@@ -222,6 +220,7 @@ class PixelLMProcessor(ProcessorMixin):
         self._check_numbers()
         self._check_tokens()
         self._format: ConversationFormat = build_format(conversation_format, tokenizer)
+        self._encoder = PieceEncoder(tokenizer)
         word = tokenizer.encode("x", add_special_tokens=False)
         self._implies_space = tokenizer.encode("x x", add_special_tokens=False) == word * 2
         if text_rules == RELEASE_RULES:
@@ -468,7 +467,7 @@ class PixelLMProcessor(ProcessorMixin):
         return "".join(parts)
 
     def _new_row(self) -> _Row:
-        return _Row(self.tokenizer, self._implies_space, self._reserved_ids)
+        return _Row(self._encoder, self._implies_space, self._reserved_ids)
 
     def _add_question(self, row: _Row, question: str, index: int, with_picture: bool = True) -> None:
         scaffold = self._format
