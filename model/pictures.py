@@ -144,9 +144,7 @@ def _open_lazily(source: Any) -> Image.Image:
         return Image.open(source)
 
 
-def _from_pil(
-    picture: Image.Image, name: str, needed: int | None = None
-) -> tuple[Image.Image, tuple[int, int]]:
+def _from_pil(picture: Image.Image, name: str, needed: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     width, height = picture.size
     limit = Image.MAX_IMAGE_PIXELS
     # Only the header has been read so far: a file of some kilobytes may claim billions of pixels.
