@@ -1,4 +1,4 @@
-"""From pieces of text to token ids, exactly as the tokenizer itself does it, without its bookkeeping around each piece."""
+"""From pieces of text to token ids, exactly as the tokenizer does it, without its bookkeeping around each piece."""
 
 from functools import lru_cache
 from typing import Any

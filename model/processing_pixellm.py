@@ -358,8 +358,8 @@ class PixelLMProcessor(ProcessorMixin):
         else:
             index = len(turns)
         return EncodedConversation(
-            torch.tensor(row.ids, dtype=torch.long),
-            torch.tensor(row.labels, dtype=torch.long),
+            torch.from_numpy(np.array(row.ids, dtype=np.int64)),  # several times as fast as torch.tensor
+            torch.from_numpy(np.array(row.labels, dtype=np.int64)),
             group_turns,
             kept_turns=index,
             dropped_turns=len(turns) - index,

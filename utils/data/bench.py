@@ -198,7 +198,7 @@ def measure_muse(folder: Path, picture: Path, pairs: int = MUSE_PAIRS) -> dict[s
     write_large(large, picture, pairs)
     write_large(tiny, picture, 1)
     first, second = _in_a_process(_opened, large), _in_a_process(_opened, large)
-    (index,) = large.rglob("*.index")
+    (index,) = large.glob(".index/*.index")
     pss = [_in_a_process(_anonymous_memory, root) for root in (large, tiny)]
     return {
         "muse_first_index_s": first["seconds"],

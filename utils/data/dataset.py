@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -168,7 +167,7 @@ _LOSSES = ("dropped_turns", "dropped_targets", "dropped_conversations")
 
 def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -> torch.Tensor:
     """(Q, H, W) uint8 of 0, 1 and 255. DataError when a mask has another size than the picture, or no pixel."""
-    masks = np.zeros((len(targets), *size), dtype=np.uint8)
+    masks = np.empty((len(targets), *size), dtype=np.uint8)
     for number, target in enumerate(targets):
         mask = target.decode()
         if mask.shape != tuple(size):
@@ -178,14 +177,13 @@ def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -
                 f"picture",
                 cause="mask of another size than its picture",
             )
-        if not (mask == 1).any():
+        if mask.max() != 1 and not (mask == 1).any():
             raise DataError(
                 f"the mask of {target.name!r} in {sample.sample_id} has no pixel in its picture {sample.image_path}: "
                 f"take it out of the annotations",
                 cause="target without a pixel",
             )
-        # Masks are rastered column by column: cv2 turns them around several times faster than numpy does.
-        masks[number] = cv2.transpose(mask.T) if mask.flags.f_contiguous else mask
+        masks[number] = mask
     return torch.from_numpy(masks)
 
 
