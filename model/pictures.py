@@ -7,6 +7,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,11 @@ CHANNELS = 3
 
 _UPRIGHT, _SIDEWAYS = 1, (5, 6, 7, 8)
 """Values of EXIF's orientation."""
+
+_FAITHFUL = {Fraction(10, 7), Fraction(2)}
+"""Factors of shrinking, such as from 640 by 480 to 448 by 336 pixels, at which torch's filter, whose weights have 16
+bits, is as good as PIL's: fewer than one value in a thousand is off by 1. At others it is up to 6 in a hundred.
+"""
 
 _DETAIL = 2
 """How many times the side that is needed a JPEG decoded in less detail still has, at least."""
@@ -156,7 +162,7 @@ def _from_pil(picture: Image.Image, name: str, needed: int | None = None) -> tup
         raise PictureError(f"{name} is empty ({width}x{height} pixels): give a picture of at least one pixel")
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
-        if needed is not None and picture.format == "JPEG":
+        if needed is not None and picture.format == "JPEG" and max(width, height) >= 2 * _DETAIL * needed:
             shrinking = _DETAIL * needed / max(width, height)
             picture.draft("RGB", (math.ceil(width * shrinking), math.ceil(height * shrinking)))
         if orientation != _UPRIGHT:
@@ -229,8 +235,8 @@ def prepare_picture(source: Any, side: int, *, fast: bool = False) -> PreparedPi
     Args:
         source: what `open_picture` takes.
         side: side P of the square, pixels.
-        fast: resize by torch's antialiased bilinear filter for bytes, which rounds a few values per ten thousand to the
-            neighbouring number, and decode JPEG files of far more pixels than are needed in less detail.
+        fast: resize by torch's antialiased bilinear filter for bytes where that gives PIL's numbers save for one value
+            in a thousand, which is off by 1, and decode JPEG files of far more pixels than are needed in less detail.
 
     Raises:
         PictureError: as `open_picture`.
@@ -244,7 +250,7 @@ def prepare_picture(source: Any, side: int, *, fast: bool = False) -> PreparedPi
     square_PPC = torch.zeros(side, side, CHANNELS, dtype=torch.uint8)
     if (height, width) == (picture.height, picture.width):
         resized_HWC = _pixels(picture)
-    elif fast:
+    elif fast and {Fraction(picture.height, height), Fraction(picture.width, width)} <= _FAITHFUL:
         pixels_1CHW = _pixels(picture)[None].permute(0, 3, 1, 2)  # known as channels last, for which torch is fastest
         resized_HWC = F.interpolate(pixels_1CHW, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
     else:

@@ -291,6 +291,26 @@ def test_batches_without_any_target_and_moving_them(picture: str) -> None:
     ]
 
 
+def test_a_batch_is_the_same_after_a_journey_between_processes(picture: str) -> None:
+    samples = [Sample(picture, ((turn(1, 2),),), "d", "first"), Sample(picture, ((turn(),),), "d", "second")]
+    made = dataset(samples, FakeProcessor())
+    batch = collate([made[0], made[1]])
+    batch.pixel_values[PICTURE_KEY][0, 1, 2, 3] = 7
+    batch.masks[0][0, 3, 4] = 255
+    floating = batch.to("cpu", torch.bfloat16)
+    for sent in (batch, floating):
+        received = pickle.loads(pickle.dumps(sent))
+        assert received.info == sent.info and received.normalise == sent.normalise
+        for name, value in sent.as_kwargs().items():
+            other = received.as_kwargs()[name]
+            if isinstance(value, torch.Tensor):
+                value, other = [value], [other]
+            elif isinstance(value, dict):
+                value, other = list(value.values()), list(other.values())
+            for one, two in zip(value, other, strict=True):
+                assert one.dtype == two.dtype and torch.equal(one, two), name
+
+
 def test_dropped_turns_take_their_masks_along_and_are_counted(picture: str) -> None:
     sample = Sample(picture, ((turn(1), turn(2, 3), turn(4)), (turn(5, words=50),), (turn(6),)), "d", "s")
     example = dataset([sample], FakeProcessor(most=11))[0]

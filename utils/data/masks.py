@@ -21,6 +21,9 @@ _FARTHEST = 1_000_000
 _MALFORMED = "malformed segmentation"
 _BROKEN_RLE = "broken run lengths"
 
+_PIXELS_OF_A_WORD = 8
+"""Of a byte each, handled together."""
+
 _FIRST_DIGIT, _MORE_FOLLOW = 48, 32
 _MOST_DIGITS = 7
 """Of five bits each; more would be a run longer than any picture."""
@@ -297,10 +300,12 @@ def _rastered(rle: dict[str, Any]) -> np.ndarray:
         return cv2.transpose(coco_rle.decode(rle).T)  # a run over the end of a column, or one without a pixel
     left, right = first_columns[0], first_columns[-1] + 1
     top, bottom = first_rows.min(), last_rows.max() + 1
-    turns = np.zeros((bottom - top + 1, right - left), dtype=np.uint8)
+    words = -(-(right - left) // _PIXELS_OF_A_WORD)
+    turns = np.zeros((bottom - top + 1, words * _PIXELS_OF_A_WORD), dtype=np.uint8)
     turns[first_rows - top, first_columns - left] = 1
     turns[last_rows + 1 - top, last_columns - left] = 1
-    np.bitwise_xor.accumulate(turns[:-1], axis=0, out=mask[top:bottom, left:right])
+    part = np.bitwise_xor.accumulate(turns[:-1].view(np.uint64), axis=0).view(np.uint8)
+    mask[top:bottom, left:right] = part[:, : right - left]
     return mask
 
 
