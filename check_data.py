@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         use_expand_question_list=args.use_expand_question_list,
         explanatory=args.explanatory,
         exclude_val=args.exclude_val,
+        index_dir=args.index_dir,
+        check_index=args.full,
     )
     reports: list[SetReport] = []
     for asked in [*asked_for_training(args), *asked_for_evaluation(args.val_dataset)]:
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         reports.append(report)
         if args.show and reader is not None:
             write_page(args, report, reader, rendered)
-    leaks = find_leaks(reports, args.dataset_dir)
+    leaks = find_leaks(reports, args.dataset_dir, args.index_dir)
     print(table(reports, leaks, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     if args.json:
         content = {

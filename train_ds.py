@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
         note(batches.dataset.mixture.describe())
         probe(args, runtime, built, trained, batches)
-    validation_samples = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir)
+    held_out = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir, index_dir=args.index_dir)
     engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
-    run = make_run(args, engine, built, validation_samples)
+    run = make_run(args, engine, built, held_out)
     if (checkpoint := checkpoint_to_resume(args)) is not None:
         run.resume(checkpoint)
     else:

@@ -25,7 +25,17 @@ from .conversation_formats import (
     ConversationFormatError,
     build_format,
 )
-from .pictures import PIXEL_MAX, Picture, PictureError, encode_picture, open_picture
+from .pictures import (
+    PIXEL_MAX,
+    Picture,
+    PictureError,
+    PixelStatistics,
+    PreparedPicture,
+    encode_picture,
+    open_picture,
+    prepare_picture,
+)
+from .piece_encoder import PieceEncoder
 from .release_text import LegacyTokenizer, encode_rows, separator_of, with_image_markers
 from .seg_codebook import whole_groups
 
@@ -125,10 +135,10 @@ class _Row:
     tokenizers glue a space to the word it precedes; before ready ids it is dropped.
     """
 
-    def __init__(self, tokenizer: Any, implies_space: bool, reserved_ids: set[int]) -> None:
+    def __init__(self, encoder: PieceEncoder, implies_space: bool, reserved_ids: set[int]) -> None:
         self.ids: list[int] = []
         self.labels: list[int] = []
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._implies_space = implies_space
         self._reserved_ids = reserved_ids
         self._space_before_next = False
@@ -141,14 +151,11 @@ class _Row:
         self._space_before_next = kept != text
         if self._implies_space:
             kept = kept.removeprefix(" ")
-        if kept:
-            ids = self._tokenizer.encode(
-                kept, add_special_tokens=False, split_special_tokens=not scaffold, verbose=False
-            )
-            if not scaffold:
-                # Tokenizers of the unigram kind find their special tokens in plain text whatever they are told.
-                ids = [token for token in ids if token not in self._reserved_ids]
-            self._append(ids, labelled)
+        if kept and scaffold:
+            self._append(self._encoder.scaffold(kept), labelled)
+        elif kept:
+            # Tokenizers of the unigram kind find their special tokens in plain text whatever they are told.
+            self._append([token for token in self._encoder.words(kept) if token not in self._reserved_ids], labelled)
 
     def add_ids(self, ids: list[int], *, labelled: bool = False) -> None:
         """Append ready ids."""
@@ -213,6 +220,7 @@ class PixelLMProcessor(ProcessorMixin):
         self._check_numbers()
         self._check_tokens()
         self._format: ConversationFormat = build_format(conversation_format, tokenizer)
+        self._encoder = PieceEncoder(tokenizer)
         word = tokenizer.encode("x", add_special_tokens=False)
         self._implies_space = tokenizer.encode("x x", add_special_tokens=False) == word * 2
         if text_rules == RELEASE_RULES:
@@ -302,6 +310,17 @@ class PixelLMProcessor(ProcessorMixin):
             array, self.image_size, self.image_mean, self.image_std, pad_before_normalize=self.pad_before_normalize
         )
 
+    def prepare_picture(self, source: Any, fast: bool = False) -> PreparedPicture:
+        """See `pictures.prepare_picture`: anything that holds a picture, in its square as bytes; what
+        `pixel_statistics` makes of it is what `encode_picture` gives.
+        """
+        return prepare_picture(source, self.image_size, fast=fast)
+
+    @property
+    def pixel_statistics(self) -> PixelStatistics:
+        """From prepared pictures to pixel_values."""
+        return PixelStatistics(tuple(self.image_mean), tuple(self.image_std), self.pad_before_normalize)
+
     # -- conversations -------------------------------------------------------------------------------------------------
 
     def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool = True) -> EncodedConversation:
@@ -339,8 +358,8 @@ class PixelLMProcessor(ProcessorMixin):
         else:
             index = len(turns)
         return EncodedConversation(
-            torch.tensor(row.ids, dtype=torch.long),
-            torch.tensor(row.labels, dtype=torch.long),
+            torch.from_numpy(np.array(row.ids, dtype=np.int64)),  # several times as fast as torch.tensor
+            torch.from_numpy(np.array(row.labels, dtype=np.int64)),
             group_turns,
             kept_turns=index,
             dropped_turns=len(turns) - index,
@@ -448,7 +467,7 @@ class PixelLMProcessor(ProcessorMixin):
         return "".join(parts)
 
     def _new_row(self) -> _Row:
-        return _Row(self.tokenizer, self._implies_space, self._reserved_ids)
+        return _Row(self._encoder, self._implies_space, self._reserved_ids)
 
     def _add_question(self, row: _Row, question: str, index: int, with_picture: bool = True) -> None:
         scaffold = self._format

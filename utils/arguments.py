@@ -219,6 +219,8 @@ class DataArguments(Arguments):
         0.02, "share of samples that may be unreadable before training stops", low=0.0, high=1.0
     )
     strict_data: bool = option(False, "stop at the first sample that cannot be read")
+    fast_resize: bool = option(False, "prepare pictures faster: bytes may differ by 1, large JPEGs lose fine detail")
+    index_dir: str = option("", "folder of annotation indexes; empty: PIXELLM_INDEX_DIR, else .index in the data root")
 
     def without_effect(self) -> dict[str, str]:
         found = super().without_effect()
@@ -471,6 +473,7 @@ class CheckArguments(DataArguments):
         "sample_rates": "every data set is looked at",
         "max_bad_samples": "all bad samples are counted",
         "strict_data": "all bad samples are counted",
+        "fast_resize": "pictures are opened, not prepared",
     }
 
     val_dataset: str = option("ReasonSeg|val", "what is scored on, several joined by ||; empty: none", join=SEPARATOR)

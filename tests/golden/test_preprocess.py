@@ -8,7 +8,7 @@ from PIL import Image
 
 from model.build.released_checkpoints import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
 from model.geometry import resized_shape
-from model.pictures import encode_picture, open_picture, resize_longest_side
+from model.pictures import encode_picture, open_picture, prepare_picture
 from tests.golden import vectors
 
 GROUP = "preprocess"
@@ -34,7 +34,9 @@ def test_preprocess(image: str) -> None:
         facts = golden.facts
         array = open_picture(vectors.folder() / image)
         expected_resized = np.array(Image.open(vectors.folder() / facts["resized_uint8_file"]))
-        resized = resize_longest_side(array, common["target_edge"])
+        prepared = prepare_picture(vectors.folder() / image, common["target_edge"])
+        height, width = prepared.resized_size
+        resized = prepared.pixels[:, :height, :width].permute(1, 2, 0).numpy()
         golden.same("resized shape", resized.shape, expected_resized.shape)
         golden.check(np.array_equal(resized, expected_resized), "the resized picture differs")
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,6 +18,7 @@ import train_ds
 from model.build.builder import load_weights_into
 from model.build.export import read_trained_weights
 from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
+from tests.unit import data_sets
 from utils import scripts
 from utils.arguments import parse_train
 from utils.engine.checkpoints import latest_tag
@@ -217,6 +219,38 @@ def test_damaged_pictures_are_passed_over_until_they_are_too_many(
     assert "more than --max_bad_samples 0 allows" in sentence and "first: " in caplog.text
     sentence = refusal(capsys, [*flags, "--strict_data"])
     assert "train2014" in sentence and "Traceback" not in sentence
+
+
+def test_ones_own_pictures_are_trained_on(smoke_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A COCO export and a folder of masks below custom/, as dataset/README.md says."""
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        write_own(data / "custom" / "cups" / split, masks=False)
+        write_own(data / "custom" / "trays" / split, masks=True)
+    flags = [*training_flags(smoke_base, data, tmp_path, "own"), "--dataset=custom", "--sample_rates=1"]
+    flags += ["--custom_data=cups||trays", "--val_dataset=custom|cups|val||custom|trays|val", "--max_steps=2"]
+    assert run_script(train_ds.main, [*flags, "--grad_accumulation_steps=1"]) == 0
+    card = json.loads((tmp_path / "own" / "run.json").read_text(encoding="utf-8"))
+    assert "custom|cups|train 4" in card["data"] and "custom|trays|train 4" in card["data"]
+    assert latest_tag(tmp_path / "own" / "ckpt_model") == "step2"
+    assert "left out" not in capsys.readouterr().err
+
+
+def write_own(folder: Path, masks: bool) -> None:
+    """Four pictures with a square each, marked by polygons or by class numbers."""
+    for number in range(4):
+        data_sets.write_picture(folder / "images" / f"{number}.jpg", 48, 48)
+        labels = np.zeros((48, 48), dtype=np.uint8)
+        labels[8:24, 8 + number : 24 + number] = 3
+        if masks:
+            data_sets.write_labels(folder / "masks" / f"{number}.png", labels)
+    if masks:
+        data_sets.write_json(folder / "masks" / "classes.json", {"3": "tray"})
+    else:
+        listed = [{"id": n, "file_name": f"{n}.jpg", "height": 48, "width": 48} for n in range(4)]
+        marked = [data_sets.annotation(n, n, [data_sets.square(8 + n, 8, 16)]) for n in range(4)]
+        found = {"images": listed, "annotations": marked, "categories": [{"id": 7, "name": "cup"}]}
+        data_sets.write_json(folder / "annotations.json", found)
 
 
 def test_ctrl_c_leaves_a_message(smoke_base: Path, smoke_data: Path, tmp_path: Path) -> None:

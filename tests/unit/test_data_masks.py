@@ -51,6 +51,43 @@ def test_run_lengths_compressed_or_not_or_listed_give_the_same_mask() -> None:
         assert np.array_equal(source_of(rle)(), truth)
 
 
+def drawn_masks() -> dict[str, np.ndarray]:
+    """Masks of every kind: empty, full, single pixels in corners, bars that touch the borders, noise, discs."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    masks = {"empty": rows < 0, "full": rows >= 0, "all but the first": rows + columns > 0, "column": columns == 5}
+    masks |= {f"corner {r} {c}": (rows == r) & (columns == c) for r in (0, HEIGHT - 1) for c in (0, WIDTH - 1)}
+    masks |= {"to the top": rows < 7, "to the bottom": rows >= 7, "two columns": (columns > 3) & (columns < 6)}
+    masks |= {f"disc {n}": (rows - 9) ** 2 + (columns - 3 * n) ** 2 < 40 for n in range(6)}
+    masks |= {f"noise {n}": rng.random((HEIGHT, WIDTH)) < n / 6 for n in range(1, 6)}
+    return masks
+
+
+@pytest.mark.parametrize("name", drawn_masks())
+def test_masks_come_out_as_pycocotools_has_them(name: str) -> None:
+    truth = np.asfortranarray(drawn_masks()[name].astype(np.uint8))
+    found = source_of(coco_rle.encode(truth))()
+    assert np.array_equal(found, truth) and found.dtype == np.uint8 and found.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    "counts", [[0, 0, 0, 5], [3, 0, 0, 4], [3, 2, 0, 4], [0, 24, 0, 24], [23, 1, 0, 1], [24, 0, 0, 2]]
+)
+def test_runs_without_a_pixel(counts: list[int]) -> None:
+    counts = [*counts, HEIGHT * WIDTH - sum(counts)]
+    written = {"size": [HEIGHT, WIDTH], "counts": counts}
+    flat = np.repeat(np.arange(len(counts)) % 2, counts).reshape(WIDTH, HEIGHT).T
+    assert np.array_equal(source_of(written)(), flat)
+
+
+def test_many_outlines_come_out_as_pycocotools_has_them() -> None:
+    rng = np.random.default_rng(1)
+    for corners in rng.integers(3, 9, size=300):
+        outlines = [rng.uniform(-4, 36, size=2 * corners).round(2) for _ in range(rng.integers(1, 4))]
+        expected = coco_rle.decode(coco_rle.merge(coco_rle.frPyObjects(outlines, HEIGHT, WIDTH)))
+        assert np.array_equal(CocoMask(HEIGHT, WIDTH, tuple(outlines))(), expected)
+
+
 def test_polygons_without_an_inside_are_left_out() -> None:
     # Four numbers would be a box to pycocotools, and a box first makes boxes of all that follow.
     assert source_of([[1, 1, 20, 20], square(2, 2, 5), []])().sum() == 25

@@ -163,7 +163,7 @@ class TooLong(ValueError):
 
 @dataclass
 class FakePicture:
-    pixel_values: torch.Tensor
+    pixels: torch.Tensor
     resized_size: tuple[int, int]
     original_size: tuple[int, int]
 
@@ -186,8 +186,15 @@ class FakeProcessor:
     def open_picture(self, source: Any) -> np.ndarray:
         return cv2.imread(source)
 
-    def encode_picture(self, array: np.ndarray) -> FakePicture:
-        return FakePicture(torch.full((3, SIDE, SIDE), float(array.mean())), (6, SIDE), array.shape[:2])
+    def prepare_picture(self, source: Any, fast: bool) -> FakePicture:
+        array = self.open_picture(source) if isinstance(source, str) else source
+        pixels = torch.full((3, SIDE, SIDE), int(array.mean()), dtype=torch.uint8)
+        return FakePicture(pixels, (5 if fast else 6, SIDE), array.shape[:2])
+
+    @staticmethod
+    def pixel_statistics(pixels: torch.Tensor, resized_sizes: torch.Tensor) -> torch.Tensor:
+        """The height of the picture in its square is taken off every number."""
+        return pixels.float() - resized_sizes[:, :1, None, None]
 
     def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> FakeEncoded:
         ids: list[int] = [] if with_picture else [3]
@@ -273,11 +280,35 @@ def test_batches_without_any_target_and_moving_them(picture: str) -> None:
     assert batch.target_questions.shape == (0,) and batch.target_questions.dtype == torch.long
     moved = batch.to("cpu", torch.bfloat16)
     assert moved.pixel_values[PICTURE_KEY].dtype == torch.bfloat16 and moved.input_ids.dtype == torch.long
-    assert batch.pixel_values[PICTURE_KEY].dtype == torch.float32, "the batch itself must not change"
+    assert batch.pixel_values[PICTURE_KEY].dtype == torch.uint8, "the batch itself must not change"
+    for done in (batch.to("cpu"), batch.to("cpu").to("cpu")):
+        assert done.pixel_values[PICTURE_KEY].dtype == torch.float32 and done.normalise is None
+        assert (done.pixel_values[PICTURE_KEY] == 90 - 6).all(), "normalised once: 90 less the height of 6"
+    assert torch.equal(batch.as_kwargs()["pixel_values"][PICTURE_KEY], done.pixel_values[PICTURE_KEY])
     assert list(batch.as_kwargs()) == [
         *("input_ids", "attention_mask", "labels", "pixel_values", "resized_sizes", "original_sizes"),
         *("image_index", "masks", "target_questions"),
     ]
+
+
+def test_a_batch_is_the_same_after_a_journey_between_processes(picture: str) -> None:
+    samples = [Sample(picture, ((turn(1, 2),),), "d", "first"), Sample(picture, ((turn(),),), "d", "second")]
+    made = dataset(samples, FakeProcessor())
+    batch = collate([made[0], made[1]])
+    batch.pixel_values[PICTURE_KEY][0, 1, 2, 3] = 7
+    batch.masks[0][0, 3, 4] = 255
+    floating = batch.to("cpu", torch.bfloat16)
+    for sent in (batch, floating):
+        received = pickle.loads(pickle.dumps(sent))
+        assert received.info == sent.info and received.normalise == sent.normalise
+        for name, value in sent.as_kwargs().items():
+            other = received.as_kwargs()[name]
+            if isinstance(value, torch.Tensor):
+                value, other = [value], [other]
+            elif isinstance(value, dict):
+                value, other = list(value.values()), list(other.values())
+            for one, two in zip(value, other, strict=True):
+                assert one.dtype == two.dtype and torch.equal(one, two), name
 
 
 def test_dropped_turns_take_their_masks_along_and_are_counted(picture: str) -> None:

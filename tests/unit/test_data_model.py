@@ -34,7 +34,7 @@ def test_conversations_in_words_alone_train_the_language_model(tmp_path: Path) -
     built.model.eval()
     with torch.no_grad():
         unseen = text_loss(collate(alone[:1]))
-        batch = collate(alone[:1])
+        batch = collate(alone[:1]).to("cpu")
         batch.pixel_values[PICTURE_KEY] += 1.0
         assert torch.equal(text_loss(batch), unseen), "the stand-in picture must not be seen"
         pictured = next(example for example in examples if example.original_size != (1, 1))

@@ -7,9 +7,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from model.pictures import PictureError, encode_picture, open_picture, resize_longest_side
+from model.pictures import PictureError, PixelStatistics, encode_picture, open_picture, prepare_picture
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10
 
@@ -186,15 +186,88 @@ def test_longest_side_shapes():
         (1, 1000): (1, 448),  # 0.448: the release gives 0 and fails
     }
     for (height, width), expected in cases.items():
-        assert resize_longest_side(np.zeros((height, width, 3), np.uint8), 448).shape == (*expected, 3)
+        assert prepare_picture(np.zeros((height, width, 3), np.uint8), 448).resized_size == expected
 
 
 def test_a_picture_of_the_right_size_is_not_touched():
     array = np.random.default_rng(0).integers(0, 256, (3, 8, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(resize_longest_side(array, 8), array)
+    for fast in (False, True):
+        prepared = prepare_picture(array, 8, fast=fast)
+        np.testing.assert_array_equal(prepared.pixels[:, :3].permute(1, 2, 0), array)
+        assert prepared.pixels[:, 3:].max() == 0
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)])
 def test_only_opened_pictures_are_encoded(array):
     with pytest.raises(PictureError, match="open it with open_picture"):
         encode_picture(array, 4, MEAN, STD, pad_before_normalize=False)
+
+
+def grainy(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Large shapes with edges and grain, as photographs have them."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.NEAREST)
+    return np.clip(np.asarray(coarse) + rng.normal(0, 12, (height, width, 1)), 0, 255).astype(np.uint8)
+
+
+def differences(array: np.ndarray, side: int) -> np.ndarray:
+    exact, fast = (prepare_picture(array, side, fast=fast) for fast in (False, True))
+    assert exact.resized_size == fast.resized_size and exact.original_size == fast.original_size
+    return (exact.pixels.int() - fast.pixels.int()).abs().numpy()
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (360, 640), (640, 640), (672, 896)])
+def test_fast_resizing_differs_by_one_in_a_thousand_values_at_most(size):
+    off = differences(grainy(*size), 448)
+    assert off.max() <= 1 and (off > 0).mean() <= 0.001
+
+
+@pytest.mark.parametrize("size", [(333, 500), (420, 560), (428, 640), (100, 90), (449, 448), (448, 300)])
+def test_where_it_would_not_be_good_pictures_are_resized_by_the_book(size):
+    assert differences(grainy(*size), 448).max() == 0
+
+
+def test_fast_resizing_of_photographs(realdata):
+    photographs = sorted((realdata / "dataset").rglob("*.jpg"))
+    assert photographs
+    for path in photographs:
+        off = differences(open_picture(path), 448)
+        assert off.max() <= 1 and (off > 0).mean() <= 0.001, path
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_far_larger_jpeg_is_decoded_in_less_detail_when_asked(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(grainy(900, 1201)).filter(ImageFilter.GaussianBlur(3))
+    picture.save(tmp_path / "large.jpg", quality=95, exif=exif)
+    exact, fast = (prepare_picture(tmp_path / "large.jpg", 64, fast=fast) for fast in (False, True))
+    assert exact.original_size == fast.original_size == ((900, 1201) if orientation == 1 else (1201, 900))
+    assert exact.resized_size == fast.resized_size
+    off = (exact.pixels.int() - fast.pixels.int()).abs().float()
+    assert off.mean() < 3 and off.max() > 1, "close, but not the same: less detail was looked at"
+    near, whole = (prepare_picture(tmp_path / "large.jpg", 448, fast=fast) for fast in (True, False))
+    assert torch.equal(near.pixels, whole.pixels), "three times what is needed is not far larger"
+
+
+@pytest.mark.parametrize("pad_before_normalize", [False, True])
+def test_a_batch_is_normalised_as_its_pictures_are(pad_before_normalize):
+    arrays = [grainy(20, 30), grainy(30, 11, 1), grainy(16, 16, 2)]
+    prepared = [prepare_picture(array, 16) for array in arrays]
+    sizes = torch.tensor([one.resized_size for one in prepared])
+    statistics = PixelStatistics(tuple(MEAN), tuple(STD), pad_before_normalize)
+    together = statistics(torch.stack([one.pixels for one in prepared]), sizes)
+    assert together.dtype == torch.float32 and together.is_contiguous()
+    for array, found in zip(arrays, together, strict=True):
+        alone = encode_picture(array, 16, MEAN, STD, pad_before_normalize=pad_before_normalize)
+        assert torch.equal(found, alone.pixel_values)
+
+
+def test_pictures_are_resized_as_pil_does_it(tmp_path):
+    array = grainy(75, 100)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    expected = np.asarray(Image.fromarray(array).resize((64, 48), Image.Resampling.BILINEAR))
+    for source in (array, tmp_path / "a.png", Image.fromarray(array), (tmp_path / "a.png").read_bytes()):
+        prepared = prepare_picture(source, 64)
+        np.testing.assert_array_equal(prepared.pixels[:, :48].permute(1, 2, 0), expected)
+        assert prepared.resized_size == (48, 64) and prepared.original_size == (75, 100)

@@ -3,9 +3,12 @@
 Axes: B pictures, C conversations, T tokens, Q targets, P side of the square picture, H W pixels.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 PICTURE_KEY = "vision_tower"
@@ -13,6 +16,9 @@ PICTURE_KEY = "vision_tower"
 
 IGNORED_TOKEN = -100
 """Label of tokens that are no part of an answer."""
+
+Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(pictures (B, 3, P, P) uint8, their sizes in the square (B, 2)) -> (B, 3, P, P) float32, on the same device."""
 
 
 @dataclass(slots=True)
@@ -30,8 +36,9 @@ class EncodedRow:
 class Example:
     """One picture with its conversations, ready to be put into a batch.
 
-    pixel_values (3, P, P) float32; sizes (height, width) after resizing and of the picture itself; masks (Q, H, W)
-    uint8 of 0, 1 and 255 in the order of the rows' targets; info: what people and logs want to know.
+    pixel_values (3, P, P) uint8, to be normalised by `normalise`, or float32, where that is None; sizes (height, width)
+    after resizing and of the picture itself; masks (Q, H, W) uint8 of 0, 1 and 255 in the order of the rows' targets;
+    info: what people and logs want to know.
     """
 
     pixel_values: torch.Tensor
@@ -40,6 +47,7 @@ class Example:
     rows: list[EncodedRow]
     masks: torch.Tensor
     info: dict[str, Any]
+    normalise: Normalise | None = None
 
 
 @dataclass(slots=True)
@@ -47,11 +55,14 @@ class Batch:
     """Rows are right-padded and ordered by picture; targets by picture, row, and place in the text.
 
     input_ids (C, T) long; attention_mask (C, T) bool; labels (C, T) long, IGNORED_TOKEN outside answers
-    pixel_values: (B, 3, P, P) float32 by tower; resized_sizes, original_sizes (B, 2) long, height first
+    pixel_values: (B, 3, P, P) by tower, float32, or uint8 as long as `normalise` is there to be used
+    resized_sizes, original_sizes (B, 2) long, height first
     image_index (C,) long, never falling: the picture of each row
     masks: for each picture (Q_b, H_b, W_b) uint8 of 0, 1 and 255
     target_questions (Q,) long: the question (row and turn) each target belongs to, a number unique in the batch
-    info: one dictionary per picture; no argument of forward
+    info, normalise: one dictionary per picture, and what is to be done to pixel_values: no arguments of forward
+
+    Bytes are a quarter of what has to be sent to a device, and a device normalises them in no time.
     """
 
     input_ids: torch.Tensor
@@ -64,10 +75,11 @@ class Batch:
     masks: list[torch.Tensor]
     target_questions: torch.Tensor
     info: list[dict[str, Any]] = field(default_factory=list)
+    normalise: Normalise | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
-        """A copy on `device`; `dtype`, if given, is that of the pictures only."""
-        moved = self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        """A copy on `device`, its pictures normalised; `dtype`, if given, is that of the pictures only."""
+        moved = self._mapped(lambda tensor: tensor.to(device, non_blocking=True))._normalised()
         if dtype is not None:
             moved.pixel_values = {key: value.to(dtype) for key, value in moved.pixel_values.items()}
         return moved
@@ -77,12 +89,29 @@ class Batch:
         return self._mapped(lambda tensor: tensor.pin_memory())
 
     def as_kwargs(self) -> dict[str, Any]:
-        """The arguments of forward."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "info"}
+        """The arguments of forward, pictures normalised."""
+        return self._normalised()._arguments()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a worker sends: bytes in one message. In shared memory every tensor would need a file of its own and new
+        pages, which takes longer than making the batch, and containers have little of it.
+        """
+        packed = {name: _packed(value) for name, value in self._arguments().items() if name != "masks"}
+        packed["masks"] = [_PackedMasks.of(masks) for masks in self.masks]
+        return _received, (packed | {"normalise": self.normalise}, self.info)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _NO_ARGUMENTS}
+
+    def _normalised(self) -> "Batch":
+        if self.normalise is None:
+            return self
+        pixels = {key: self.normalise(value, self.resized_sizes) for key, value in self.pixel_values.items()}
+        return replace(self, pixel_values=pixels, normalise=None)
 
     def _mapped(self, change: Any) -> "Batch":
         changed: dict[str, Any] = {}
-        for name, value in self.as_kwargs().items():
+        for name, value in self._arguments().items():
             if isinstance(value, dict):
                 changed[name] = {key: change(tensor) for key, tensor in value.items()}
             elif isinstance(value, list):
@@ -90,6 +119,85 @@ class Batch:
             else:
                 changed[name] = change(value)
         return replace(self, **changed)
+
+
+_NO_ARGUMENTS = ("info", "normalise")
+_IGNORED_PIXEL = 255
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A tensor on its way between processes: its bytes, its axes in the order in which they lie in memory."""
+
+    content: bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Packed":
+        order = tuple(sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis)))
+        lying = tensor.permute(order).contiguous()
+        return cls(lying.reshape(-1).view(torch.uint8).numpy().tobytes(), tensor.dtype, tuple(lying.shape), order)
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor again."""
+        if not self.content:
+            return torch.empty(self.shape, dtype=self.dtype).permute(self._back())
+        return torch.frombuffer(bytearray(self.content), dtype=self.dtype).view(self.shape).permute(self._back())
+
+    def _back(self) -> list[int]:
+        return [self.order.index(axis) for axis in range(len(self.order))]
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedMasks:
+    """Masks of 0, 1 and 255 on their way: a bit per pixel, and a second one where any is 255."""
+
+    ones: bytes
+    ignored: bytes
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, masks: torch.Tensor) -> "_PackedMasks":
+        array = masks.numpy().reshape(-1)
+        has_ignored = bool(array.size) and int(array.max()) == _IGNORED_PIXEL
+        ones = np.packbits(array == 1 if has_ignored else array)
+        ignored = np.packbits(array == _IGNORED_PIXEL) if has_ignored else np.empty(0, dtype=np.uint8)
+        return cls(ones.tobytes(), ignored.tobytes(), tuple(masks.shape))
+
+    def tensor(self) -> torch.Tensor:
+        """The masks again."""
+        count = math.prod(self.shape)
+        array = np.unpackbits(np.frombuffer(self.ones, dtype=np.uint8), count=count)
+        if self.ignored:
+            array[np.unpackbits(np.frombuffer(self.ignored, dtype=np.uint8), count=count) == 1] = _IGNORED_PIXEL
+        return torch.from_numpy(array.reshape(self.shape))
+
+
+def _packed(value: Any) -> Any:
+    """`value` with its tensors, in lists and dictionaries too, packed."""
+    if isinstance(value, torch.Tensor):
+        return _Packed.of(value)
+    if isinstance(value, dict):
+        return {key: _packed(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_packed(one) for one in value]
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, _Packed | _PackedMasks):
+        return value.tensor()
+    if isinstance(value, dict):
+        return {key: _unpacked(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_unpacked(one) for one in value]
+    return value
+
+
+def _received(packed: dict[str, Any], info: list[dict[str, Any]]) -> Batch:
+    return Batch(**{name: _unpacked(value) for name, value in packed.items()}, info=info)
 
 
 def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
@@ -108,14 +216,20 @@ def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
-        pixel_values={PICTURE_KEY: torch.stack([example.pixel_values for example in examples])},
+        pixel_values={PICTURE_KEY: _stacked([example.pixel_values for example in examples])},
         resized_sizes=torch.tensor([example.resized_size for example in examples], dtype=torch.long),
         original_sizes=torch.tensor([example.original_size for example in examples], dtype=torch.long),
         image_index=torch.tensor([b for b, example in enumerate(examples) for _ in example.rows], dtype=torch.long),
         masks=[example.masks for example in examples],
         target_questions=_numbered_questions(rows),
         info=[example.info for example in examples],
+        normalise=examples[0].normalise,
     )
+
+
+def _stacked(pictures: list[torch.Tensor]) -> torch.Tensor:
+    """(B, 3, P, P) of (3, P, P). Channels are last in the memory of opened pictures: so they are copied as they lie."""
+    return torch.stack([picture.movedim(0, -1) for picture in pictures]).movedim(-1, 1)
 
 
 def _numbered_questions(rows: list[EncodedRow]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.data.bad_samples import BAD_SAMPLES, BadSample, as_bad_sample
-from utils.data.collate import EncodedRow, Example, collate
+from utils.data.collate import EncodedRow, Example, Normalise, collate
 from utils.data.errors import DataError
 from utils.data.mixture import Mixture
 from utils.data.samples import NO_PICTURE, Conversation, Sample, Target
@@ -22,9 +22,9 @@ _STAND_IN_STEP = 7919
 
 
 class Picture(Protocol):
-    """A picture as the model takes it."""
+    """A picture in the square that the model takes: pixels (3, P, P) uint8, and sizes (height, width)."""
 
-    pixel_values: torch.Tensor
+    pixels: torch.Tensor
     resized_size: tuple[int, int]
     original_size: tuple[int, int]
 
@@ -42,9 +42,10 @@ class EncodedConversation(Protocol):
 class Processor(Protocol):
     """What is needed of the processor that is handed in."""
 
-    def open_picture(self, source: Any) -> np.ndarray: ...
+    @property
+    def pixel_statistics(self) -> Normalise: ...
 
-    def encode_picture(self, array: np.ndarray) -> Picture: ...
+    def prepare_picture(self, source: Any, fast: bool) -> Picture: ...
 
     def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> EncodedConversation: ...
 
@@ -54,7 +55,8 @@ class TrainingDataset(Dataset):
 
     processor: opens and encodes pictures and conversations. length: how many examples a run may ask for.
     too_long_errors: what the processor raises when not even the first turn of a conversation fits; such conversations
-    are left out. strict: raise DataError at the first sample that cannot be read.
+    are left out. strict: raise DataError at the first sample that cannot be read. fast_resize: have pictures prepared
+    faster, not quite by the book.
 
     A sample that loses all its conversations or cannot be read is replaced by another, which follows from i as well.
     Example.info tells what was lost: the counts dropped_turns, dropped_targets, dropped_conversations and
@@ -68,12 +70,14 @@ class TrainingDataset(Dataset):
         length: int,
         too_long_errors: tuple[type[Exception], ...] = (),
         strict: bool = False,
+        fast_resize: bool = False,
     ) -> None:
         self.mixture = mixture
         self.processor = processor
         self.length = length
         self.too_long_errors = too_long_errors
         self.strict = strict
+        self.fast_resize = fast_resize
 
     def __len__(self) -> int:
         return self.length
@@ -126,7 +130,8 @@ class TrainingDataset(Dataset):
     def _example(
         self, sample: Sample, encoded: list[tuple[Conversation, EncodedConversation]], lost: Counter[str]
     ) -> Example:
-        picture = self.processor.encode_picture(self._pixels(sample))
+        source = _NOTHING_TO_SEE if sample.image_path == NO_PICTURE else sample.image_path
+        picture = self.processor.prepare_picture(source, fast=self.fast_resize)
         rows, targets = [], []
         for conversation, tokens in encoded:
             kept = conversation[: tokens.kept_turns]
@@ -148,23 +153,21 @@ class TrainingDataset(Dataset):
             **{name: lost[name] for name in _LOSSES},
         }
         masks = decode_masks(targets, picture.original_size, sample)
-        return Example(picture.pixel_values, picture.resized_size, picture.original_size, rows, masks, info)
+        sizes = picture.resized_size, picture.original_size
+        return Example(picture.pixels, *sizes, rows, masks, info, self.processor.pixel_statistics)
 
-    def _pixels(self, sample: Sample) -> np.ndarray:
-        """(H, W, 3) uint8. Without a picture a single black pixel: every row of a batch belongs to a picture, but
-        rows in words alone have no place to see it.
-        """
-        if sample.image_path == NO_PICTURE:
-            return np.zeros((1, 1, 3), dtype=np.uint8)
-        return self.processor.open_picture(sample.image_path)
 
+_NOTHING_TO_SEE = np.zeros((1, 1, 3), dtype=np.uint8)
+"""A black pixel in place of no picture: every row of a batch belongs to one, but rows in words alone have no place to
+see it.
+"""
 
 _LOSSES = ("dropped_turns", "dropped_targets", "dropped_conversations")
 
 
 def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -> torch.Tensor:
     """(Q, H, W) uint8 of 0, 1 and 255. DataError when a mask has another size than the picture, or no pixel."""
-    masks = np.zeros((len(targets), *size), dtype=np.uint8)
+    masks = np.empty((len(targets), *size), dtype=np.uint8)
     for number, target in enumerate(targets):
         mask = target.decode()
         if mask.shape != tuple(size):
@@ -174,7 +177,7 @@ def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -
                 f"picture",
                 cause="mask of another size than its picture",
             )
-        if not (mask == 1).any():
+        if mask.max() != 1 and not (mask == 1).any():
             raise DataError(
                 f"the mask of {target.name!r} in {sample.sample_id} has no pixel in its picture {sample.image_path}: "
                 f"take it out of the annotations",

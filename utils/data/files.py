@@ -20,6 +20,9 @@ _MALFORMED = "malformed annotation"
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
+_DIGEST = 16
+"""Hexadecimal digits of a content hash that are kept."""
+
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TURNED_SIDEWAYS = (5, 6, 7, 8)
 
@@ -105,6 +108,8 @@ class DataRoot:
                 cause="path out of the data root",
             )
         path = os.path.join(folder, name)
+        if os.sep not in name and not os.path.islink(path):
+            return path  # most names are plain, and looking up all folders above takes longer than reading
         real = os.path.realpath(path)
         if not (_is_below(real, self._real_folder(folder)) or _is_below(real, self._real_root)):
             raise DataError(
@@ -144,14 +149,28 @@ def read_bytes(path: str) -> bytes:
         with open(path, "rb") as stream:
             return stream.read()
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); make it a readable file", cause="unreadable file"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read ({error.strerror}); make it a readable file", cause="unreadable file")
 
 
 def digest(content: bytes) -> str:
     """A short content hash, for fingerprints."""
-    return hashlib.sha256(content).hexdigest()[:16]
+    return hashlib.sha256(content).hexdigest()[:_DIGEST]
+
+
+def digest_of_file(path: str) -> str:
+    """`digest` of what the file holds, read piece by piece. DataError when it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            hashed = hashlib.sha256()
+            while piece := stream.read(1 << 20):
+                hashed.update(piece)
+            return hashed.hexdigest()[:_DIGEST]
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def parse_json(content: bytes, path: str, encodings: tuple[str, ...] = ("utf-8-sig",)) -> Any:

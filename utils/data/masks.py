@@ -21,8 +21,15 @@ _FARTHEST = 1_000_000
 _MALFORMED = "malformed segmentation"
 _BROKEN_RLE = "broken run lengths"
 
+_PIXELS_OF_A_WORD = 8
+"""Of a byte each, handled together."""
+
+_FIRST_DIGIT, _MORE_FOLLOW = 48, 32
 _MOST_DIGITS = 7
 """Of five bits each; more would be a run longer than any picture."""
+
+PlainMask = tuple[int, int, tuple[bytes, ...], tuple[bytes, ...]]
+"""Of a CocoMask: height, width, the float64 numbers of each polygon, the compressed counts of each RLE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,30 @@ class CocoMask:
         parts = list(self.rles)
         if self.polygons:
             parts += coco_rle.frPyObjects(list(self.polygons), self.height, self.width)
-        return coco_rle.decode(coco_rle.merge(parts) if len(parts) > 1 else parts[0])
+        return _rastered(coco_rle.merge(parts) if len(parts) > 1 else parts[0])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CocoMask) and self.plain() == other.plain()
+
+    def plain(self) -> PlainMask:
+        """Plain values that `mask_of` makes the same mask of."""
+        return (
+            self.height,
+            self.width,
+            tuple(polygon.tobytes() for polygon in self.polygons),
+            tuple(rle["counts"] for rle in self.rles),
+        )
+
+
+def mask_of(plain: PlainMask) -> CocoMask:
+    """The mask whose `plain` values these are."""
+    height, width, polygons, counts = plain
+    return CocoMask(
+        height,
+        width,
+        tuple(np.frombuffer(polygon) for polygon in polygons),
+        tuple({"size": [height, width], "counts": count} for count in counts),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +83,13 @@ class UnionMask:
         for source in self.ignored:
             mask[(mask == 0) & (source() == 1)] = IGNORE_LABEL
         return mask
+
+
+def union_of(sources: Sequence[PlainMask], ignored: Sequence[PlainMask] = ()) -> CocoMask | UnionMask:
+    """The mask of one target made of `sources`, at least one; pixels of `ignored` alone become IGNORE_LABEL."""
+    if len(sources) == 1 and not ignored:
+        return mask_of(sources[0])
+    return UnionMask(tuple(map(mask_of, sources)), tuple(map(mask_of, ignored)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,19 +259,54 @@ def _packed_total(counts: bytes) -> int:
     rleToString): digits of 5 bits from character 48 on, lowest first, bit 32 says that more follow, the highest bit
     of the last is the sign; from the fourth on a run is told as the difference to the one before the last.
     """
-    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
-    if digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - _FIRST_DIGIT
+    if digits.min() < 0 or digits.max() > 63 or digits[-1] & _MORE_FOLLOW:
         return -1
-    ends = np.flatnonzero((digits & 32) == 0)
+    ends = np.flatnonzero((digits & _MORE_FOLLOW) == 0)
+    if np.diff(ends, prepend=-1).max() > _MOST_DIGITS:
+        return -1
+    runs = _runs(digits, ends)
+    return int(runs.sum()) if runs.min() >= 0 else -1
+
+
+def _runs(digits: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Run lengths from their digits (int64) and the places of each one's last digit, background first."""
     starts = np.concatenate([[0], ends[:-1] + 1])
-    if (ends - starts).max() >= _MOST_DIGITS:
-        return -1
     place = 5 * (np.arange(len(digits)) - np.repeat(starts, ends - starts + 1))
     runs = np.add.reduceat((digits & 31) << place, starts)
     runs -= np.where(digits[ends] & 16, np.int64(32) << place[ends], 0)
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
-    return int(runs.sum()) if runs.min() >= 0 else -1
+    return runs
+
+
+def _rastered(rle: dict[str, Any]) -> np.ndarray:
+    """(H, W) uint8 of 0 and 1, what pycocotools decodes.
+
+    It writes every pixel, column by column. Most masks cover a small part of their picture, and few of their runs go
+    over the end of a column: then it is faster to note where runs begin and end within that part, and let every such
+    place turn what is below it.
+    """
+    height, width = rle["size"]
+    digits = np.frombuffer(rle["counts"], dtype=np.uint8).astype(np.int64) - _FIRST_DIGIT
+    edges = _runs(digits, np.flatnonzero((digits & _MORE_FOLLOW) == 0)).cumsum()
+    mask = np.zeros((height, width), dtype=np.uint8)
+    count = len(edges) // 2
+    if not count:
+        return mask
+    first_columns, first_rows = np.divmod(edges[: 2 * count : 2], height)
+    last_columns, last_rows = np.divmod(edges[1 : 2 * count : 2] - 1, height)
+    if (first_columns != last_columns).any() or (edges[1 : 2 * count] == edges[: 2 * count - 1]).any():
+        return cv2.transpose(coco_rle.decode(rle).T)  # a run over the end of a column, or one without a pixel
+    left, right = first_columns[0], first_columns[-1] + 1
+    top, bottom = first_rows.min(), last_rows.max() + 1
+    words = -(-(right - left) // _PIXELS_OF_A_WORD)
+    turns = np.zeros((bottom - top + 1, words * _PIXELS_OF_A_WORD), dtype=np.uint8)
+    turns[first_rows - top, first_columns - left] = 1
+    turns[last_rows + 1 - top, last_columns - left] = 1
+    part = np.bitwise_xor.accumulate(turns[:-1].view(np.uint64), axis=0).view(np.uint8)
+    mask[top:bottom, left:right] = part[:, : right - left]
+    return mask
 
 
 def _compressed(counts: list[Any], height: int, width: int, where: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ refer_seg/images/mscoco/images/{train2014,train2017,val2017}. The release reads 
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,8 +14,9 @@ import numpy as np
 
 from utils.data.coco_json import note_odd_box
 from utils.data.errors import NO_SUCH_SPLIT, DataError
-from utils.data.files import DataRoot, digest, expect, field, parse_json, read_bytes
-from utils.data.masks import coco_mask
+from utils.data.files import DataRoot, expect, field
+from utils.data.json_stream import items_of
+from utils.data.masks import PlainMask, coco_mask, mask_of
 from utils.data.presence import Mention, Part, file_part, folder_part
 from utils.data.reader import Reader, ReaderOptions, draw
 from utils.data.samples import (
@@ -37,12 +38,13 @@ _PICTURES = ("refer_seg", "images", "mscoco", "images")
 _URL_FOLDERS = ("train2014", "train2017", "val2017")
 
 
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    folder: str
-    file_name: str
-    record_id: str
-    conversations: tuple[Conversation, ...]
+_RECORDS = 1
+"""Layout of the index."""
+
+_PlainTurn = tuple[str, str, tuple[tuple[str, PlainMask], ...], str]
+"""Question, answer, name and mask of each target, kind."""
+_Record = tuple[str, str, str, tuple[_PlainTurn, ...]]
+"""Folder and file of the picture, what it is called, its questions."""
 
 
 class MultiReasonSegReader(Reader):
@@ -55,36 +57,37 @@ class MultiReasonSegReader(Reader):
         file = f"muse_{split}.json"
         self._path = root.file(file) if root.has(file) and not root.has("muse", file) else root.file("muse", file)
         self.source = self._path
-        content = read_bytes(self._path)
-        self.fingerprint = digest(content)
-        self._pictures: list[_Picture] = []
-        for number, record in enumerate(expect(parse_json(content, self._path), list, self._path)):
-            picture = self._picture(record, f"record {number} of {self._path}", number)
-            if picture is not None:
-                self._pictures.append(picture)
+        self._pictures: Sequence[_Record] = self._index(root, [self._path], self._parse, _RECORDS)
         self._refuse_if_empty(self._pictures, self._path)
 
     def __len__(self) -> int:
         return len(self._pictures)
 
     def picture(self, index: int) -> str:
-        picture = self._pictures[index]
-        return os.path.join(self._root.path, *_PICTURES, picture.folder, picture.file_name)
+        folder, file_name, _, _ = self._pictures[index]
+        return os.path.join(self._root.path, *_PICTURES, folder, file_name)
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
-        picture = self._pictures[index]
-        return self._sample(picture, tuple(draw(rng, picture.conversations, self.options.num_classes_per_sample)))
+        record = self._pictures[index]
+        return self._sample(record, draw(rng, record[-1], self.options.num_classes_per_sample))
 
     def read_all(self, index: int, rng: np.random.Generator) -> Sample:
-        picture = self._pictures[index]
-        return self._sample(picture, picture.conversations)
+        record = self._pictures[index]
+        return self._sample(record, record[-1])
 
-    def _sample(self, picture: _Picture, conversations: tuple[Conversation, ...]) -> Sample:
-        folder = self._root.folder(*_PICTURES, picture.folder)
-        path = self._root.picture(folder, picture.file_name, self._path)
-        return Sample(path, conversations, self.name, f"{self.name}/{self.split}/{picture.record_id}")
+    def _sample(self, record: _Record, turns: Sequence[_PlainTurn]) -> Sample:
+        folder, file_name, record_id, _ = record
+        path = self._root.picture(self._root.folder(*_PICTURES, folder), file_name, self._path)
+        conversations = tuple(_conversation(turn) for turn in turns)
+        return Sample(path, conversations, self.name, f"{self.name}/{self.split}/{record_id}")
 
-    def _picture(self, record: Any, where: str, number: int) -> _Picture | None:
+    def _parse(self) -> Iterator[_Record]:
+        for number, record in enumerate(items_of(self._path)):
+            picture = self._picture(record, f"record {number} of {self._path}", number)
+            if picture is not None:
+                yield picture
+
+    def _picture(self, record: Any, where: str, number: int) -> _Record | None:
         """The record's questions, or None when it has no usable one (counted)."""
         if not expect(record, dict, where).get("questions"):
             self.skipped["record without questions"] += 1
@@ -96,16 +99,16 @@ class MultiReasonSegReader(Reader):
             self.skipped["record with unequal numbers of questions and answers"] += 1
             return None
         size = (field(record, "height", int, where), field(record, "width", int, where))
-        conversations = []
+        turns = []
         for asked, instances, text in zip(questions, answers, texts, strict=True):
             turn = self._turn(asked, instances, text, size, where)
             if turn is not None:
-                conversations.append((turn,))
+                turns.append(turn)
         folder, file_name = _where_the_picture_is(record, where)
         record_id = f"{number}-{record.get('id', record.get('image_id', file_name))}"
-        return _Picture(folder, file_name, record_id, tuple(conversations)) if conversations else None
+        return (folder, file_name, record_id, tuple(turns)) if turns else None
 
-    def _turn(self, asked: Any, instances: Any, text: Any, size: tuple[int, int], where: str) -> Turn | None:
+    def _turn(self, asked: Any, instances: Any, text: Any, size: tuple[int, int], where: str) -> _PlainTurn | None:
         question = expect(asked, str, f"a question of {where}").strip()
         if not question or SEG_MARKER in question:
             self.skipped["question that is empty or holds a marker"] += 1
@@ -120,10 +123,12 @@ class MultiReasonSegReader(Reader):
             self.skipped[MORE_MARKERS if markers > len(targets) else FEWER_MARKERS] += 1
             return None
         if not targets:
-            return Turn(question, text or nothing_fits(), (), NO_TARGET)
-        return Turn(question, text or named_answer([target.name for target in targets]), targets, REASONING)
+            return question, text or nothing_fits(), (), NO_TARGET
+        return question, text or named_answer([name for name, _ in targets]), targets, REASONING
 
-    def _targets(self, instances: list[Any], size: tuple[int, int], where: str) -> tuple[Target, ...] | None:
+    def _targets(
+        self, instances: list[Any], size: tuple[int, int], where: str
+    ) -> tuple[tuple[str, PlainMask], ...] | None:
         """The targets of one answer, or None when one of them cannot be used (counted)."""
         targets = []
         for instance in instances:
@@ -134,8 +139,14 @@ class MultiReasonSegReader(Reader):
                 self.skipped["question with a target that is a crowd or has no inside"] += 1
                 return None
             name = instance.get("rephrased_name") or field(instance, "category_name", str, spot)
-            targets.append(Target(target_name(expect(name, str, f"the name of {spot}")) or "the target", source))
+            said = target_name(expect(name, str, f"the name of {spot}")) or "the target"
+            targets.append((said, source.plain()))
         return tuple(targets)
+
+
+def _conversation(turn: _PlainTurn) -> Conversation:
+    question, answer, targets, kind = turn
+    return (Turn(question, answer, tuple(Target(name, mask_of(mask)) for name, mask in targets), kind),)
 
 
 def needed_parts(split: str) -> tuple[Part, ...]:

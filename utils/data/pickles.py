@@ -64,3 +64,11 @@ def load_plain_pickle(content: bytes, path: str) -> Any:
             f"it again",
             cause="pickle with code" if isinstance(error, _AsksForCode) else "broken pickle",
         ) from error
+
+
+def unpickle_plain(content: bytes) -> Any:
+    """Unpickle what this program wrote: plain data. pickle.UnpicklingError when the bytes are anything else."""
+    try:
+        return _PlainUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a broken pickle can raise nearly anything
+        raise pickle.UnpicklingError(str(error)) from error

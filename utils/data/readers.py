@@ -133,12 +133,14 @@ class EvalReader:
         return (self[index] for index in range(len(self)))
 
 
-def build_eval_reader(spec: str, root: str | os.PathLike[str], options: ReaderOptions | None = None) -> EvalReader:
+def build_eval_reader(
+    spec: str, root: str | os.PathLike[str], options: ReaderOptions | None = None, index_dir: str = ""
+) -> EvalReader:
     """The samples of --val_dataset: "refcoco|unc|val", "refcocog|google|val", "ReasonSeg|val",
     "MultiReasonSeg|test_less", "ade20k|val" …, several joined by JOIN. DataError in one sentence when one of them
     cannot be read.
     """
-    data_root, chosen = DataRoot(root), options or ReaderOptions()
+    data_root, chosen = DataRoot(root), options or ReaderOptions(index_dir=index_dir)
     return EvalReader([_build(name, data_root, split, chosen) for name, split in evaluation_sets(spec)])
 
 

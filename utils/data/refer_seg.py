@@ -3,9 +3,8 @@
 Layout: refer_seg/<set>/{instances.json, refs(<split_by>).p or grefs(unc).json} over refer_seg/images/….
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from utils.data.coco_json import (
@@ -18,9 +17,9 @@ from utils.data.coco_json import (
     note_odd_box,
 )
 from utils.data.errors import NO_SUCH_SPLIT, DataError
-from utils.data.files import DataRoot, digest, expect, parse_json, read_bytes
+from utils.data.files import DataRoot, expect, parse_json, read_bytes
 from utils.data.files import field as json_field
-from utils.data.masks import CocoMask, coco_mask
+from utils.data.masks import PlainMask, coco_mask, mask_of
 from utils.data.phrase_reader import Asked, PhraseReader
 from utils.data.pickles import load_plain_pickle
 from utils.data.presence import Part, file_part, folder_part
@@ -32,6 +31,14 @@ _FOLDER = "refer_seg"
 _TRAIN2014 = ("images", "mscoco", "images", "train2014")
 _TRAIN_SPLIT = "train"
 _NO_ANNOTATION = -1
+
+_RECORDS = 1
+"""Layout of the index."""
+
+_PlainAsked = tuple[str, tuple[tuple[str, int], ...]]
+"""A phrase; the name and the number of the mask of each thing it refers to."""
+_Record = tuple[str, int, tuple[PlainMask, ...], tuple[_PlainAsked, ...]]
+"""File and number of a picture, its masks, what is asked about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +59,21 @@ REFER_SETS = {
 }
 
 
-@dataclass(slots=True)
 class _Picture:
-    """A picture listed in instances.json and what is asked about it."""
+    """A picture listed in instances.json and what is asked about it, while it is gathered."""
 
-    listed: CocoPicture
-    asked: list[Asked] = field(default_factory=list)
+    def __init__(self, listed: CocoPicture) -> None:
+        self.listed = listed
+        self.masks: dict[int, PlainMask | None] = {}
+        self.asked: list[tuple[str, list[tuple[str, int]]]] = []
+
+    def record(self) -> _Record:
+        """Only masks that are asked for are kept, by their place."""
+        used = dict.fromkeys(number for _, targets in self.asked for _, number in targets)
+        places = {number: place for place, number in enumerate(used)}
+        masks = tuple(mask for number in used if (mask := self.masks[number]) is not None)
+        asked = tuple((said, tuple((name, places[number]) for name, number in targets)) for said, targets in self.asked)
+        return self.listed.file_name, self.listed.number, masks, asked
 
 
 class ReferSegReader(PhraseReader):
@@ -70,51 +86,63 @@ class ReferSegReader(PhraseReader):
     ) -> None:
         super().__init__(name, split, options)
         layout = REFER_SETS[name]
-        refs_path, refs, refs_digest = _read_refs(root, name, split_by or layout.split_by[0])
-        instances_path = root.file(_FOLDER, name, "instances.json")
-        content = read_bytes(instances_path)
-        instances = parse_json(content, instances_path)
-        self.fingerprint = f"{refs_digest} {digest(content)}"
+        split_by = split_by or layout.split_by[0]
+        self.source = _refs_path(root, name, split_by)
+        self._instances_path = root.file(_FOLDER, name, "instances.json")
         self._root = root
         self._folder = root.folder(_FOLDER, *layout.pictures)
-        self._instances_path = instances_path
-        self.source = refs_path
-        chosen = [ref for ref in refs if json_field(ref, "split", str, f"a ref of {refs_path}") == split]
-        if not chosen:
-            found = ", ".join(sorted({ref["split"] for ref in refs})) or "none"
-            raise DataError(f"{refs_path} has no split {split!r}; it has {found}: name one of these", NO_SUCH_SPLIT)
-        if options.exclude_val and split == _TRAIN_SPLIT:
-            chosen = self._without_held_out(chosen, root, refs_path)
-        self._pictures = self._index(chosen, refs_path, instances)
-        self._refuse_if_empty(self._pictures, refs_path)
+        self._excluding = _held_out_refs(root, name) if options.exclude_val and split == _TRAIN_SPLIT else []
+        self._pictures: Sequence[_Record] = self._index(
+            root,
+            [self.source, self._instances_path, *self._excluding],
+            self._parse,
+            _RECORDS,
+            f"{split_by}-excluding-held-out" if self._excluding else split_by,
+        )
+        self._refuse_if_empty(self._pictures, self.source)
 
     def __len__(self) -> int:
         return len(self._pictures)
 
     def picture(self, index: int) -> str:
-        return f"{self._folder}/{self._pictures[index].listed.file_name}"
+        return f"{self._folder}/{self._pictures[index][0]}"
 
     def _asked(self, index: int) -> Sequence[Asked]:
-        return self._pictures[index].asked
+        _, _, plain, asked = self._pictures[index]
+        masks = [mask_of(one) for one in plain]
+        return [Asked(said, tuple(Target(name, masks[place]) for name, place in targets)) for said, targets in asked]
 
     def _located(self, index: int) -> tuple[str, str]:
-        listed = self._pictures[index].listed
-        return self._root.picture(self._folder, listed.file_name, self._instances_path), str(listed.number)
+        file_name, number, _, _ = self._pictures[index]
+        return self._root.picture(self._folder, file_name, self._instances_path), str(number)
 
-    def _without_held_out(self, refs: list[dict[str, Any]], root: DataRoot, refs_path: str) -> list[dict[str, Any]]:
-        held_out = _held_out_pictures(root, self.name)
+    def _parse(self) -> Iterator[_Record]:
+        path, split = self.source, self.split
+        refs = _read_refs(path)
+        chosen = [ref for ref in refs if json_field(ref, "split", str, f"a ref of {path}") == split]
+        if not chosen:
+            found = ", ".join(sorted({ref["split"] for ref in refs})) or "none"
+            raise DataError(f"{path} has no split {split!r}; it has {found}: name one of these", NO_SUCH_SPLIT)
+        if self._excluding:
+            chosen = self._without_held_out(chosen, path)
+        instances = parse_json(read_bytes(self._instances_path), self._instances_path)
+        for picture in self._gathered(chosen, path, instances):
+            if picture.asked:
+                yield picture.record()
+
+    def _without_held_out(self, refs: list[dict[str, Any]], refs_path: str) -> list[dict[str, Any]]:
+        held_out = _held_out_pictures(self._excluding)
         kept = [ref for ref in refs if json_field(ref, "image_id", int, f"a ref of {refs_path}") not in held_out]
         self.skipped["ref about a picture of a val or test split"] += len(refs) - len(kept)
         return kept
 
-    def _index(self, refs: list[dict[str, Any]], refs_path: str, instances: Any) -> list[_Picture]:
+    def _gathered(self, refs: list[dict[str, Any]], refs_path: str, instances: Any) -> Iterable[_Picture]:
         path = self._instances_path
         wanted = {json_field(ref, "image_id", int, f"a ref of {refs_path}") for ref in refs}
         listed = index_pictures(instances, path, self.skipped, wanted)
         pictures = {number: _Picture(picture) for number, picture in listed.items()}
         names = index_categories(instances, path)
         annotations = index_annotations(instances, path, self.skipped, wanted)
-        masks: dict[int, CocoMask | None] = {}
         for ref in refs:
             picture = pictures.get(ref["image_id"])
             if picture is None:
@@ -129,25 +157,24 @@ class ReferSegReader(PhraseReader):
                 self.skipped["ref to a crowd"] += 1
                 continue
             for number in ids:
-                if number not in masks:
-                    note_odd_box(annotations[number], self.noted)
-                    where = f"annotation {number} of {path}"
-                    segmentation = json_field(annotations[number], "segmentation", object, where)
-                    masks[number] = coco_mask(segmentation, picture.listed.height, picture.listed.width, where)
-            sources = [mask for number in ids if (mask := masks[number]) is not None]
-            if len(sources) < len(ids):
+                if number not in picture.masks:
+                    picture.masks[number] = self._mask(annotations[number], picture.listed)
+            if any(picture.masks[number] is None for number in ids):
                 self.skipped["ref to an annotation without a polygon that has an inside"] += 1
                 continue
-            labels = [
-                category_name(annotations[number], names, f"annotation {number} of {self._instances_path}")
-                for number in ids
-            ]
-            picture.asked += self._phrases(ref, refs_path, sources, labels)
-        return [picture for picture in pictures.values() if picture.asked]
+            labels = [category_name(annotations[number], names, f"annotation {number} of {path}") for number in ids]
+            for phrase in self._phrases(ref, refs_path):
+                said = [phrase] if len(ids) == 1 else [target_name(label) for label in labels]
+                picture.asked.append((phrase, list(zip(said, ids, strict=True))))
+        return pictures.values()
 
-    def _phrases(
-        self, ref: dict[str, Any], refs_path: str, sources: list[CocoMask], labels: list[str]
-    ) -> Iterator[Asked]:
+    def _mask(self, annotation: dict[str, Any], listed: CocoPicture) -> PlainMask | None:
+        note_odd_box(annotation, self.noted)
+        where = f"annotation {annotation['id']} of {self._instances_path}"
+        source = coco_mask(json_field(annotation, "segmentation", object, where), listed.height, listed.width, where)
+        return None if source is None else source.plain()
+
+    def _phrases(self, ref: dict[str, Any], refs_path: str) -> Iterator[str]:
         where = f"ref {ref.get('ref_id')} of {refs_path}"
         for sentence in json_field(ref, "sentences", list, where):
             text = json_field(sentence, "sent", str, f"a sentence of {where}")
@@ -155,8 +182,7 @@ class ReferSegReader(PhraseReader):
             if not phrase or SEG_MARKER in phrase:
                 self.skipped["sentence that is empty or holds a marker"] += 1
                 continue
-            names = [phrase] if len(sources) == 1 else [target_name(label) for label in labels]
-            yield Asked(phrase, tuple(Target(name, mask) for name, mask in zip(names, sources, strict=True)))
+            yield phrase
 
 
 def needed_parts(name: str, split_by: str | None = None) -> tuple[Part, ...]:
@@ -176,43 +202,49 @@ def _refs_part(name: str, split_by: str) -> Part:
     return file_part(*(f"{_FOLDER}/{name}/{pattern.format(split_by)}" for pattern in layout.refs))
 
 
-def _read_refs(root: DataRoot, name: str, split_by: str) -> tuple[str, list[dict[str, Any]], str]:
-    """Path of the refs file, its refs, its content hash."""
+def _refs_path(root: DataRoot, name: str, split_by: str) -> str:
     refs = _refs_part(name, split_by)
-    path = root.file(refs.found(root.path) or refs.paths[0])
+    return root.file(refs.found(root.path) or refs.paths[0])
+
+
+def _read_refs(path: str) -> list[dict[str, Any]]:
     content = read_bytes(path)
     loaded = parse_json(content, path) if path.endswith(".json") else load_plain_pickle(content, path)
     found = expect(loaded, list, path)
     for ref in found:
         expect(ref, dict, f"a ref of {path}")
-    return path, found, digest(content)
+    return found
 
 
 def pictures_by_split(root: DataRoot, name: str, split_by: str) -> dict[str, set[int]]:
     """Picture ids of every split, from the refs alone. DataError where they cannot be read."""
-    path, refs, _ = _read_refs(root, name, split_by)
+    path = _refs_path(root, name, split_by)
     found: dict[str, set[int]] = {}
-    for ref in refs:
+    for ref in _read_refs(path):
         where = f"a ref of {path}"
         found.setdefault(json_field(ref, "split", str, where), set()).add(json_field(ref, "image_id", int, where))
     return found
 
 
-def _held_out_pictures(root: DataRoot, name: str) -> set[int]:
-    """Picture ids of the val and test splits of every referring set in the root that shares `name`'s pictures."""
-    held_out: set[int] = set()
-    for other, layout in REFER_SETS.items():
-        if layout.pictures != REFER_SETS[name].pictures:
-            continue
-        for split_by in layout.split_by:
-            if any(os.path.isfile(os.path.join(root.path, _FOLDER, other, p.format(split_by))) for p in layout.refs):
-                path, refs, _ = _read_refs(root, other, split_by)
-                held_out |= {
-                    json_field(ref, "image_id", int, f"a ref of {path}")
-                    for ref in refs
-                    if ref.get("split") != _TRAIN_SPLIT
-                }
-    return held_out
+def _held_out_refs(root: DataRoot, name: str) -> list[str]:
+    """The refs files of every referring set in the root that shares `name`'s pictures."""
+    parts = [
+        _refs_part(other, split_by)
+        for other, layout in REFER_SETS.items()
+        if layout.pictures == REFER_SETS[name].pictures
+        for split_by in layout.split_by
+    ]
+    return [root.file(found) for part in parts if (found := part.found(root.path)) is not None]
+
+
+def _held_out_pictures(paths: Sequence[str]) -> set[int]:
+    """Picture ids of the val and test splits of these refs files."""
+    return {
+        json_field(ref, "image_id", int, f"a ref of {path}")
+        for path in paths
+        for ref in _read_refs(path)
+        if ref.get("split") != _TRAIN_SPLIT
+    }
 
 
 def _annotation_ids(ref: dict[str, Any], refs_path: str) -> list[int]:

@@ -4,18 +4,19 @@ Layouts: llava_dataset/llava_instruct_150k.json over coco/train2017; llava_datas
 coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images and vg/{VG_100K,VG_100K_2}.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from utils.data.errors import NO_SUCH_SPLIT, DataError
-from utils.data.files import DataRoot, digest, expect, field, parse_json, read_bytes
+from utils.data.files import DataRoot, field
+from utils.data.json_stream import items_of
 from utils.data.messages import exchanges
 from utils.data.presence import Mention, Part, file_part, folder_part
 from utils.data.reader import Reader, ReaderOptions, draw
-from utils.data.samples import NO_PICTURE, SEG_MARKER, TEXT, Conversation, Sample, Turn
+from utils.data.samples import NO_PICTURE, SEG_MARKER, TEXT, Sample, Turn
 
 _COCO = "coco/train2017"
 _MIXED = ("gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
@@ -37,14 +38,13 @@ _LAYOUTS: Mapping[str, _Layout] = {
 VQA_SETS = tuple(_LAYOUTS)
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """Conversations about one picture, or one about none: then `folder` and `name` are empty."""
+_RECORDS = 1
+"""Layout of the index."""
 
-    sample_id: str
-    conversations: list[Conversation]
-    folder: str = ""
-    name: str = ""
+_PlainConversation = tuple[tuple[str, str], ...]
+"""Questions and answers."""
+_Record = tuple[str, str, tuple[_PlainConversation, ...]]
+"""What the sample is called, its picture's path below the data root or NO_PICTURE, conversations about it."""
 
 
 class VqaReader(Reader):
@@ -57,36 +57,41 @@ class VqaReader(Reader):
         _check_split(name, split)
         self._path = root.file("llava_dataset", f"{name}.json")
         self.source = self._path
-        content = read_bytes(self._path)
-        self.fingerprint = digest(content)
         self._root, self._layout = root, _LAYOUTS[name]
-        self._items: list[_Item] = []
-        pictures: dict[str, list[Conversation]] = {}
-        for number, record in enumerate(expect(parse_json(content, self._path), list, self._path)):
-            self._add(record, number, pictures)
+        self._items: Sequence[_Record] = self._index(root, [self._path], self._parse, _RECORDS)
         self._refuse_if_empty(self._items, self._path)
 
     def __len__(self) -> int:
         return len(self._items)
 
     def picture(self, index: int) -> str:
-        item = self._items[index]
-        return f"{item.folder}/{item.name}" if item.name else NO_PICTURE
+        _, name, _ = self._items[index]
+        return "/".join(self._placed(name)) if name else NO_PICTURE
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
-        item = self._items[index]
-        return self._sample(item, draw(rng, item.conversations, self.options.num_classes_per_sample))
+        sample_id, name, conversations = self._items[index]
+        return self._sample(sample_id, name, draw(rng, conversations, self.options.num_classes_per_sample))
 
     def read_all(self, index: int, rng: np.random.Generator) -> Sample:
-        item = self._items[index]
-        return self._sample(item, item.conversations)
+        return self._sample(*self._items[index])
 
-    def _sample(self, item: _Item, conversations: list[Conversation]) -> Sample:
-        path = self._root.picture(item.folder, item.name, self._path) if item.name else NO_PICTURE
-        return Sample(path, tuple(conversations), self.name, f"{self.name}/{self.split}/{item.sample_id}")
+    def _sample(self, sample_id: str, name: str, conversations: Sequence[_PlainConversation]) -> Sample:
+        path = self._root.picture(*self._placed(name), self._path) if name else NO_PICTURE
+        told = tuple(tuple(Turn(asked, said, (), TEXT) for asked, said in pairs) for pairs in conversations)
+        return Sample(path, told, self.name, f"{self.name}/{self.split}/{sample_id}")
 
-    def _add(self, record: Any, number: int, pictures: dict[str, list[Conversation]]) -> None:
-        """Put a record's conversation to its picture, whose list is in `pictures` once it was seen."""
+    def _placed(self, name: str) -> tuple[str, str]:
+        return self._root.placed((), self._layout.folders, name, self._path)
+
+    def _parse(self) -> Iterator[_Record]:
+        items: dict[str, tuple[str, list[_PlainConversation]]] = {}
+        for number, record in enumerate(items_of(self._path)):
+            self._add(record, number, items)
+        for sample_id, (name, conversations) in items.items():
+            yield sample_id, name, tuple(conversations)
+
+    def _add(self, record: Any, number: int, items: dict[str, tuple[str, list[_PlainConversation]]]) -> None:
+        """Put a record's conversation to its picture, whose item has the picture's name."""
         where = f"record {number} of {self._path}"
         messages = field(record, "conversations", list, where)
         image = field(record, "image", str, where) if "image" in record else None
@@ -94,21 +99,21 @@ class VqaReader(Reader):
         if not conversation:
             return
         if image is None:
-            self._items.append(_Item(f"words-{number}", [conversation]))
-        elif image in pictures:
-            pictures[image].append(conversation)
+            items[f"words-{number}"] = (NO_PICTURE, [conversation])
+        elif image in items:
+            items[image][1].append(conversation)
         else:
-            folder, name = self._root.placed((), self._layout.folders, self._layout.before + image, self._path)
-            pictures[image] = [conversation]
-            self._items.append(_Item(image, pictures[image], folder, name))
+            name = self._layout.before + image
+            self._placed(name)  # refuses names that begin otherwise
+            items[image] = (name, [conversation])
 
-    def _conversation(self, messages: list[Any], where: str) -> Conversation:
+    def _conversation(self, messages: list[Any], where: str) -> _PlainConversation:
         """The turns, or none where they cannot be used (counted)."""
         pairs = exchanges(messages, where, self.skipped)
         if any(SEG_MARKER in text for pair in pairs for text in pair):
             self.skipped["conversation with a marker"] += 1
             return ()
-        return tuple(Turn(asked, told, (), TEXT) for asked, told in pairs)
+        return tuple(pairs)
 
 
 def needed_parts(name: str, split: str) -> tuple[Part, ...]:

@@ -103,6 +103,7 @@ def reader_options(args: TrainArguments) -> ReaderOptions:
         use_expand_question_list=args.use_expand_question_list,
         explanatory=args.explanatory,
         exclude_val=args.exclude_val,
+        index_dir=args.index_dir,
     )
 
 
@@ -152,7 +153,9 @@ class StepBatches:
         pad = processor.tokenizer.pad_token_id
         self.pad_token_id = 0 if pad is None else pad
         length = args.total_steps() * self.samples_per_step
-        self.dataset = TrainingDataset(mixture, processor, length, too_long_errors, strict=args.strict_data)
+        self.dataset = TrainingDataset(
+            mixture, processor, length, too_long_errors, strict=args.strict_data, fast_resize=args.fast_resize
+        )
         self.lost: Counter[str] = Counter()
         self.bad = BadSamples(args.max_bad_samples)
 

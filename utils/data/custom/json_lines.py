@@ -6,8 +6,7 @@
 belongs to the target.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from utils.data.custom.layout import CUSTOM, LINES_FILE, PICTURES, mask_file
 from utils.data.custom.mask_files import FileMask
 from utils.data.errors import DataError
-from utils.data.files import DataRoot, digest, expect, field, parse_json, picture_size, read_bytes
+from utils.data.files import DataRoot, expect, field, parse_json, picture_size, read_bytes
 from utils.data.masks import coco_mask
 from utils.data.messages import exchanges
 from utils.data.reader import Reader, ReaderOptions, draw
@@ -32,14 +31,11 @@ from utils.data.samples import (
 )
 from utils.data.templates import names_before_markers
 
+_RECORDS = 1
+"""Layout of the index."""
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """One line: where it stands, its questions and answers, and its masks as written."""
-
-    where: str
-    exchanges: tuple[tuple[str, str], ...]
-    masks: tuple[Any, ...]
+_Line = tuple[str, tuple[tuple[str, str], ...], list[Any]]
+"""Where it stands, its questions and answers, and its masks as written."""
 
 
 class JsonLinesReader(Reader):
@@ -54,13 +50,7 @@ class JsonLinesReader(Reader):
         self._home = root.folder(CUSTOM, name, split)
         self._folder = root.folder(CUSTOM, name, split, PICTURES)
         self.source = path = root.file(CUSTOM, name, split, LINES_FILE)
-        content = read_bytes(path)
-        self.fingerprint = digest(content)
-        pictures: dict[str, list[_Record]] = {}
-        for number, line in enumerate(content.splitlines(), start=1):
-            if line.strip():
-                self._add(parse_json(line, f"line {number} of {path}"), f"line {number} of {path}", pictures)
-        self._pictures = list(pictures.items())
+        self._pictures: Sequence[tuple[str, list[_Line]]] = self._index(root, [path], self._parse, _RECORDS)
         self._refuse_if_empty(self._pictures, path)
 
     def __len__(self) -> int:
@@ -70,12 +60,21 @@ class JsonLinesReader(Reader):
         return f"{self._folder}/{self._pictures[index][0]}"
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
-        return self._sample(index, draw(rng, self._pictures[index][1], self.options.num_classes_per_sample))
+        name, lines = self._pictures[index]
+        return self._sample(name, draw(rng, lines, self.options.num_classes_per_sample))
 
     def read_all(self, index: int, rng: np.random.Generator) -> Sample:
-        return self._sample(index, self._pictures[index][1])
+        return self._sample(*self._pictures[index])
 
-    def _add(self, record: Any, where: str, pictures: dict[str, list[_Record]]) -> None:
+    def _parse(self) -> Iterator[tuple[str, list[_Line]]]:
+        pictures: dict[str, list[_Line]] = {}
+        for number, line in enumerate(read_bytes(self.source).splitlines(), start=1):
+            if line.strip():
+                where = f"line {number} of {self.source}"
+                self._add(parse_json(line, where), where, pictures)
+        yield from pictures.items()
+
+    def _add(self, record: Any, where: str, pictures: dict[str, list[_Line]]) -> None:
         image = field(record, "image", str, where)
         masks = expect(record.get("masks") or [], list, f"'masks' of {where}")
         for mask in masks:
@@ -94,18 +93,18 @@ class JsonLinesReader(Reader):
         if markers != len(masks):
             self.skipped[MORE_MARKERS if markers > len(masks) else FEWER_MARKERS] += 1
             return
-        pictures.setdefault(image, []).append(_Record(where, tuple(pairs), tuple(masks)))
+        pictures.setdefault(image, []).append((where, tuple(pairs), masks))
 
-    def _sample(self, index: int, records: list[_Record]) -> Sample:
-        name, _ = self._pictures[index]
+    def _sample(self, name: str, lines: list[_Line]) -> Sample:
         path = self._root.picture(self._folder, name, self.source)
         size = picture_size(path)
-        conversations = tuple(self._conversation(record, size) for record in records)
+        conversations = tuple(self._conversation(line, size) for line in lines)
         return Sample(path, conversations, self.name, f"{self.name}/{self.split}/{name}")
 
-    def _conversation(self, record: _Record, size: tuple[int, int]) -> Conversation:
-        masks = iter(record.masks)
-        return tuple(self._turn(question, answer, masks, size, record.where) for question, answer in record.exchanges)
+    def _conversation(self, line: _Line, size: tuple[int, int]) -> Conversation:
+        where, pairs, written = line
+        masks = iter(written)
+        return tuple(self._turn(question, answer, masks, size, where) for question, answer in pairs)
 
     def _turn(self, question: str, answer: str, masks: Iterator[Any], size: tuple[int, int], where: str) -> Turn:
         targets = tuple(self._target(name, next(masks), size, where) for name in names_before_markers(answer))

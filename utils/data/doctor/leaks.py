@@ -10,6 +10,7 @@ from utils.data.doctor.report import Leak, SetReport
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
 from utils.data.multi_reason_seg import MUSE_SPLITS
+from utils.data.reader import ReaderOptions
 from utils.data.readers import MUSE, REASON_SEG, build_reader
 from utils.data.refer_seg import REFER_SETS, pictures_by_split
 
@@ -30,11 +31,11 @@ def picture_key(path: str) -> str:
     return os.path.normpath(path)
 
 
-def find_leaks(reports: Sequence[SetReport], root: str) -> list[Leak]:
+def find_leaks(reports: Sequence[SetReport], root: str, index_dir: str = "") -> list[Leak]:
     """What every training set shares with every evaluation split that was asked for or that lies in the root."""
     training = [report for report in reports if report.is_training]
     asked = [report for report in reports if not report.is_training]
-    elsewhere = _other_evaluation_pictures(training, {str(report) for report in asked}, root)
+    elsewhere = _other_evaluation_pictures(training, {str(report) for report in asked}, root, index_dir)
     found = []
     for report in training:
         known = [(str(other), other.keys) for other in asked] + elsewhere
@@ -51,7 +52,9 @@ def _leak(report: SetReport, evaluation: str, by: str, shared: Iterable[str]) ->
     return [Leak(str(report), evaluation, by, len(names), names[0])] if names else []
 
 
-def _other_evaluation_pictures(training: Sequence[SetReport], asked: set[str], root: str) -> list[tuple[str, set[str]]]:
+def _other_evaluation_pictures(
+    training: Sequence[SetReport], asked: set[str], root: str, index_dir: str
+) -> list[tuple[str, set[str]]]:
     """(data set and split, pictures) of the evaluation splits in the root that were not asked for."""
     try:
         data_root = DataRoot(root)
@@ -62,7 +65,7 @@ def _other_evaluation_pictures(training: Sequence[SetReport], asked: set[str], r
         for split in _OTHER_SPLITS.get(name, ("val",)):
             one = AskedSet(name, split, False)
             if name.partition("|")[0] not in REFER_SETS and str(one) not in asked:
-                found.append((str(one), _pictures_of(one, root)))
+                found.append((str(one), _pictures_of(one, root, index_dir)))
     return [(name, keys) for name, keys in found if name not in asked and keys]
 
 
@@ -84,11 +87,11 @@ def _referring_pictures(root: DataRoot) -> list[tuple[str, set[str]]]:
     return found
 
 
-def _pictures_of(asked: AskedSet, root: str) -> set[str]:
+def _pictures_of(asked: AskedSet, root: str, index_dir: str) -> set[str]:
     if asked.name.startswith(CUSTOM) and not os.path.isdir(os.path.join(root, *asked.name.split("|"), asked.split)):
         return set()
     try:
-        reader = build_reader(asked.name, root, asked.split)
+        reader = build_reader(asked.name, root, asked.split, ReaderOptions(index_dir=index_dir))
     except DataError:
         return set()  # not there, or not readable: nobody asked for it
     return {picture_key(path) for path in map(reader.picture, range(len(reader))) if path}

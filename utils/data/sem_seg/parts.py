@@ -6,15 +6,15 @@ vlpart/partimagenet/{train,val}.json (or …_format.json, as VLPart writes it) o
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from utils.data.coco_json import CocoPicture, category_name, index_categories, index_pictures, is_crowd, note_odd_box
 from utils.data.errors import NO_SUCH_SPLIT, DataError
-from utils.data.files import DataRoot, digest, expect, parse_json, read_bytes
+from utils.data.files import DataRoot, expect, parse_json, read_bytes
 from utils.data.files import field as json_field
-from utils.data.masks import CocoMask, UnionMask, coco_mask
+from utils.data.masks import PlainMask, coco_mask, union_of
 from utils.data.presence import Part, file_part, folder_part
 from utils.data.reader import ReaderOptions
 from utils.data.samples import SEG_MARKER, Target
@@ -27,6 +27,14 @@ _PARTIMAGENET = ("vlpart", "partimagenet")
 _COCO_FOLDERS = ("train2017", "val2017")
 _SPLITS = ("train", "val")
 _PARTIAL = "not_exhaustive_category_ids"
+
+_RECORDS = 1
+"""Layout of the index."""
+_NAMES = "names"
+"""The fact that lists all classes."""
+
+_Record = tuple[str, int, tuple[tuple[str, tuple[PlainMask, ...], tuple[PlainMask, ...]], ...]]
+"""File and number of a picture; of each class its name, what belongs to it, what cannot be told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +54,12 @@ class _Layout:
 class _Regions:
     """Of one class in one picture: what belongs to it, and what cannot be told apart."""
 
-    sources: list[CocoMask] = field(default_factory=list)
-    crowds: list[CocoMask] = field(default_factory=list)
+    sources: list[PlainMask] = field(default_factory=list)
+    crowds: list[PlainMask] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class _Picture:
-    folder: str
-    file_name: str
     listed: CocoPicture
     classes: dict[str, _Regions] = field(default_factory=dict)
 
@@ -67,48 +73,52 @@ class PartReader(ClassReader):
 
     def __init__(self, name: str, root: DataRoot, split: str, options: ReaderOptions) -> None:
         super().__init__(name, split, options)
-        layout = _LAYOUTS[name]
         annotations, _ = needed_parts(name, split)
         path = root.file(*(annotations.found(root.path) or annotations.paths[0]).split("/"))
-        self.source = path
-        content = read_bytes(path)
-        self.fingerprint = digest(content)
-        self._root, self._path = root, path
-        annotated = parse_json(content, path)
-        categories = index_categories(annotated, path)
-        names = layout.names(categories)
-        self._names = sorted(set(names.values()))
-        pictures = {
-            number: _Picture(*layout.place(root, split, listed.file_name, path), listed)
-            for number, listed in index_pictures(annotated, path, self.skipped).items()
-        }
-        for annotation in json_field(annotated, "annotations", list, path):
-            self._add(annotation, pictures, names)
-        for picture in pictures.values():
-            self._settle(picture, names)
-        self._pictures = [picture for picture in pictures.values() if picture.classes]
-        if len(self._pictures) < len(pictures):
-            self.skipped["picture without a usable annotation"] += len(pictures) - len(self._pictures)
+        self.source = self._path = path
+        self._root = root
+        self._pictures: Sequence[_Record] = self._index(root, [path], self._parse, _RECORDS)
         self._refuse_if_empty(self._pictures, path)
 
     def __len__(self) -> int:
         return len(self._pictures)
 
     def picture(self, index: int) -> str:
-        return os.path.join(self._pictures[index].folder, self._pictures[index].file_name)
+        return os.path.join(*self._placed(self._pictures[index][0]))
 
     def _class_names(self) -> Sequence[str]:
-        return self._names
+        return self.facts[_NAMES]
 
     def _located(self, index: int) -> tuple[str, str]:
-        picture = self._pictures[index]
-        return self._root.picture(picture.folder, picture.file_name, self._path), str(picture.listed.number)
+        file_name, number, _ = self._pictures[index]
+        return self._root.picture(*self._placed(file_name), self._path), str(number)
 
     def _targets(self, index: int) -> Sequence[Target]:
-        return [
-            Target(name, UnionMask(tuple(regions.sources), tuple(regions.crowds)))
-            for name, regions in self._pictures[index].classes.items()
-        ]
+        return [Target(name, union_of(sources, crowds)) for name, sources, crowds in self._pictures[index][-1]]
+
+    def _placed(self, file_name: str) -> tuple[str, str]:
+        return _LAYOUTS[self.name].place(self._root, self.split, file_name, self._path)
+
+    def _parse(self) -> Iterator[_Record]:
+        path = self._path
+        annotated = parse_json(read_bytes(path), path)
+        names = _LAYOUTS[self.name].names(index_categories(annotated, path))
+        self.facts[_NAMES] = sorted(set(names.values()))
+        listed = index_pictures(annotated, path, self.skipped)
+        for one in listed.values():
+            self._placed(one.file_name)  # refuses names that lie elsewhere
+        pictures = {number: _Picture(one) for number, one in listed.items()}
+        for annotation in json_field(annotated, "annotations", list, path):
+            self._add(annotation, pictures, names)
+        for picture in pictures.values():
+            self._settle(picture, names)
+        without = sum(not picture.classes for picture in pictures.values())
+        if without:
+            self.skipped["picture without a usable annotation"] += without
+        for picture in pictures.values():
+            classes = ((name, tuple(one.sources), tuple(one.crowds)) for name, one in picture.classes.items())
+            if picture.classes:
+                yield picture.listed.file_name, picture.listed.number, tuple(classes)
 
     def _add(self, annotation: Any, pictures: Mapping[int, _Picture], names: dict[int, str]) -> None:
         picture = pictures.get(json_field(annotation, "image_id", int, f"an annotation of {self._path}"))
@@ -124,7 +134,7 @@ class PartReader(ClassReader):
             self.skipped["annotation without a polygon that has an inside"] += 1
             return
         regions = picture.classes.setdefault(name, _Regions())
-        (regions.crowds if is_crowd(annotation) else regions.sources).append(source)
+        (regions.crowds if is_crowd(annotation) else regions.sources).append(source.plain())
 
     def _settle(self, picture: _Picture, names: dict[int, str]) -> None:
         """Take out the classes that cannot be asked for, such as those LVIS says it did not mark everywhere."""
