@@ -10,10 +10,11 @@ import pytest
 from pycocotools import mask as coco_rle
 
 from utils.data.samples import Target, Turn
-from utils.evaluation import EvalQuestion, Scored
+from utils.evaluation import Scored
 from utils.metrics import named, names_exactly
 from utils.scores import compare, fingerprints, lines, pages, tables
 from utils.scores.figures import Figures, Said, drawn
+from utils.scores.questions import EvalQuestion
 from utils.scores.results import read_results
 from utils.scripts import UserError
 
@@ -97,9 +98,12 @@ def test_a_line_holds_masks_that_pycocotools_reads() -> None:
 
 def test_lines_are_sorted_and_appear_when_all_are_there(tmp_path: Path) -> None:
     with lines.Lines(tmp_path, {}) as written:
-        for number in (10, 2):
-            written.add(scored(["cat"], ["cat"], [A], number=number))
+        both = [scored(["cat"], ["cat"], [A], number=number) for number in (10, 2)]
+        for one in both:
+            written.add(one)
         assert not (tmp_path / "samples.jsonl").exists()
+        records = written.finish([one.question for one in both])
+    assert [record["key"][2] for record in records] == [10, 2]  # as asked for
     assert [line["id"] for line in lines.read_lines(tmp_path)] == ["drawn/val/1#2", "drawn/val/1#10"]
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
@@ -130,7 +134,8 @@ def noise(path: str) -> np.ndarray:
 def test_words_of_a_page_are_shown_and_not_run(tmp_path: Path) -> None:
     hostile = '<script>alert("x")</script><img src=x onerror=alert(1)>'
     one = scored(["cat"], ["cat"], [A], question=hostile, said=hostile)
-    pages.write_page(tmp_path / "index.html", hostile, {hostile: [one], "again": [one]}, flat, noise)
+    told = lines.line_of(one)
+    pages.write_page(tmp_path / "index.html", hostile, {hostile: [told], "again": [told]}, flat, noise)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<script" not in text and "<img src=x" not in text
     assert text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;") >= 4
@@ -143,9 +148,9 @@ def test_words_of_a_page_are_shown_and_not_run(tmp_path: Path) -> None:
 def test_a_page_of_500_answers_stays_under_20_megabytes(tmp_path: Path) -> None:
     # Noise is what a JPEG is worst at, and a quotation mark what escaping is.
     loud = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-    small, _ = pages._small(loud, np.zeros((0, 480, 640), dtype=bool))
+    small, _ = pages._small(loud, None)
     quotes = scored(["cat"], ["cat"], [A], question='"' * 5000, said='"' * 5000)
-    pages.write_page(tmp_path / "index.html", "one", {"all": [quotes]}, flat, noise)
+    pages.write_page(tmp_path / "index.html", "one", {"all": [lines.line_of(quotes)]}, flat, noise)
     words = (tmp_path / "index.html").stat().st_size - 3 * len(pages._embedded(noise("")))
     assert 500 * (3 * len(pages._embedded(small)) + words + 6 * pages._MOST_LETTERS) < 20e6
 
@@ -156,12 +161,12 @@ def test_a_page_keeps_best_worst_random_and_causes() -> None:
     wrong = scored(["cat"], ["dog"], [B], number=3)
     silent = scored([], [], [], number=4)
     for one in (*right, wrong, silent):
-        chosen.add(one)
-    sections = chosen.sections()
-    assert sections["best"] == right[:2]
-    assert sections["worst"] == [wrong, right[0]]
+        chosen.add(lines.line_of(one))
+    sections = {name: [int(line["id"].split("#")[1]) for line in kept] for name, kept in chosen.sections().items()}
+    assert sections["best"] == [0, 1]
+    assert sections["worst"] == [3, 0]
     assert len(sections["at random"]) == 2
-    assert sections["cause: bad mask"] == sections["cause: wrong phrase"] == [wrong]
+    assert sections["cause: bad mask"] == sections["cause: wrong phrase"] == [3]
     assert "cause: extra" not in sections
 
 
@@ -188,7 +193,7 @@ def test_compared_runs_are_paired() -> None:
     second = [line(0, 0.5), line(1, 0.7), line(2, 0.2), line(3, 0.5)]
     found = compare.compare(first, second)
     (whole,) = found.differences
-    assert (whole.protocol, whole.n, found.only_first, found.only_second) == ("free", 4, 1, 0)
+    assert (whole.score, whole.n, found.only_first, found.only_second) == ("free gIoU, all", 4, 1, 0)
     assert whole.first == 0.5 and whole.second == pytest.approx((0.5 + 0.7 + 0.2 + 0.5) / 4)
     # Two pictures: +0.2 over two questions and -0.3 over two; a quarter of the draws takes only one of them.
     assert whole.interval == pytest.approx((-0.3 / 2, 0.2 / 2))
@@ -209,9 +214,14 @@ def test_comparing_says_what_changed(tmp_path: Path) -> None:
     for name, mask in (("a", A), ("b", B)):
         (tmp_path / name).mkdir()
         with lines.Lines(tmp_path / name, {}) as written:
-            written.add(scored(["cat"], ["cat"], [mask], said="It is\x1b[31m here."))
-    said = compare.compare_folders(tmp_path / "a", tmp_path / "b")
-    assert "free, all" in said and "-1.0000" in said and "-1.000  drawn/val/1#0  Where?" in said
+            one = scored(["cat"], ["cat"], [mask], said="It is\x1b[31m <b>here</b>.")
+            written.add(one)
+            written.finish([one.question])
+    said = compare.compare_folders(tmp_path / "a", tmp_path / "b", tmp_path / "c", flat, noise)
+    page = (tmp_path / "c" / "compare.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") == 3 and "IoU 1.000 → 0.000 (-1.000)" in page  # truth, A and B
+    assert "&lt;b&gt;here" in page and "<b>here" not in page
+    assert "free gIoU, all" in said and "-1.0000" in said and "-1.000  drawn/val/1#0  Where?" in said
     assert "\x1b" not in said
 
 

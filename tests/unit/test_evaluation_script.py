@@ -100,7 +100,7 @@ def test_runs_that_are_equal_write_equal_lines_and_differ_by_nothing(
     capsys.readouterr()
     assert run("--compare", tmp_path / "a", tmp_path / "b") == 0
     said = capsys.readouterr().out
-    assert f"free, all {QUESTIONS} " in " ".join(said.split())
+    assert f"free gIoU, all {QUESTIONS} " in " ".join(said.split())
     assert "+0.0000" in said and "no question's IoU changed" in said
     assert run("--table", tmp_path / "a") == 0
     assert "| refcoco | free | " in capsys.readouterr().out

@@ -69,7 +69,7 @@ def test_what_may_go_well_at_another_try_is_tried_again(bad: Reply) -> None:
 
 def test_tries_end() -> None:
     with judge_server(lambda n, prompt: Reply(500, b"boom")) as server:
-        with pytest.raises(Unanswered, match="status 500 from .*: boom, at the last of 3 tries"):
+        with pytest.raises(Unanswered, match=r"status 500 from .*: boom, at the last of 3 tries"):
             ask(server.url)
         assert len(server.requests) == 3
 
@@ -83,7 +83,7 @@ def test_nobody_there() -> None:
 
 def test_a_refused_question_is_not_repeated() -> None:
     with judge_server(lambda n, prompt: Reply(400, b'{"error": "content filter"}')) as server:
-        with pytest.raises(Unanswered, match="status 400 .*content filter"):
+        with pytest.raises(Unanswered, match=r"status 400 .*content filter"):
             ask(server.url)
         assert len(server.requests) == 1
 
@@ -110,9 +110,8 @@ def test_a_redirect_does_not_carry_the_key_elsewhere() -> None:
 @pytest.mark.parametrize("told", ["0.4", email.utils.formatdate(time.time() + 2, usegmt=True)])
 def test_retry_after_is_kept_to(told: str) -> None:
     again = email.utils.formatdate(time.time() + 2, usegmt=True) if "GMT" in told else told
-    with judge_server(
-        lambda n, p: Reply(429, headers={"Retry-After": again}) if n == 0 else says("SCORE: 4")
-    ) as server:
+    busy = Reply(429, headers={"Retry-After": again})
+    with judge_server(lambda n, prompt: says("SCORE: 4") if n else busy) as server:
         start = time.monotonic()
         assert ask(server.url) == "SCORE: 4"
     assert time.monotonic() - start >= (0.4 if "GMT" not in told else 0.9)
@@ -205,7 +204,7 @@ def test_a_question_without_a_reply_does_not_end_the_others(tmp_path: Path) -> N
 
 def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c").write_text('{"id": 1}\n')
-    with pytest.raises(UserError, match="line 1 of .* is no judge's reply"):
+    with pytest.raises(UserError, match=r"line 1 of .* is no judge's reply"):
         ReplyCache(tmp_path / "c")
 
 
