@@ -306,7 +306,7 @@ def _figures(
         dataset=question.dataset,
         picture=question.image_path,
         num_targets=len(turn.targets),
-        class_name=turn.targets[0].name if of_class else None,
+        class_name=" ".join(metrics.name_words(turn.targets[0].name)) if of_class else None,
         query=_query(question),
         num_ignored=int(np.count_nonzero(metrics.unite_truths(truths) == IGNORE_LABEL)),
         **told,
