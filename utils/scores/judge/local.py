@@ -19,7 +19,7 @@ class LocalJudge:
 
     parallel = 1
 
-    def __init__(self, folder: str, device: str = "auto", max_new_tokens: int = MAX_NEW_TOKENS) -> None:
+    def __init__(self, folder: str, device: str = "auto") -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -30,12 +30,11 @@ class LocalJudge:
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"cannot load --judge_model {folder} on {where}: {reason}") from error
-        self._max_new_tokens = max_new_tokens
         self.facts: Mapping[str, Any] = {
             "kind": "local",
             "model": folder,
             "model_sha256": fingerprints.of_model(folder)["sha256"],
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": MAX_NEW_TOKENS,
         }
 
     def ask(self, prompt: str) -> str:
@@ -51,7 +50,7 @@ class LocalJudge:
             generated = self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=self._max_new_tokens,
+                max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
                 pad_token_id=self._tokenizer.pad_token_id or 0,
             )
