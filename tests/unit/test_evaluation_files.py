@@ -145,14 +145,18 @@ def test_words_of_a_page_are_shown_and_not_run(tmp_path: Path) -> None:
     assert "free, IoU 1.000" in text
 
 
-def test_a_page_of_500_answers_stays_under_20_megabytes(tmp_path: Path) -> None:
+def test_answers_share_the_bytes_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 answers stay under 20 MB; here 25 under a twentieth of that, which leaves each as much."""
+    assert pages._bytes_of_picture(5) == 30_000 and pages._PAGE_BYTES == 19e6
+    assert pages._bytes_of_picture(500) == int((19e6 / 500 - 4 * 600 * 6) / 3 * 3 / 4)
+    monkeypatch.setattr(pages, "_PAGE_BYTES", pages._PAGE_BYTES // 20)
     # Noise is what a JPEG is worst at, and a quotation mark what escaping is.
-    loud = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-    small, _ = pages._small(loud, None)
-    quotes = scored(["cat"], ["cat"], [A], question='"' * 5000, said='"' * 5000)
-    pages.write_page(tmp_path / "index.html", "one", {"all": [lines.line_of(quotes)]}, flat, noise)
-    words = (tmp_path / "index.html").stat().st_size - 3 * len(pages._embedded(noise("")))
-    assert 500 * (3 * len(pages._embedded(small)) + words + 6 * pages._MOST_LETTERS) < 20e6
+    loud = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    quotes = lines.line_of(scored(["cat"], ["cat"], [A], question='"' * 5000, said='"' * 5000))
+    told = [quotes | {"id": str(number), "size": [240, 320], "masks": [], "true_masks": []} for number in range(25)]
+    pages.write_page(tmp_path / "index.html", "many", {"all": told}, lambda picture, *_: picture, lambda path: loud)
+    size = (tmp_path / "index.html").stat().st_size
+    assert 0.3 * 20e6 / 20 < size < 20e6 / 20
 
 
 def test_a_page_keeps_best_worst_random_and_causes() -> None:

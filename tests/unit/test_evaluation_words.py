@@ -146,7 +146,7 @@ def test_training_on_masks_is_compared_in_words() -> None:
     after = [text_line_of(one) for one in ask(Speaker(right | {"What is it?": "A mask."}, 0.5))[1]]
     found = {one.score: one for one in compare.compare(before, after).differences}
     assert (found["exact match"].first, found["exact match"].second) == (2 / 3, 1 / 3)
-    # The second picture loses its only right answer, the first none of its two: 0 and −1 when one of them is drawn twice.
+    # The second picture loses its only right answer, the first none: 0 and −1 when one of them is drawn twice.
     assert found["exact match"].interval == pytest.approx((-1.0, 0.0))
     assert found["vqa accuracy"].value == 0.0
     assert (found["perplexity"].first, found["perplexity"].second) == pytest.approx((math.exp(0.25), math.exp(0.5)))

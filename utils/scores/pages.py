@@ -27,10 +27,12 @@ PER_SECTION = 8
 SIDE = 280
 """Longest side in pixels of a picture on the page."""
 
-# Three pictures of this many bytes are 26,000 characters: 500 answers with their words, all of them quotation marks
-# that take six letters, stay under 20 MB.
-_MOST_BYTES = 6_500
+# A page stays below this many bytes; its answers share them.
+_PAGE_BYTES = 19_000_000
+_MOST_BYTES, _FEWEST_BYTES = 30_000, 2_000
+_PICTURES, _TEXTS = 3, 4
 _MOST_LETTERS = 600
+_LETTERS_OF_A_QUOTATION_MARK = 6
 _QUALITIES = (80, 60, 40, 25)
 
 Line = Mapping[str, Any]
@@ -45,6 +47,7 @@ _HEAD = """<!DOCTYPE html>
 body {{ font: 15px/1.4 sans-serif; margin: 1.5em auto; max-width: 62em; padding: 0 1em; color: #111; background: #fff }}
 article {{ border-top: 1px solid #ccc; padding: .6em 0 }}
 .row {{ display: flex; gap: .5em; flex-wrap: wrap }}
+h1, h2 {{ overflow-wrap: anywhere }}
 figure {{ margin: 0 }} figcaption, .note {{ color: #666; font-size: 85% }}
 img {{ max-width: 100%; height: auto }}
 p {{ margin: .3em 0; overflow-wrap: anywhere; white-space: pre-wrap }}
@@ -135,6 +138,8 @@ def write_page(path: Path, title: str, sections: dict[str, list[Line]], draw: Dr
     draw: (picture uint8 (H, W, 3), bool masks (Q, H, W), phrases) -> a picture with its masks. open_picture: by path.
     """
     places: dict[tuple[str, str], str] = {}
+    articles = {(line["dataset"], line["id"]) for lines in sections.values() for line in lines}
+    pictures_of = _Pictures(draw, open_picture, _bytes_of_picture(len(articles)))
     with path.open("w", encoding="utf-8") as page:
         page.write(_HEAD.format(title=escape(title)))
         links = [
@@ -150,7 +155,7 @@ def write_page(path: Path, title: str, sections: dict[str, list[Line]], draw: Dr
                     page.write(f'<p><a href="#{places[key]}">{escape(text)}</a></p>\n')
                 else:
                     places[key] = f"a{len(places)}"
-                    page.write(_article(line, places[key], draw, open_picture))
+                    page.write(_article(line, places[key], pictures_of))
         page.write("</body></html>\n")
 
 
@@ -158,11 +163,12 @@ def write_comparison(
     path: Path, title: str, pairs: Sequence[tuple[Line, Line]], draw: Draw, open_picture: Open
 ) -> None:
     """Write a page of pairs of lines, (A, B) of the same question; see `write_page`."""
+    pictures_of = _Pictures(draw, open_picture, _bytes_of_picture(len(pairs)))
     with path.open("w", encoding="utf-8") as page:
         page.write(_HEAD.format(title=escape(title)))
         for number, (first, second) in enumerate(pairs):
             pictures = {"truth": _true(first), "A": _predicted(first), "B": _predicted(second)}
-            shown = _figures(first["image_path"], pictures, draw, open_picture)
+            shown = pictures_of.figures(first["image_path"], pictures)
             note = f"IoU {iou_of(first):.3f} → {iou_of(second):.3f} ({iou_of(second) - iou_of(first):+.3f})"
             page.write(
                 f'<article id="a{number}">{_said("Q", first["question"])}<div class="row">{shown}</div>'
@@ -187,12 +193,12 @@ def _predicted(line: Line) -> Masks:
     return decoded(line["masks"], line["size"]), line["phrases"]
 
 
-def _article(line: Line, place: str, draw: Draw, open_picture: Open) -> str:
+def _article(line: Line, place: str, pictures_of: "_Pictures") -> str:
     of_text = line["kind"] == TEXT
     pictures: dict[str, Masks] = {"picture": (None, ())}
     if not of_text:
         pictures |= {"truth": _true(line), "prediction": _predicted(line)}
-    shown = _figures(line["image_path"], pictures, draw, open_picture)
+    shown = pictures_of.figures(line["image_path"], pictures)
     note = f"{line['kind']}, {line['protocol']}" + ("" if of_text else f", IoU {iou_of(line):.3f}")
     if why := line.get("causes"):
         note += f", {', '.join(why)}"
@@ -207,17 +213,32 @@ def _said(name: str, text: str) -> str:
     return f"<p><b>{name}</b> {escape(_cut(text))}</p>"
 
 
-def _figures(path: str, pictures: Mapping[str, Masks], draw: Draw, open_picture: Open) -> str:
-    """Pictures side by side; masks None: the picture alone."""
-    picture = open_picture(path)
-    shown = {
-        name: _small(picture, None)[0] if masks is None else draw(*_small(picture, masks), names)
-        for name, (masks, names) in pictures.items()
-    }
-    return "".join(
-        f'<figure><img alt="{name}" src="{_embedded(one)}"><figcaption>{name}</figcaption></figure>'
-        for name, one in shown.items()
-    )
+@dataclass(frozen=True)
+class _Pictures:
+    """Draws pictures into a page, each of at most `most_bytes`."""
+
+    draw: Draw
+    open_picture: Open
+    most_bytes: int
+
+    def figures(self, path: str, pictures: Mapping[str, Masks]) -> str:
+        """Pictures side by side, by their captions; masks None: the picture alone."""
+        picture = self.open_picture(path)
+        shown = {
+            name: _small(picture, None)[0] if masks is None else self.draw(*_small(picture, masks), names)
+            for name, (masks, names) in pictures.items()
+        }
+        return "".join(
+            f'<figure><img alt="{name}" src="{_embedded(one, self.most_bytes)}"><figcaption>{name}</figcaption></figure>'
+            for name, one in shown.items()
+        )
+
+
+def _bytes_of_picture(articles: int) -> int:
+    """As many bytes as each of an article's pictures may have beside texts that are all quotation marks."""
+    texts = _TEXTS * _MOST_LETTERS * _LETTERS_OF_A_QUOTATION_MARK
+    characters = (_PAGE_BYTES / max(articles, 1) - texts) / _PICTURES
+    return int(min(max(characters * 3 / 4, _FEWEST_BYTES), _MOST_BYTES))
 
 
 def _cut(text: str) -> str:
@@ -238,14 +259,14 @@ def _small(picture: np.ndarray, masks: np.ndarray | None) -> tuple[np.ndarray, n
     return small, np.array(parts, dtype=bool).reshape(len(masks), size[1], size[0])
 
 
-def _embedded(picture: np.ndarray) -> str:
-    """The picture as a data address of a JPEG of at most _MOST_BYTES: coarser, then smaller, until it fits."""
+def _embedded(picture: np.ndarray, most_bytes: int) -> str:
+    """The picture as a data address of a JPEG of at most `most_bytes`: coarser, then smaller, until it fits."""
     image = Image.fromarray(picture)
     image.thumbnail((SIDE, SIDE))
     while True:
         for quality in _QUALITIES:
             written = io.BytesIO()
             image.save(written, "JPEG", quality=quality)
-            if written.tell() <= _MOST_BYTES or max(image.size) == 1:
+            if written.tell() <= most_bytes or max(image.size) == 1:
                 return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode("ascii")
         image = image.resize((max(1, image.width // 2), max(1, image.height // 2)))

@@ -13,18 +13,30 @@ COLUMNS = {
     "text_accuracy": "text",
 }
 _FURTHER = ("P@.5", "P@.7", "P@.9", "box", "N-acc", "T-acc", "mIoU", "ECE")
+_TEXT_COLUMNS = ("exact", "VQA", "BLEU", "perplexity")
 _STAGES = {"pre_judge": "before judge", "judged": "after judge"}
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     sign: f"\\{sign}" for sign in "&%$#_{}"
 }
 
 
-def score_table(scores: Mapping[str, Any]) -> str:
-    """The scores over all questions and by kind, in columns."""
-    kinds = list(scores["n_by_kind"])
-    rows = [["kind", *COLUMNS.values()], ["all", *(_number(scores[name]) for name in COLUMNS)]]
-    rows += [[kind, *(_number(scores[f"{name}_by_kind"][kind]) for name in COLUMNS)] for kind in kinds]
-    return columns(rows)
+def score_table(result: Mapping[str, Any]) -> str:
+    """The scores of a results.json for a person: of masks over all questions and by kind; MUSE's; of words."""
+    found = []
+    if kinds := list(result["n_by_kind"]):
+        rows = [["kind", *COLUMNS.values()], ["all", *(_number(result[name]) for name in COLUMNS)]]
+        rows += [[kind, *(_number(result[f"{name}_by_kind"][kind]) for name in COLUMNS)] for kind in kinds]
+        found.append(columns(rows))
+    rows = [["MUSE", "n", "gIoU", "cIoU"]]
+    for name, entry in result["datasets"].items():
+        for stage, told in entry.get("muse", {}).items():
+            rows.append([f"{name}, {_STAGES[stage]}", *(_number(told[key]) for key in ("n", "giou", "ciou"))])
+    if len(rows) > 1:
+        found.append(columns(rows))
+    if text := result.get("text"):
+        keys = ("n", "exact_match", "vqa_accuracy", "bleu", "perplexity")
+        found.append(columns([["in words alone", "n", *_TEXT_COLUMNS], ["all", *(_number(text[key]) for key in keys)]]))
+    return "\n\n".join(found)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -45,7 +57,7 @@ def quotable(result: Mapping[str, Any]) -> tuple[str, ...]:
     tables = (
         (("data set", "protocol", "n", "gIoU", "cIoU"), _rows(result)),
         (("data set", "protocol", *_FURTHER), _further_rows(result)),
-        (("data set", "n", "exact", "VQA", "BLEU", "perplexity"), _text_rows(result)),
+        (("data set", "n", *_TEXT_COLUMNS), _text_rows(result)),
     )
     for head, rows in tables:
         if rows:
