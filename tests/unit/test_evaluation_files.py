@@ -178,13 +178,32 @@ def test_rows_to_quote() -> None:
     entry = {"giou": 0.5, "ciou": 0.25, "n": 4, "giou_interval": [0.4, 0.6], "ciou_interval": [0.2, 0.3]}
     forced = {"giou_teacher_forced": 0.75, "ciou_teacher_forced": 1.0, "n_teacher_forced": 3}
     loops = {"validate": {"giou": 0.1, "ciou": 0.2}, "ar_validate": {"giou": None, "ciou": None}}
-    markdown, latex = tables.quotable({"n": 4, "datasets": {"ref_coco|x": entry | forced}, "release": loops})
+    judged = {"giou": 0.125, "ciou": 0.0, "n": 2}
+    more = {
+        "release": loops,
+        "by_query": {"long": entry},
+        "muse": {"pre_judge": judged, "judged": judged | {"giou": None}},
+    }
+    (markdown, latex) = tables.quotable({"datasets": {"ref_coco|x": entry | forced | more}})
     assert markdown.splitlines()[2:] == [
         r"| ref_coco\|x | free | 4 | 50.0 [40.0, 60.0] | 25.0 [20.0, 30.0] |",
         r"| ref_coco\|x | teacher | 3 | 75.0 | 100.0 |",
-        "| all | release, validate | 4 | 10.0 | 20.0 |",
+        r"| ref_coco\|x | release, validate | 4 | 10.0 | 20.0 |",
+        r"| ref_coco\|x, long queries | free | 4 | 50.0 [40.0, 60.0] | 25.0 [20.0, 30.0] |",
+        r"| ref_coco\|x, MUSE before judge | free | 2 | 12.5 | 0.0 |",
     ]
     assert latex.splitlines()[1] == r"ref\_coco|x & free & 4 & 50.0 [40.0, 60.0] & 25.0 [20.0, 30.0] \\"
+
+
+def test_further_rows_to_quote() -> None:
+    free = {"precision": {"0.5": 0.5, "0.7": 0.25, "0.9": 0.0}, "box_accuracy": None, "n_acc": 1.0, "t_acc": 0.75}
+    entry = {"giou": None, "ciou": None, "n": 4, "free": free | {"calibration_error": 0.125}, "miou": 0.5}
+    text = {"n": 9, "exact_match": 0.5, "vqa_accuracy": None, "bleu": 12.34, "perplexity": 3.0}
+    text |= {"exact_match_interval": [0.25, 0.75], "perplexity_interval": [2.5, 3.5]}
+    words, _ = tables.quotable({"datasets": {"v": entry | {"free": None, "text": text}}})
+    assert words.splitlines()[2:] == ["| v | 9 | 50.0 [25.0, 75.0] | - | 12.3 | 3.00 [2.50, 3.50] |"]
+    further = tables.quotable({"datasets": {"d": entry}})[0]
+    assert further.splitlines()[2:] == ["| d | free | 50.0 | 25.0 | 0.0 | - | 100.0 | 75.0 | 50.0 | 0.125 |"]
 
 
 def line(number: int, iou: float | None, **changed: Any) -> dict[str, Any]:

@@ -228,9 +228,10 @@ class _Pictures:
             name: _small(picture, None)[0] if masks is None else self.draw(*_small(picture, masks), names)
             for name, (masks, names) in pictures.items()
         }
+        sources = {name: _embedded(one, self.most_bytes) for name, one in shown.items()}
         return "".join(
-            f'<figure><img alt="{name}" src="{_embedded(one, self.most_bytes)}"><figcaption>{name}</figcaption></figure>'
-            for name, one in shown.items()
+            f'<figure><img alt="{name}" src="{source}"><figcaption>{name}</figcaption></figure>'
+            for name, source in sources.items()
         )
 
 
