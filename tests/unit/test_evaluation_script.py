@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import evaluate
+import train_ds
 from model.build.builder import save_model
 from tests.unit.tiny_pixellm import make_model
 from utils.scenes import HELD_OUT_SPEC, SceneSettings, write_scene_data
@@ -141,3 +142,21 @@ def test_bad_calls_get_one_sentence(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
     assert not (tmp_path / "out").exists()
+
+
+def test_train_ds_scores_alike_as_the_releases_users_type_it(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = [f"--dataset_dir={data}", "--val_dataset=grefcoco|unc|val||multirefcoco|unc|val", "--max_new_tokens=6"]
+    assert run(model, *flags, f"--out={tmp_path / 'out'}", "--batch_size=4", "--gallery=0", "--no_shuffled") == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    capsys.readouterr()
+    place = ["--exp_name=scored", f"--log_base_dir={tmp_path}", "--precision=fp32", "--val_batch_size=4"]
+    release = ["--dataset=sem_seg||refer_seg||vqa||multi_reason_seg", "--sample_rates=2,9,2,4", "--seg_token_num=3"]
+    release += ["--pad_train_clip_images", "--vision_tower_for_mask", "--image_feature_scale_num=2"]
+    assert run_script(train_ds.main, [f"--version={model}", "--eval_only", *flags, *place, *release]) == 0
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 0: "))
+    told = dict(part.split(" ") for part in said.removeprefix("step 0: ").split(", "))
+    for name in ("giou", "ciou", "giou_teacher_forced", "ciou_teacher_forced", "text_accuracy"):
+        assert float(told[name]) == pytest.approx(result[name], abs=1e-4), name
+    assert result["giou_teacher_forced"] > 0
