@@ -160,3 +160,30 @@ def test_train_ds_scores_alike_as_the_releases_users_type_it(
     for name in ("giou", "ciou", "giou_teacher_forced", "ciou_teacher_forced", "text_accuracy"):
         assert float(told[name]) == pytest.approx(result[name], abs=1e-4), name
     assert result["giou_teacher_forced"] > 0
+
+
+@pytest.mark.long
+def test_every_protocol_on_every_real_data_set(
+    model: Path, realdata: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sets = ["ReasonSeg|val", "refcoco|unc|val", "multirefcoco|unc|val", "grefcoco|unc|val", "ade20k|train"]
+    sets += [f"MultiReasonSeg|{split}" for split in ("val", "test_less", "test_many")]
+    sets += ["cocostuff|train", "pascal_part|train", "paco_lvis|train", "llava_instruct_150k|train"]
+    flags = [f"--dataset_dir={realdata / 'dataset'}", "--protocol=free,teacher,release", "--max_new_tokens=4"]
+    assert run(model, *flags, f"--val_dataset={'||'.join(sets)}", f"--out={tmp_path / 'out'}") == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = [name if name.startswith("MultiReasonSeg") else name.split("|")[0] for name in sets]
+    assert list(result["datasets"]) == names
+    for name, entry in result["datasets"].items():
+        if name.startswith("llava"):
+            assert entry["text"]["perplexity"] > 1 and entry["text"]["n"] == entry["text"]["n_read"]
+            continue
+        assert entry["giou_interval"][0] <= entry["giou"] <= entry["giou_interval"][1]
+        assert entry["giou_teacher_forced"] is not None and entry["release"]["validate"]["giou"] is not None
+        assert ("miou" in entry) == (name in {"ade20k", "cocostuff", "pascal_part", "paco_lvis"})
+        assert ("muse" in entry) == name.startswith("MultiReasonSeg")
+    capsys.readouterr()
+    missing = [f"--dataset_dir={realdata / 'dataset'}", "--val_dataset=refcocog|umd|val||ReasonSeg|test"]
+    assert run(model, *missing, f"--out={tmp_path / 'none'}") == 2
+    said = capsys.readouterr().err
+    assert "refs(umd).p" in said and "ReasonSeg/test" in said and not (tmp_path / "none").exists()
