@@ -176,7 +176,8 @@ def test_every_protocol_on_every_real_data_set(
     assert list(result["datasets"]) == names
     for name, entry in result["datasets"].items():
         if name.startswith("llava"):
-            assert entry["text"]["perplexity"] > 1 and entry["text"]["n"] == entry["text"]["n_read"]
+            # Few of these conversations fit into the tiny model's 256 positions.
+            assert entry["text"]["perplexity"] > 1 and 0 < entry["text"]["n_read"] <= entry["text"]["n"] == 18
             continue
         assert entry["giou_interval"][0] <= entry["giou"] <= entry["giou_interval"][1]
         assert entry["giou_teacher_forced"] is not None and entry["release"]["validate"]["giou"] is not None

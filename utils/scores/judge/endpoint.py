@@ -4,6 +4,7 @@ import email.utils
 import http.client
 import json
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -25,6 +26,7 @@ _MOST_SECONDS_TO_WAIT = 600.0
 _TRY_AGAIN = frozenset({408, 409, 425, 429})
 _NOT_HERE = frozenset({401, 403, 404, 405})
 _HIDDEN = "***"
+_SECRET = re.compile(r"(key|token|secret|password|signature)[^=&]*=", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,11 @@ def _addresses(url: str) -> tuple[str, str]:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-        named = parts.username is not None or parts.password is not None
+        told = parts.username is not None or parts.password is not None or _SECRET.search(parts.query)
     except ValueError:
-        usable = named = False
-    if named:
-        raise UserError(f"--judge_url carries a name or password: put the key into {KEY_VARIABLE} instead")
+        usable = told = False
+    if told:
+        raise UserError(f"--judge_url carries a password or key (not shown here): put it into {KEY_VARIABLE} instead")
     if not usable:
         raise UserError(f"--judge_url must be an address such as https://host/v1, found {url!r}")
     path = parts.path.rstrip("/")
