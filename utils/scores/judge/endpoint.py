@@ -167,7 +167,7 @@ def _addresses(url: str) -> tuple[str, str]:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-        told = parts.username is not None or parts.password is not None or _SECRET.search(parts.query)
+        told = parts.username is not None or parts.password is not None or bool(_SECRET.search(parts.query))
     except ValueError:
         usable = told = False
     if told:
