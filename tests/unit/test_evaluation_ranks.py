@@ -41,10 +41,10 @@ def launch(env: dict[str, str], data: Path, out: Path, most: tuple[int, ...]) ->
     ]
     if any(limit >= 0 for limit in most):  # what a launcher does: one rank is gone, all are ended
         number = next(rank for rank, limit in enumerate(most) if limit >= 0)
-        started[number].wait(timeout=120)
+        started[number].wait(timeout=250)
         for process in started:
             process.kill()
-    return [process.wait(timeout=120) for process in started]
+    return [process.wait(timeout=250) for process in started]
 
 
 def test_ranks_and_kills_do_not_show(data: Path, tmp_path: Path, child_env: dict[str, str]) -> None:
