@@ -23,7 +23,7 @@ from utils.scores.judge import scoring
 from utils.scores.judge.choice import choose_judge, refuse_judge
 from utils.scores.judge.prompts import PROMPT_FILE, read_prompt
 from utils.scores.lines import SAMPLES, Lines, read_lines
-from utils.scores.protocols import RELEASE
+from utils.scores.protocols import FREE, RELEASE
 from utils.scores.questions import Plan, make_plan
 from utils.scores.ranks import Ranks
 from utils.scores.results import RESULTS, merged, protocol_facts, read_results, with_intervals
@@ -57,13 +57,16 @@ class Session:
         refuse_absent(asked_for_evaluation(args.val_dataset), args.dataset_dir)
         self.args, self.ranks, self.words = args, ranks, words
         self.sets = ScoredSets(args.val_dataset, args.dataset_dir)
-        self._has_muse = any(reader.name == MUSE for reader in self.sets.readers)
-        self._judges = self._has_muse and bool(args.judge_model)
-        if args.judge_model and not self._has_muse:
-            note(f"evaluate.py: --judge_model: no effect, none of {args.val_dataset} is MUSE ({MUSE}|SPLIT)")
-        elif args.judge_model:
+        pair = FREE in args.protocols() and any(reader.name == MUSE for reader in self.sets.readers)
+        self._judges = pair and bool(args.judge_model)
+        if self._judges:
             refuse_judge(args)
             read_prompt(args.judge_prompt or PROMPT_FILE)
+        elif args.judge_model:
+            note(
+                f"evaluate.py: --judge_model: no effect, only free-running answers to MUSE ({MUSE}|SPLIT) are judged, and "
+                f"{','.join(args.protocols())} on {args.val_dataset} gives none"
+            )
         self.plan: Plan = make_plan(
             self.sets,
             batch_size=args.batch_size,
@@ -72,7 +75,7 @@ class Session:
             shuffled=args.shuffled,
             max_new_tokens=args.max_new_tokens,
             text=True,
-            pair=self._has_muse,
+            pair=pair,
         )
 
     @property
@@ -102,7 +105,8 @@ class Session:
         result = with_intervals(summary(self.plan, figures), figures) | run
         write_json(out / RESULTS, with_muse(result, shown))
         written = [RESULTS, SAMPLES, *self._draw(shown, drawing)]
-        if self._judges:
+        (out / scoring.VERDICTS).unlink(missing_ok=True)  # those of an earlier run
+        if self._judges and scoring.muse_lines(shown):
             judge_folder(out, self.args)
             written.append(scoring.VERDICTS)
         return f"{score_table(read_results(out))}\nwritten to {out}: {', '.join(written)}"
