@@ -165,7 +165,7 @@ def test_a_judge_that_is_of_no_use_is_said_to_be(muse: Path, tmp_path: Path, cap
     where = [f"--dataset_dir={tmp_path}", "--val_dataset=refcoco|unc|val", f"--out={tmp_path / 'out'}", "--gallery=0"]
     flags = ["--judge_model=m", "--judge_url=http://127.0.0.1:1/v1", "--protocol=free", "--max_new_tokens=2"]
     assert run(muse / "model", *where, *flags) == 0
-    assert "--judge_model: no effect, only free-running answers to MUSE" in capsys.readouterr().err
+    assert "--judge_model: no effect, only free-running answers to MultiReasonSeg|SPLIT" in capsys.readouterr().err
     where = [f"--dataset_dir={muse / 'data'}", "--val_dataset=MultiReasonSeg|val", f"--out={tmp_path / 'out'}"]
     assert run(muse / "model", *where, *flags, "--protocol=teacher", "--gallery=0") == 0
     assert "teacher on MultiReasonSeg|val gives none" in capsys.readouterr().err

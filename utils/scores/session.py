@@ -64,7 +64,7 @@ class Session:
             read_prompt(args.judge_prompt or PROMPT_FILE)
         elif args.judge_model:
             note(
-                f"evaluate.py: --judge_model: no effect, only free-running answers to MUSE ({MUSE}|SPLIT) are judged, and "
+                f"evaluate.py: --judge_model: no effect, only free-running answers to {MUSE}|SPLIT are judged, and "
                 f"{','.join(args.protocols())} on {args.val_dataset} gives none"
             )
         self.plan: Plan = make_plan(
