@@ -420,11 +420,48 @@ class ChatArguments(BaseArguments, PictureArguments, CodebookArguments):
 
 
 @dataclasses.dataclass
-class EvaluateArguments(BaseArguments):
+class JudgeArguments(Arguments):
+    """Who judges MUSE's answers, and how it is asked. The key is read from the environment, never from a flag."""
+
+    judge_model: str = option(
+        "", "MUSE's judge: a model's name at --judge_url, or without that the folder of a language model; empty: none"
+    )
+    judge_url: str = option("", "address of an OpenAI-compatible endpoint, such as https://host/v1")
+    judge_prompt: str = option("", "file with the judge's prompt; empty: utils/scores/judge/prompt.txt")
+    judge_threshold: float = option(5.0, "verdict from 0 to 10 below which an IoU counts 0", low=0.0, high=10.0)
+    judge_cache: str = option("", "file that keeps the judge's replies; empty: judge_cache.jsonl beside the results")
+    judge_timeout: float = option(60.0, "seconds until a reply of --judge_url counts as late", above=0.0)
+    judge_tries: int = option(6, "requests per answer to judge, at most", low=1)
+    judge_rate: float = option(0.0, "requests per minute, at most; 0: no limit", low=0.0)
+    judge_parallel: int = option(4, "requests at once", low=1)
+    judge_temperature: float = option(0.0, "sent to --judge_url; negative: not sent")
+
+    def check(self) -> None:
+        super().check()
+        self.check_judge()
+
+    def check_judge(self) -> None:
+        """UserError where the judge's flags do not go together."""
+        if self.judge_url and not self.judge_model:
+            raise UserError("--judge_url is given without --judge_model: name the model to ask for there")
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        names = ("judge_prompt", "judge_threshold", "judge_cache")
+        of_endpoint = ("judge_timeout", "judge_tries", "judge_rate", "judge_parallel", "judge_temperature")
+        if not self.judge_model:
+            found |= {name: "--judge_model is not set" for name in (*names, *of_endpoint) if name in self.given}
+        elif not self.judge_url:
+            found |= {name: "--judge_url is not set" for name in of_endpoint if name in self.given}
+        return found
+
+
+@dataclasses.dataclass
+class EvaluateArguments(JudgeArguments, BaseArguments):
     """evaluate.py. The model's folder may also stand first, without --version."""
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
-        "local_rank": "evaluation runs in one process",
+        "local_rank": "the launcher's environment says which process this is",
         "vis_save_path": "evaluation draws its gallery into --out",
     }
 
@@ -441,6 +478,7 @@ class EvaluateArguments(BaseArguments):
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     compare: str = option("", "two results folders, A B: paired differences, and the answers that changed most")
     table: str = option("", "a results folder: print its scores as rows of Markdown and LaTeX")
+    judge: str = option("", "a results folder: judge its answers to MUSE's questions, with --judge_model")
 
     def compared(self) -> tuple[Path, Path]:
         """The two folders of --compare. UserError when there are not two."""
@@ -460,6 +498,10 @@ class EvaluateArguments(BaseArguments):
     def check(self) -> None:
         if self.compare:
             self.compared()
+        elif self.judge:
+            self.check_judge()
+            if not self.judge_model:
+                raise UserError("--judge is given without --judge_model: say who judges")
         elif not self.table:
             super().check()
             self.protocols()

@@ -11,6 +11,8 @@ The predictor is handed in; this file knows of it only `answer` and `segment` (s
 Beside free, another picture of the same set may be shown ("shuffled") while the truth stays that of the question's own
 picture: what can be had from the words alone. Questions without a target are left out there too.
 
+Questions answered in words alone have scores of their own (`ask_in_words`).
+
 The unit is the question. Its IoU is that of the union of its predicted masks with the union of its true masks, as
 gRefCOCO scores sentences with several targets; a question without a target scores 1 when no mask is predicted and
 else 0. gIoU is the mean over questions, cIoU the sum of intersections over the sum of unions.
@@ -19,7 +21,6 @@ else 0. gIoU is the mean over questions, cIoU the sum of intersections over the 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Protocol
 
 import cv2
@@ -27,18 +28,19 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import metrics, release_protocol
-from utils.data.samples import IGNORE_LABEL, TEXT, Sample, Turn
-from utils.scores.figures import CLASS_SETS, Drawn, Figures, Release, Said, drawn, summarise
+from utils.data.readers import MUSE, REASON_SEG
+from utils.data.samples import IGNORE_LABEL, TEXT, Sample
+from utils.data.templates import REGION_ASKED_FOR
+from utils.metrics import Matched
+from utils.scores.figures import CLASS_SETS, LONG, SHORT, Drawn, Figures, Release, Said, Words, drawn, summarise
 from utils.scores.protocols import FREE, RELEASE, TEACHER
-from utils.scripts import UserError
-
-MAX_NEW_TOKENS = 256
+from utils.scores.questions import EvalQuestion, Plan, make_plan, questions_of, truths_of
 
 
 class Answered(Protocol):
     """What is read of an answer: its words, and a bool mask (Q, H, W) for every group.
 
-    For the protocol `release` it also has `logits`, float (Q, H, W), from which the masks were made.
+    For the protocol `release` and for `Pairing` it also has `logits`, float (Q, H, W), from which the masks were made.
     """
 
     @property
@@ -61,7 +63,7 @@ class Asked(Protocol):
     """What evaluation needs of a predictor; pictures are paths."""
 
     def answer(
-        self, pictures: Sequence[Any], questions: Sequence[str], image_index: Sequence[int], max_new_tokens: int
+        self, pictures: Sequence[Any], questions: Sequence[Any], image_index: Sequence[int], max_new_tokens: int
     ) -> Sequence[Answered]: ...
 
     def segment(
@@ -69,15 +71,29 @@ class Asked(Protocol):
     ) -> Sequence[Answered]: ...
 
 
-@dataclass(frozen=True)
-class EvalQuestion:
-    """One question about one picture; number: its place among those of its sample."""
+class Reads(Protocol):
+    """What evaluation in words needs besides: how likely a model finds the last answer of each conversation.
 
-    image_path: str
-    dataset: str
-    sample_id: str
-    number: int
-    turn: Turn
+    (sum over its tokens of −ln p, their number), its end included; None where the conversation is too long. fits:
+    whether there is room for a prompt.
+    """
+
+    def fits(self, turns: Sequence[tuple[str, str | None]]) -> bool: ...
+
+    def likelihoods(
+        self, pictures: Sequence[Any], conversations: Sequence[list[tuple[str, str]]], image_index: Sequence[int]
+    ) -> Sequence[tuple[float, int] | None]: ...
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which predicted masks belong to which targets by MUSE's matching, and what they score so.
+
+    partners: for every predicted mask the number of its target, None where it has none.
+    """
+
+    partners: tuple[int | None, ...]
+    matched: Matched
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,7 @@ class Scored:
     """A question, its true masks uint8 (G, H, W), an answer to it, what that answer scored, and the question's figures.
 
     protocol: which way of asking the answer and `shown` are from: free wherever the model said its groups itself.
+    pairing: of MUSE's free-running answers.
     """
 
     question: EvalQuestion
@@ -93,73 +110,69 @@ class Scored:
     protocol: str
     shown: Drawn
     figures: Figures
+    pairing: Pairing | None = None
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A question that is answered in words alone, what the model said (None where it was not let speak), and the
+    question's figures."""
+
+    question: EvalQuestion
+    text: str | None
+    figures: Figures
 
 
 def evaluate(
     predictor: Asked,
     samples: Iterable[Sample],
     *,
-    batch_size: int = 16,
-    limit: int = 0,
-    protocols: Sequence[str] = (FREE, TEACHER),
-    shuffled: bool = True,
-    max_new_tokens: int = MAX_NEW_TOKENS,
     on_scored: Callable[[Scored], None] | None = None,
-    restore: Callable[[EvalQuestion], Scored | None] | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Ask every question of `samples` and return `summarise` of what came out.
+    """Ask every question of `samples` and return `summary` of what came out.
 
-    batch_size: questions answered together; those about one picture stay together, so that it is encoded once.
-    limit: score this many questions, evenly spread; 0 for all. protocols: of PROTOCOLS. shuffled: also show other
-    pictures, where free is among them. on_scored: called for every question in turn. restore: gives a question as it
-    was scored before; a batch of which it has all is not asked again. progress: show a bar on stderr
-    with the running gIoU. Raises UserError when there is no question to score, and ValueError when a conversation has
-    several turns or a true mask is not of its picture's size.
+    options: those of `make_plan`, but for text. on_scored: called for every question in turn. progress: show a bar on
+    stderr with the running gIoU. Raises what `make_plan` does, and ValueError when a true mask is not of its picture's
+    size.
     """
-    questions = questions_of(samples)
-    asked = [question for question in questions if question.turn.kind != TEXT]
-    if not any(question.turn.targets or {FREE, RELEASE} & set(protocols) for question in asked):
-        raise UserError(f"there is nothing to score among {len(questions)} questions: none asks for masks")
-    eligible = asked if {FREE, RELEASE} & set(protocols) else [question for question in asked if question.turn.targets]
-    chosen = _spread(eligible, limit)
-    others = _other_pictures(chosen) if shuffled and FREE in protocols else {}
+    plan = make_plan(samples, **options)
     figures: list[Figures] = []
-    total = 0.0
-    with tqdm(total=len(chosen), desc="evaluate", unit="question", disable=not progress) as bar:
-        for batch in _batches(chosen, batch_size):
-            before = [one for question in batch if restore and (one := restore(question))]
-            whole = len(before) == len(batch)
-            for scored in before if whole else _score_batch(predictor, batch, protocols, others, max_new_tokens):
-                figures.append(scored.figures)
-                total += scored.shown.iou
-                if on_scored is not None:
-                    on_scored(scored)
-            bar.update(len(batch))
-            bar.set_postfix(giou=f"{total / len(figures):.3f}", refresh=False)
-    return summarise(figures) | {
-        "left_out": {
-            "text": len(questions) - len(asked),
-            "no_target": len(asked) - len(eligible),
-            "limit": len(eligible) - len(chosen),
-            "ignored_pixels": sum(one.num_ignored for one in figures),
-        }
-    }
+    with Progress(len(plan.questions), progress) as bar:
+        for scored in ask(predictor, plan, plan.batches):
+            figures.append(scored.figures)
+            bar.add(scored.shown.iou)
+            if on_scored is not None:
+                on_scored(scored)
+    return summary(plan, figures)
 
 
-def questions_of(samples: Iterable[Sample]) -> list[EvalQuestion]:
-    """All questions, those about one picture side by side. ValueError when a conversation is not a single turn."""
-    by_picture: dict[str, list[EvalQuestion]] = {}
-    for sample in samples:
-        for number, conversation in enumerate(sample.conversations):
-            if len(conversation) != 1:
-                raise ValueError(
-                    f"sample {sample.sample_id} of {sample.dataset} has a conversation of {len(conversation)} turns; "
-                    "for evaluation every question is a conversation of its own"
-                )
-            question = EvalQuestion(sample.image_path, sample.dataset, sample.sample_id, number, conversation[0])
-            by_picture.setdefault(sample.image_path, []).append(question)
-    return [question for group in by_picture.values() for question in group]
+def summary(plan: Plan, figures: Sequence[Figures]) -> dict[str, Any]:
+    """`summarise`, with what took no part."""
+    ignored = sum(one.num_ignored for one in figures)
+    return summarise(figures) | {"left_out": {**plan.left_out, "ignored_pixels": ignored}}
+
+
+class Progress:
+    """A bar on stderr that counts questions and shows the gIoU so far."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._bar = tqdm(total=total, desc="evaluate", unit="question", disable=not shown)
+        self._sum, self._n = 0.0, 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, iou: float | None) -> None:
+        """Count a question; iou: None where it has none."""
+        if iou is not None:
+            self._sum, self._n = self._sum + iou, self._n + 1
+            self._bar.set_postfix(giou=f"{self._sum / self._n:.3f}", refresh=False)
+        self._bar.update()
 
 
 def baseline_giou(samples: Iterable[Sample], draw: Callable[[str], np.ndarray]) -> float | None:
@@ -172,55 +185,60 @@ def baseline_giou(samples: Iterable[Sample], draw: Callable[[str], np.ndarray]) 
     return metrics.mean(ious)
 
 
-def _spread(questions: Sequence[EvalQuestion], limit: int) -> list[EvalQuestion]:
-    if limit == 0 or limit >= len(questions):
-        return list(questions)
-    return [questions[number * len(questions) // limit] for number in range(limit)]
+def ask(predictor: Asked, plan: Plan, batches: Iterable[Sequence[EvalQuestion]]) -> Iterator[Scored]:
+    """Ask batches of questions about masks as the plan says, and score the answers in order."""
+    return (scored for batch in batches for scored in _score_batch(predictor, batch, plan))
 
 
-def _batches(questions: Sequence[EvalQuestion], batch_size: int) -> Iterator[list[EvalQuestion]]:
-    """Runs of at most `batch_size` questions; a picture's questions are parted only where they are more than that."""
-    batch: list[EvalQuestion] = []
-    for _, group in groupby(questions, key=lambda question: question.image_path):
-        rest = list(group)
-        if batch and len(batch) + len(rest) > batch_size:
-            yield batch
-            batch = []
-        batch += rest
-        while len(batch) >= batch_size:
-            yield batch[:batch_size]
-            batch = batch[batch_size:]
-    if batch:
-        yield batch
+def ask_in_words(predictor: Any, plan: Plan, batches: Iterable[Sequence[EvalQuestion]]) -> Iterator[Spoken]:
+    """Ask batches of questions that are answered in words alone, each after the true turns before it.
+
+    free: the model answers. teacher: how likely it finds the true answer. predictor: `Asked` and `Reads`.
+    """
+    for batch in batches:
+        pictures, image_index = _index([one.image_path for one in batch])
+        earlier = [[(turn.question, turn.answer) for turn in one.earlier] for one in batch]
+        said: list[str | None] = [None] * len(batch)
+        read: Sequence[tuple[float, int] | None] = [None] * len(batch)
+        if FREE in plan.protocols:
+            said = _said_in_words(predictor, batch, earlier, plan.max_new_tokens)
+        if TEACHER in plan.protocols:
+            whole = [[*turns, (one.turn.question, one.turn.answer)] for turns, one in zip(earlier, batch, strict=True)]
+            read = predictor.likelihoods(pictures, whole, image_index)
+        for question, text, likelihood in zip(batch, said, read, strict=True):
+            yield Spoken(question, text, _words_figures(question, text, likelihood))
 
 
-def _other_pictures(questions: Sequence[EvalQuestion]) -> dict[str, str]:
-    """Another picture of the set for every picture, far from it in the set's order; empty for a single picture."""
-    paths = list(dict.fromkeys(question.image_path for question in questions))
-    shift = max(1, len(paths) // 2)
-    return {path: paths[(place + shift) % len(paths)] for place, path in enumerate(paths)} if len(paths) > 1 else {}
+def _said_in_words(
+    predictor: Any, batch: Sequence[EvalQuestion], earlier: Sequence[list[tuple[str, str]]], max_new_tokens: int
+) -> list[str | None]:
+    """The answers, None where there is no room for the question."""
+    asked = [[*turns, (one.turn.question, None)] for turns, one in zip(earlier, batch, strict=True)]
+    fitting = [number for number, turns in enumerate(asked) if predictor.fits(turns)]
+    pictures, image_index = _index([batch[number].image_path for number in fitting])
+    answers = predictor.answer(pictures, [asked[number] for number in fitting], image_index, max_new_tokens)
+    said: list[str | None] = [None] * len(batch)
+    for number, answer in zip(fitting, answers, strict=True):
+        said[number] = answer.text
+    return said
 
 
-def truths_of(question: EvalQuestion, size: tuple[int, ...]) -> np.ndarray:
-    """(G, H, W) uint8; `size` is that of the picture, for questions without a target."""
-    masks = [target.decode() for target in question.turn.targets]
-    return np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)
+def _words_figures(question: EvalQuestion, text: str | None, likelihood: tuple[float, int] | None) -> Figures:
+    references = (question.turn.answer, *question.references)
+    surprise, tokens = likelihood or (None, None)
+    words = Words(
+        text=text,
+        references=references,
+        exact=None if text is None else metrics.exact_match(text, references),
+        vqa=None if text is None else metrics.vqa_accuracy(text, references),
+        surprise=surprise,
+        num_tokens=tokens,
+    )
+    return Figures(TEXT, question.dataset, question.image_path, 0, words=words)
 
 
-def _index(paths: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Distinct paths in order, and the number of each path among them."""
-    distinct = list(dict.fromkeys(paths))
-    numbers = {path: number for number, path in enumerate(distinct)}
-    return distinct, [numbers[path] for path in paths]
-
-
-def _score_batch(
-    predictor: Asked,
-    batch: Sequence[EvalQuestion],
-    protocols: Sequence[str],
-    others: Mapping[str, str],
-    max_new_tokens: int,
-) -> Iterator[Scored]:
+def _score_batch(predictor: Asked, batch: Sequence[EvalQuestion], plan: Plan) -> Iterator[Scored]:
+    protocols, others, max_new_tokens = plan.protocols, plan.others, plan.max_new_tokens
     everything = range(len(batch))
     with_targets = [number for number in everything if batch[number].turn.targets]
     free: dict[int, Answered] = {}
@@ -240,7 +258,9 @@ def _score_batch(
         ways = _Ways(free.get(number), forced.get(number), elsewhere.get(number))
         measured = drawn(shown.masks, truths)
         figures = _figures(question, truths, measured, ways, protocols)
-        yield Scored(question, truths, shown, FREE if ways.free is not None else TEACHER, measured, figures)
+        paired = plan.pair and FREE in protocols and _set_of(question) == MUSE
+        pairing = _pairing(question, truths, shown) if paired else None
+        yield Scored(question, truths, shown, FREE if ways.free is not None else TEACHER, measured, figures, pairing)
 
 
 def _answers(
@@ -271,7 +291,7 @@ def _figures(
 ) -> Figures:
     """shown: what the free-running answer scored where there is one, else the teacher-forced one."""
     turn = question.turn
-    of_class = question.dataset in CLASS_SETS and len(turn.targets) == 1
+    of_class = _set_of(question) in CLASS_SETS and len(turn.targets) == 1
     told: dict[str, Any] = {}
     if FREE in protocols and ways.free is not None:
         told |= {"free": shown, "said": _said(ways.free, [target.name for target in turn.targets])}
@@ -286,7 +306,8 @@ def _figures(
         dataset=question.dataset,
         picture=question.image_path,
         num_targets=len(turn.targets),
-        class_name=turn.targets[0].name if of_class else None,
+        class_name=" ".join(metrics.name_words(turn.targets[0].name)) if of_class else None,
+        query=_query(question),
         num_ignored=int(np.count_nonzero(metrics.unite_truths(truths) == IGNORE_LABEL)),
         **told,
     )
@@ -302,12 +323,36 @@ def _said(answer: Answered, names: Sequence[str]) -> Said:
     )
 
 
+def _set_of(question: EvalQuestion) -> str:
+    """The data set of a question, without split."""
+    return question.dataset.split("|")[0]
+
+
+def _query(question: EvalQuestion) -> str | None:
+    """Of ReasonSeg's questions, whether they are sentences, which name no target, or phrases; else None."""
+    if _set_of(question) != REASON_SEG:
+        return None
+    return LONG if any(target.name == REGION_ASKED_FOR for target in question.turn.targets) else SHORT
+
+
+def _rng(question: EvalQuestion) -> np.random.Generator:
+    """Always the same for a question. (The release draws its points anew at every run.)"""
+    return np.random.default_rng(zlib.crc32(f"{question.sample_id}#{question.number}".encode()))
+
+
+def _pairing(question: EvalQuestion, truths: np.ndarray, answer: Answered) -> Pairing:
+    matched = release_protocol.match_question(_logits(answer), truths, _rng(question))
+    partner_of = dict(matched.pairs)
+    partners = tuple(partner_of.get(number) for number in range(len(answer.masks)))
+    return Pairing(partners, metrics.pair_masks(answer.masks, truths, matched.pairs))
+
+
 def _release(question: EvalQuestion, truths: np.ndarray, free: Answered, forced: Answered | None) -> Release:
-    # The release draws its points anew at every run; here a question always gets the same ones.
-    rng = np.random.default_rng(zlib.crc32(f"{question.sample_id}#{question.number}".encode()))
     return Release(
         forced=None if forced is None else release_protocol.count_forced(_logits(forced), truths),
-        generated=release_protocol.count_generated(release_protocol.match_question(_logits(free), truths, rng)),
+        generated=release_protocol.count_generated(
+            release_protocol.match_question(_logits(free), truths, _rng(question))
+        ),
     )
 
 
@@ -315,8 +360,8 @@ def _logits(answer: Answered) -> np.ndarray:
     found = getattr(answer, "logits", None)
     if found is None:
         raise TypeError(
-            f"answers of this predictor ({type(answer).__name__}) keep no logits, which the protocol {RELEASE!r} "
-            "counts; give a predictor whose answers have them as `logits`"
+            f"answers of this predictor ({type(answer).__name__}) keep no logits, which the protocol {RELEASE!r} and "
+            "MUSE's matching need; give a predictor whose answers have them as `logits`"
         )
     return np.asarray(found)
 
@@ -328,3 +373,10 @@ def _resized(masks: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     height, width = size
     stretched = [cv2.resize(m.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) for m in masks]
     return np.array(stretched, dtype=bool).reshape(len(masks), height, width)
+
+
+def _index(paths: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Distinct paths in order, and the number of each path among them."""
+    distinct = list(dict.fromkeys(paths))
+    numbers = {path: number for number, path in enumerate(distinct)}
+    return distinct, [numbers[path] for path in paths]

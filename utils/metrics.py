@@ -20,6 +20,9 @@ PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
 BOX_RIGHT_AT = 0.5
 CALIBRATION_BINS = 10
 
+VQA_AGREE = 3
+"""As many people have to agree on an answer for it to be right."""
+
 _ARTICLES = frozenset({"a", "an", "the"})
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
 
@@ -116,29 +119,33 @@ class Matched:
 
 
 def match_masks(predicted: np.ndarray, truths: np.ndarray) -> Matched:
-    """(P, H, W) bool and (G, H, W) matched so that the sum of the IoUs is largest.
+    """(P, H, W) bool and (G, H, W) matched so that the sum of the IoUs is largest; see `pair_masks`."""
+    scores = pairwise_iou(predicted, truths)
+    rows, columns = linear_sum_assignment(scores, maximize=True)
+    return pair_masks(predicted, truths, list(zip(rows.tolist(), columns.tolist(), strict=True)))
+
+
+def pair_masks(predicted: np.ndarray, truths: np.ndarray, pairs: Sequence[tuple[int, int]]) -> Matched:
+    """What (P, H, W) bool and (G, H, W) score with the partners in `pairs`, (predicted, true), one to one.
 
     A predicted mask without a partner is charged with its pixels outside of what `unite_truths` ignores.
     """
-    pairs = [[overlap(mask, truth) for truth in truths] for mask in predicted]
-    scores = np.array([[pair.iou for pair in row] for row in pairs]).reshape(len(predicted), len(truths))
-    partners = dict(zip(*(side.tolist() for side in linear_sum_assignment(scores, maximize=True)), strict=True))
     of_predictions, of_targets = [0.0] * len(predicted), [0.0] * len(truths)
     overlaps = []
-    for row, column in partners.items():
-        of_predictions[row] = of_targets[column] = float(scores[row, column])
-        overlaps.append(pairs[row][column])
-    found = set(partners.values())
+    for row, column in pairs:
+        overlaps.append(overlap(predicted[row], truths[column]))
+        of_predictions[row] = of_targets[column] = overlaps[-1].iou
+    matched, found = {row for row, _ in pairs}, {column for _, column in pairs}
     overlaps += [Overlap(0, int(np.count_nonzero(t == 1))) for g, t in enumerate(truths) if g not in found]
-    if len(partners) < len(predicted):
+    if len(matched) < len(predicted):
         counted = unite_truths(truths) != IGNORE_LABEL
-        surplus = (mask for row, mask in enumerate(predicted) if row not in partners)
+        surplus = (mask for row, mask in enumerate(predicted) if row not in matched)
         overlaps += [Overlap(0, int(np.count_nonzero(mask & counted))) for mask in surplus]
     return Matched(tuple(of_predictions), tuple(of_targets), summed(overlaps))
 
 
 def matched_iou(predicted: np.ndarray, truths: np.ndarray) -> float:
-    """Sum of IoUs of the best one-to-one matching over max(P, G); 1.0 when both are empty. MUSE's, without its judge.
+    """Sum of IoUs of the best one-to-one matching over max(P, G); 1.0 when both are empty.
 
     A target found twice, missed, or melted into one mask with another costs here, while `question_iou` does not mind.
     """
@@ -289,3 +296,24 @@ def names_exactly(phrases: Sequence[str], names: Sequence[str]) -> bool:
     ("it is the big red circle" names "red circle"). No phrase for no name is right.
     """
     return len(phrases) == len(names) == named(phrases, names)
+
+
+def plain_words(text: str) -> str:
+    """An answer as it is compared: lower case, words alone, without articles anywhere."""
+    return " ".join(word for word in _WORD.findall(text.lower()) if word not in _ARTICLES)
+
+
+def exact_match(answer: str, references: Sequence[str]) -> bool:
+    """Whether the words of an answer are those of one of the true answers (`plain_words`)."""
+    return plain_words(answer) in {plain_words(reference) for reference in references}
+
+
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float | None:
+    """VQA's accuracy: min(how many others gave this answer / 3, 1), averaged over leaving out each reference once.
+
+    (Antol et al. 2015.) None of fewer than four references: nothing could score 1.
+    """
+    if len(references) <= VQA_AGREE:
+        return None
+    same = [plain_words(reference) == plain_words(answer) for reference in references]
+    return mean([min((sum(same) - one) / VQA_AGREE, 1.0) for one in same])

@@ -22,7 +22,7 @@ def arguments(root: Path, **flags: str) -> TrainArguments:
 
 def test_all_of_the_readmes_data_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("utils.engine.setup.note", said.append)
+    monkeypatch.setattr("utils.data.asked.note", said.append)
     data_sets.write_refer_seg(tmp_path)
     with pytest.raises(DataError, match=r"ade20k/images/training is missing, and \d+ more of what was asked") as caught:
         refuse_missing_data(arguments(tmp_path))

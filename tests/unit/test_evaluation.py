@@ -94,11 +94,15 @@ def test_oracle_scores_one_everywhere() -> None:
     for name in ("giou", "ciou", "giou_matched", "giou_teacher_forced", "target_count_accuracy", "text_accuracy"):
         assert found[name] == 1.0, name
     assert found["giou_by_kind"] == {"direct": 1.0, "several": 1.0, "reasoning": 1.0, "no_target": 1.0}
-    forced = {"giou_teacher_forced": 1.0, "ciou_teacher_forced": 1.0}
-    assert found["datasets"] == {
-        "drawn": {"giou": 1, "ciou": 1, "n": 4, "n_teacher_forced": 3, **forced},
-        "other": {"giou": 1, "ciou": 1, "n": 1, "n_teacher_forced": 1, **forced},
-    }
+    assert list(found["datasets"]) == ["drawn", "other"]
+    for name, n, forced in (("drawn", 4, 3), ("other", 1, 1)):
+        entry = found["datasets"][name]
+        assert entry["giou"] == entry["ciou"] == entry["giou_teacher_forced"] == entry["ciou_teacher_forced"] == 1.0
+        assert (entry["n"], entry["n_teacher_forced"]) == (n, forced)
+        assert set(entry["free"]["precision"].values()) == {entry["free"]["box_accuracy"]} == {1.0}
+        assert entry["free"]["t_acc"] == 1.0 and entry["free"]["calibration_error"] == 0.0
+    assert (found["datasets"]["drawn"]["free"]["n_acc"], found["datasets"]["other"]["free"]["n_acc"]) == (1.0, None)
+    assert found["text"] is None
     assert found["left_out"] == {"text": 0, "no_target": 0, "limit": 0, "ignored_pixels": 0}
 
 
@@ -232,7 +236,7 @@ def test_text_questions_are_left_out_and_counted() -> None:
 
 def test_conversations_of_several_turns_are_refused() -> None:
     two = (turn("direct", "dot"), turn("direct", "blue bar"))
-    with pytest.raises(ValueError, match="conversation of 2 turns"):
+    with pytest.raises(UserError, match="conversation of 2 turns"):
         evaluation.evaluate(oracle(), [Sample("a.png", (two,), "drawn", "a")], progress=False)
 
 

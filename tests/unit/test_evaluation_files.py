@@ -10,10 +10,11 @@ import pytest
 from pycocotools import mask as coco_rle
 
 from utils.data.samples import Target, Turn
-from utils.evaluation import EvalQuestion, Scored
+from utils.evaluation import Scored
 from utils.metrics import named, names_exactly
 from utils.scores import compare, fingerprints, lines, pages, tables
 from utils.scores.figures import Figures, Said, drawn
+from utils.scores.questions import EvalQuestion
 from utils.scores.results import read_results
 from utils.scripts import UserError
 
@@ -97,9 +98,12 @@ def test_a_line_holds_masks_that_pycocotools_reads() -> None:
 
 def test_lines_are_sorted_and_appear_when_all_are_there(tmp_path: Path) -> None:
     with lines.Lines(tmp_path, {}) as written:
-        for number in (10, 2):
-            written.add(scored(["cat"], ["cat"], [A], number=number))
+        both = [scored(["cat"], ["cat"], [A], number=number) for number in (10, 2)]
+        for one in both:
+            written.add(one)
         assert not (tmp_path / "samples.jsonl").exists()
+        records = written.finish([one.question for one in both])
+    assert [record["key"][2] for record in records] == [10, 2]  # as asked for
     assert [line["id"] for line in lines.read_lines(tmp_path)] == ["drawn/val/1#2", "drawn/val/1#10"]
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
@@ -130,7 +134,8 @@ def noise(path: str) -> np.ndarray:
 def test_words_of_a_page_are_shown_and_not_run(tmp_path: Path) -> None:
     hostile = '<script>alert("x")</script><img src=x onerror=alert(1)>'
     one = scored(["cat"], ["cat"], [A], question=hostile, said=hostile)
-    pages.write_page(tmp_path / "index.html", hostile, {hostile: [one], "again": [one]}, flat, noise)
+    told = lines.line_of(one)
+    pages.write_page(tmp_path / "index.html", hostile, {hostile: [told], "again": [told]}, flat, noise)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<script" not in text and "<img src=x" not in text
     assert text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;") >= 4
@@ -140,14 +145,18 @@ def test_words_of_a_page_are_shown_and_not_run(tmp_path: Path) -> None:
     assert "free, IoU 1.000" in text
 
 
-def test_a_page_of_500_answers_stays_under_20_megabytes(tmp_path: Path) -> None:
+def test_answers_share_the_bytes_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 answers stay under 20 MB; here 25 under a twentieth of that, which leaves each as much."""
+    assert pages._bytes_of_picture(5) == 30_000 and pages._PAGE_BYTES == 19e6
+    assert pages._bytes_of_picture(500) == int((19e6 / 500 - 4 * 600 * 6) / 3 * 3 / 4)
+    monkeypatch.setattr(pages, "_PAGE_BYTES", pages._PAGE_BYTES // 20)
     # Noise is what a JPEG is worst at, and a quotation mark what escaping is.
-    loud = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-    small, _ = pages._small(loud, np.zeros((0, 480, 640), dtype=bool))
-    quotes = scored(["cat"], ["cat"], [A], question='"' * 5000, said='"' * 5000)
-    pages.write_page(tmp_path / "index.html", "one", {"all": [quotes]}, flat, noise)
-    words = (tmp_path / "index.html").stat().st_size - 3 * len(pages._embedded(noise("")))
-    assert 500 * (3 * len(pages._embedded(small)) + words + 6 * pages._MOST_LETTERS) < 20e6
+    loud = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    quotes = lines.line_of(scored(["cat"], ["cat"], [A], question='"' * 5000, said='"' * 5000))
+    told = [quotes | {"id": str(number), "size": [240, 320], "masks": [], "true_masks": []} for number in range(25)]
+    pages.write_page(tmp_path / "index.html", "many", {"all": told}, lambda picture, *_: picture, lambda path: loud)
+    size = (tmp_path / "index.html").stat().st_size
+    assert 0.3 * 20e6 / 20 < size < 20e6 / 20
 
 
 def test_a_page_keeps_best_worst_random_and_causes() -> None:
@@ -156,12 +165,12 @@ def test_a_page_keeps_best_worst_random_and_causes() -> None:
     wrong = scored(["cat"], ["dog"], [B], number=3)
     silent = scored([], [], [], number=4)
     for one in (*right, wrong, silent):
-        chosen.add(one)
-    sections = chosen.sections()
-    assert sections["best"] == right[:2]
-    assert sections["worst"] == [wrong, right[0]]
+        chosen.add(lines.line_of(one))
+    sections = {name: [int(line["id"].split("#")[1]) for line in kept] for name, kept in chosen.sections().items()}
+    assert sections["best"] == [0, 1]
+    assert sections["worst"] == [3, 0]
     assert len(sections["at random"]) == 2
-    assert sections["cause: bad mask"] == sections["cause: wrong phrase"] == [wrong]
+    assert sections["cause: bad mask"] == sections["cause: wrong phrase"] == [3]
     assert "cause: extra" not in sections
 
 
@@ -169,13 +178,32 @@ def test_rows_to_quote() -> None:
     entry = {"giou": 0.5, "ciou": 0.25, "n": 4, "giou_interval": [0.4, 0.6], "ciou_interval": [0.2, 0.3]}
     forced = {"giou_teacher_forced": 0.75, "ciou_teacher_forced": 1.0, "n_teacher_forced": 3}
     loops = {"validate": {"giou": 0.1, "ciou": 0.2}, "ar_validate": {"giou": None, "ciou": None}}
-    markdown, latex = tables.quotable({"n": 4, "datasets": {"ref_coco|x": entry | forced}, "release": loops})
+    judged = {"giou": 0.125, "ciou": 0.0, "n": 2}
+    more = {
+        "release": loops,
+        "by_query": {"long": entry},
+        "muse": {"pre_judge": judged, "judged": judged | {"giou": None}},
+    }
+    (markdown, latex) = tables.quotable({"datasets": {"ref_coco|x": entry | forced | more}})
     assert markdown.splitlines()[2:] == [
         r"| ref_coco\|x | free | 4 | 50.0 [40.0, 60.0] | 25.0 [20.0, 30.0] |",
         r"| ref_coco\|x | teacher | 3 | 75.0 | 100.0 |",
-        "| all | release, validate | 4 | 10.0 | 20.0 |",
+        r"| ref_coco\|x | release, validate | 4 | 10.0 | 20.0 |",
+        r"| ref_coco\|x, long queries | free | 4 | 50.0 [40.0, 60.0] | 25.0 [20.0, 30.0] |",
+        r"| ref_coco\|x, MUSE before judge | free | 2 | 12.5 | 0.0 |",
     ]
     assert latex.splitlines()[1] == r"ref\_coco|x & free & 4 & 50.0 [40.0, 60.0] & 25.0 [20.0, 30.0] \\"
+
+
+def test_further_rows_to_quote() -> None:
+    free = {"precision": {"0.5": 0.5, "0.7": 0.25, "0.9": 0.0}, "box_accuracy": None, "n_acc": 1.0, "t_acc": 0.75}
+    entry = {"giou": None, "ciou": None, "n": 4, "free": free | {"calibration_error": 0.125}, "miou": 0.5}
+    text = {"n": 9, "exact_match": 0.5, "vqa_accuracy": None, "bleu": 12.34, "perplexity": 3.0}
+    text |= {"exact_match_interval": [0.25, 0.75], "perplexity_interval": [2.5, 3.5]}
+    words, _ = tables.quotable({"datasets": {"v": entry | {"free": None, "text": text}}})
+    assert words.splitlines()[2:] == ["| v | 9 | 50.0 [25.0, 75.0] | - | 12.3 | 3.00 [2.50, 3.50] |"]
+    further = tables.quotable({"datasets": {"d": entry}})[0]
+    assert further.splitlines()[2:] == ["| d | free | 50.0 | 25.0 | 0.0 | - | 100.0 | 75.0 | 50.0 | 0.125 |"]
 
 
 def line(number: int, iou: float | None, **changed: Any) -> dict[str, Any]:
@@ -188,7 +216,7 @@ def test_compared_runs_are_paired() -> None:
     second = [line(0, 0.5), line(1, 0.7), line(2, 0.2), line(3, 0.5)]
     found = compare.compare(first, second)
     (whole,) = found.differences
-    assert (whole.protocol, whole.n, found.only_first, found.only_second) == ("free", 4, 1, 0)
+    assert (whole.score, whole.n, found.only_first, found.only_second) == ("free gIoU, all", 4, 1, 0)
     assert whole.first == 0.5 and whole.second == pytest.approx((0.5 + 0.7 + 0.2 + 0.5) / 4)
     # Two pictures: +0.2 over two questions and -0.3 over two; a quarter of the draws takes only one of them.
     assert whole.interval == pytest.approx((-0.3 / 2, 0.2 / 2))
@@ -209,9 +237,14 @@ def test_comparing_says_what_changed(tmp_path: Path) -> None:
     for name, mask in (("a", A), ("b", B)):
         (tmp_path / name).mkdir()
         with lines.Lines(tmp_path / name, {}) as written:
-            written.add(scored(["cat"], ["cat"], [mask], said="It is\x1b[31m here."))
-    said = compare.compare_folders(tmp_path / "a", tmp_path / "b")
-    assert "free, all" in said and "-1.0000" in said and "-1.000  drawn/val/1#0  Where?" in said
+            one = scored(["cat"], ["cat"], [mask], said="It is\x1b[31m <b>here</b>.")
+            written.add(one)
+            written.finish([one.question])
+    said = compare.compare_folders(tmp_path / "a", tmp_path / "b", tmp_path / "c", flat, noise)
+    page = (tmp_path / "c" / "compare.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") == 3 and "IoU 1.000 → 0.000 (-1.000)" in page  # truth, A and B
+    assert "&lt;b&gt;here" in page and "<b>here" not in page
+    assert "free gIoU, all" in said and "-1.0000" in said and "-1.000  drawn/val/1#0  Where?" in said
     assert "\x1b" not in said
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from tests.unit.test_evaluation import ALL, Fake, answer, region, samples
 from utils import evaluation
-from utils.evaluation import Scored
-from utils.scores.figures import Figures
+from utils.scores.figures import Figures, Words
 from utils.scores.lines import Lines
-from utils.scores.resume import from_plain
+from utils.scores.questions import make_plan
+from utils.scores.resume import figures_of, from_plain, key_of
 
 RUN = {"model": "m", "limit": 0}
 
@@ -31,25 +31,15 @@ class Tired(Fake):
         return super().answer(*args)
 
 
-def score(folder: Path, predictor: Fake, run: dict[str, Any] = RUN) -> tuple[dict[str, Any], list[Scored]]:
-    kept: list[Scored] = []
+def score(folder: Path, predictor: Fake, run: dict[str, Any] = RUN) -> tuple[dict[str, Any], list[Figures]]:
+    """The summary and the figures, as a session makes them."""
+    plan = make_plan(samples(), batch_size=2, protocols=ALL, shuffled=False)
     with Lines(folder, run) as lines:
-
-        def keep(scored: Scored) -> None:
-            kept.append(scored)
+        batches = [batch for batch in plan.batches if not all(key_of(one) in lines.earlier for one in batch)]
+        for scored in evaluation.ask(predictor, plan, batches):
             lines.add(scored)
-
-        found = evaluation.evaluate(
-            predictor,
-            samples(),
-            batch_size=2,
-            protocols=ALL,
-            shuffled=False,
-            on_scored=keep,
-            restore=lines.earlier.restore,
-            progress=False,
-        )
-    return found, kept
+        figures = [figures_of(record) for record in lines.finish(plan.questions)]
+    return evaluation.summary(plan, figures), figures
 
 
 @pytest.fixture
@@ -66,8 +56,7 @@ def test_it_ends_as_if_it_had_never_stopped(ended: Path, tmp_path_factory: pytes
     expected, whole = score(elsewhere, Tired())
     found, resumed = score(ended, predictor)
     assert [name for name, *_ in predictor.calls] == ["answer", "segment"]  # the third batch alone
-    assert found == expected
-    assert [one.figures for one in resumed] == [one.figures for one in whole]
+    assert found == expected and resumed == whole
     assert (ended / "samples.jsonl").read_bytes() == (elsewhere / "samples.jsonl").read_bytes()
     assert [path.name for path in ended.iterdir()] == ["samples.jsonl"]
 
@@ -76,6 +65,19 @@ def test_a_run_that_is_ended_again_keeps_what_it_had(ended: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         score(ended, Tired(end_at=0))
     assert len(Lines(ended, RUN).earlier) == 4
+
+
+def test_what_other_ranks_left_counts_too(ended: Path) -> None:
+    """Four questions in the files of ranks 0 and 11; one process goes on, and no file is left behind."""
+    part = ended / "samples.jsonl.part"
+    head, *records = part.read_text().splitlines(keepends=True)
+    part.write_text("".join([head, *records[:2]]))
+    (ended / "samples.jsonl.part11").write_text("".join([head, *records[2:]]))
+    (ended / "samples.jsonl.part3").write_text("not a run\n")
+    predictor = Tired()
+    found, _ = score(ended, predictor)
+    assert len(predictor.calls) == 2 and found["n"] == 5
+    assert [path.name for path in ended.iterdir()] == ["samples.jsonl"]
 
 
 def test_another_run_starts_anew(ended: Path) -> None:
@@ -92,7 +94,10 @@ def test_a_line_that_was_cut_off_is_scored_again_with_its_batch(ended: Path) -> 
     assert len(predictor.calls) == 2 * 2 and found["n"] == 5
 
 
-def test_figures_survive_json(tmp_path: Path) -> None:
-    _, kept = score(tmp_path, Tired())
-    for one in kept:
+def test_figures_survive_json() -> None:
+    plan = make_plan(samples(), protocols=ALL)
+    for one in evaluation.ask(Tired(), plan, plan.batches):
         assert from_plain(Figures, json.loads(json.dumps(dataclasses.asdict(one.figures)))) == one.figures
+    words = Words("yes", ("yes", "no"), True, None, 1.25, 3)
+    told = Figures("text", "d", "a.png", 0, words=words)
+    assert from_plain(Figures, json.loads(json.dumps(dataclasses.asdict(told)))) == told

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import evaluate
+import train_ds
 from model.build.builder import save_model
 from tests.unit.tiny_pixellm import make_model
 from utils.scenes import HELD_OUT_SPEC, SceneSettings, write_scene_data
@@ -100,7 +101,7 @@ def test_runs_that_are_equal_write_equal_lines_and_differ_by_nothing(
     capsys.readouterr()
     assert run("--compare", tmp_path / "a", tmp_path / "b") == 0
     said = capsys.readouterr().out
-    assert f"free, all {QUESTIONS} " in " ".join(said.split())
+    assert f"free gIoU, all {QUESTIONS} " in " ".join(said.split())
     assert "+0.0000" in said and "no question's IoU changed" in said
     assert run("--table", tmp_path / "a") == 0
     assert "| refcoco | free | " in capsys.readouterr().out
@@ -141,3 +142,49 @@ def test_bad_calls_get_one_sentence(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
     assert not (tmp_path / "out").exists()
+
+
+def test_train_ds_scores_alike_as_the_releases_users_type_it(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = [f"--dataset_dir={data}", "--val_dataset=grefcoco|unc|val||multirefcoco|unc|val", "--max_new_tokens=6"]
+    assert run(model, *flags, f"--out={tmp_path / 'out'}", "--batch_size=4", "--gallery=0", "--no_shuffled") == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    capsys.readouterr()
+    place = ["--exp_name=scored", f"--log_base_dir={tmp_path}", "--precision=fp32", "--val_batch_size=4"]
+    release = ["--dataset=sem_seg||refer_seg||vqa||multi_reason_seg", "--sample_rates=2,9,2,4", "--seg_token_num=3"]
+    release += ["--pad_train_clip_images", "--vision_tower_for_mask", "--image_feature_scale_num=2"]
+    assert run_script(train_ds.main, [f"--version={model}", "--eval_only", *flags, *place, *release]) == 0
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 0: "))
+    told = dict(part.split(" ") for part in said.removeprefix("step 0: ").split(", "))
+    for name in ("giou", "ciou", "giou_teacher_forced", "ciou_teacher_forced", "text_accuracy"):
+        assert float(told[name]) == pytest.approx(result[name], abs=1e-4), name
+    assert result["giou_teacher_forced"] > 0
+
+
+@pytest.mark.long
+def test_every_protocol_on_every_real_data_set(
+    model: Path, realdata: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sets = ["ReasonSeg|val", "refcoco|unc|val", "multirefcoco|unc|val", "grefcoco|unc|val", "ade20k|train"]
+    sets += [f"MultiReasonSeg|{split}" for split in ("val", "test_less", "test_many")]
+    sets += ["cocostuff|train", "pascal_part|train", "paco_lvis|train", "llava_instruct_150k|train"]
+    flags = [f"--dataset_dir={realdata / 'dataset'}", "--protocol=free,teacher,release", "--max_new_tokens=4"]
+    assert run(model, *flags, f"--val_dataset={'||'.join(sets)}", f"--out={tmp_path / 'out'}") == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = [name if name.startswith("MultiReasonSeg") else name.split("|")[0] for name in sets]
+    assert list(result["datasets"]) == names
+    for name, entry in result["datasets"].items():
+        if name.startswith("llava"):
+            # Few of these conversations fit into the tiny model's 256 positions.
+            assert entry["text"]["perplexity"] > 1 and 0 < entry["text"]["n_read"] <= entry["text"]["n"] == 18
+            continue
+        assert entry["giou_interval"][0] <= entry["giou"] <= entry["giou_interval"][1]
+        assert entry["giou_teacher_forced"] is not None and entry["release"]["validate"]["giou"] is not None
+        assert ("miou" in entry) == (name in {"ade20k", "cocostuff", "pascal_part", "paco_lvis"})
+        assert ("muse" in entry) == name.startswith("MultiReasonSeg")
+    capsys.readouterr()
+    missing = [f"--dataset_dir={realdata / 'dataset'}", "--val_dataset=refcocog|umd|val||ReasonSeg|test"]
+    assert run(model, *missing, f"--out={tmp_path / 'none'}") == 2
+    said = capsys.readouterr().err
+    assert "refs(umd).p" in said and "ReasonSeg/test" in said and not (tmp_path / "none").exists()

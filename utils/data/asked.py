@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from utils.data.errors import DataError
 from utils.data.files import DataRoot
-from utils.data.presence import Absence, absent_parts
+from utils.data.presence import Absence, absence_sentence, absence_table, absent_parts
 from utils.data.readers import JOIN, evaluation_sets, parts_of, training_sets
+from utils.scripts import note
 
 
 class DataFlags(Protocol):
@@ -61,3 +63,12 @@ def absences(asked: Iterable[AskedSet], root: str | os.PathLike[str]) -> list[Ab
     """All parts of the data sets that are not below the data root, in order. DataError where there is no root."""
     path = DataRoot(root).path
     return [absence for one in asked for absence in absent_parts(path, str(one), parts_of(one.name, one.split))]
+
+
+def refuse_absent(asked: Iterable[AskedSet], root: str | os.PathLike[str]) -> None:
+    """DataError when parts of the data sets are not below the data root; a table names all of them."""
+    missing = absences(asked, root)
+    if missing:
+        if len(missing) > 1:
+            note(f"missing in {root}:\n{absence_table(missing)}")
+        raise DataError(absence_sentence(missing), cause="missing file")

@@ -20,6 +20,7 @@ from utils.data.presence import Part
 from utils.data.reader import Reader, ReaderOptions
 from utils.data.reason_seg import ReasonSegReader
 from utils.data.refer_seg import REFER_SETS, ReferSegReader
+from utils.data.refer_seg_joined import JoinedPhrasesReader, without_prefix
 from utils.data.samples import Sample
 from utils.data.sem_seg import label_maps
 from utils.data.sem_seg import parts as part_sets
@@ -94,6 +95,8 @@ def parts_of(name: str, split: str) -> tuple[Part, ...]:
     base, _, edition = name.partition("|")
     if base in REFER_SETS:
         return refer_seg.needed_parts(base, edition or None)
+    if (joined := without_prefix(base)) is not None:
+        return refer_seg.needed_parts(joined, edition or None)
     if base in LABEL_MAP_SETS:
         return label_maps.needed_parts(base, split, edition or None)
     if name in PART_SETS:
@@ -137,8 +140,8 @@ def build_eval_reader(
     spec: str, root: str | os.PathLike[str], options: ReaderOptions | None = None, index_dir: str = ""
 ) -> EvalReader:
     """The samples of --val_dataset: "refcoco|unc|val", "refcocog|google|val", "ReasonSeg|val",
-    "MultiReasonSeg|test_less", "ade20k|val" …, several joined by JOIN. DataError in one sentence when one of them
-    cannot be read.
+    "MultiReasonSeg|test_less", "ade20k|val", "multirefcoco|unc|val" (several phrases in a question) …, several
+    joined by JOIN. DataError in one sentence when one of them cannot be read.
     """
     data_root, chosen = DataRoot(root), options or ReaderOptions(index_dir=index_dir)
     return EvalReader([_build(name, data_root, split, chosen) for name, split in evaluation_sets(spec)])
@@ -176,6 +179,8 @@ def _new_reader(name: str, root: DataRoot, split: str, options: ReaderOptions) -
     base, _, edition = name.partition("|")
     if base in REFER_SETS:
         return ReferSegReader(base, root, split, options, edition or None)
+    if (joined := without_prefix(base)) is not None:
+        return JoinedPhrasesReader(joined, root, split, options, edition or None)
     if base in LABEL_MAP_SETS:
         return LabelMapReader(base, root, split, options, edition or None)
     if name in PART_SETS:

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from utils.arguments import TrainArguments
-from utils.data.asked import absences, asked_for_evaluation, asked_for_training
+from utils.data.asked import asked_for_evaluation, asked_for_training, refuse_absent
 from utils.data.bad_samples import BadSamples
 from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.errors import DataError, without_traceback
 from utils.data.mixture import Mixture, build_mixture
-from utils.data.presence import absence_sentence, absence_table
 from utils.data.reader import ReaderOptions
 from utils.engine.checkpoints import latest_tag
 from utils.engine.fit import CHECKPOINT, Plan
@@ -111,11 +110,7 @@ def refuse_missing_data(args: TrainArguments) -> None:
     """DataError before anything is loaded when files the run needs are not there; a table names all of them."""
     asked = [] if args.eval_only else asked_for_training(args)
     asked += [] if args.no_eval else asked_for_evaluation(args.val_dataset)
-    missing = absences(asked, args.dataset_dir)
-    if missing:
-        if len(missing) > 1:
-            note(f"missing in {args.dataset_dir}:\n{absence_table(missing)}")
-        raise DataError(absence_sentence(missing), cause="missing file")
+    refuse_absent(asked, args.dataset_dir)
 
 
 def make_mixture(args: TrainArguments) -> Mixture:

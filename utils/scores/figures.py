@@ -4,13 +4,14 @@ Every score is a sum of numerators over a sum of denominators (`RATIOS`), so tha
 come from the same place. Questions that have no part in a score give it nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from utils import metrics, release_protocol
+from utils import metrics, release_protocol, text_quality
 from utils.data.readers import FAMILIES
 from utils.data.samples import KINDS
 from utils.metrics import Matched, Overlap
@@ -19,6 +20,9 @@ from utils.scores import bootstrap
 
 CLASS_SETS = frozenset(FAMILIES["sem_seg"])
 """Data sets whose questions ask for a class each: they are scored by class too."""
+
+SHORT, LONG = "short", "long"
+"""Queries of ReasonSeg: a phrase, a sentence."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,28 @@ class Release:
 
 
 @dataclass(frozen=True)
+class Words:
+    """What an answer in words scored against its references, the first of which is the one that was read.
+
+    text: the answer. exact, vqa: see `metrics`; None without an answer, vqa also where there are too few references.
+    surprise: the sum of −ln p over the tokens of the true answer, num_tokens of them; None where it was not read.
+    """
+
+    text: str | None
+    references: tuple[str, ...]
+    exact: bool | None
+    vqa: float | None
+    surprise: float | None
+    num_tokens: int | None
+
+
+@dataclass(frozen=True)
 class Figures:
     """What one question scored; None where that way of asking was not taken.
 
-    picture: the unit of the bootstrap. class_name: of a question that asks for one class. num_ignored: pixels of the
-    truth that took no part.
+    picture: the unit of the bootstrap. class_name: of a question that asks for one class. query: SHORT or LONG, of a
+    question of ReasonSeg. num_ignored: pixels of the truth that took no part. words: of a question that is answered in
+    words alone; all else is then empty.
     """
 
     kind: str
@@ -80,12 +101,14 @@ class Figures:
     picture: str
     num_targets: int
     class_name: str | None = None
+    query: str | None = None
     num_ignored: int = 0
     free: Drawn | None = None
     said: Said | None = None
     forced: Drawn | None = None
     shuffled_iou: float | None = None
     release: Release | None = None
+    words: Words | None = None
 
     @property
     def count_right(self) -> bool | None:
@@ -114,16 +137,29 @@ RATIOS: Mapping[str, Callable[[Figures], Ratio | None]] = {
     "target_count_accuracy": lambda f: _share(f.count_right),
     "text_accuracy": lambda f: _share(None if f.said is None else f.said.text_right),
 }
-"""Numerator and denominator that a question adds to each score; None where it has no part in it."""
+"""Numerator and denominator that a question about masks adds to each score; None where it has no part in it."""
 
+TEXT_RATIOS: Mapping[str, Callable[[Figures], Ratio | None]] = {
+    "exact_match": lambda f: _share(f.words.exact if f.words else None),
+    "vqa_accuracy": lambda f: _share(f.words.vqa if f.words else None),
+    "surprise": lambda f: (
+        (f.words.surprise, f.words.num_tokens)
+        if f.words and f.words.surprise is not None and f.words.num_tokens is not None
+        else None
+    ),
+}
+"""The same of questions answered in words alone. surprise: −ln p of a token, whose exponential is the perplexity."""
+
+_ALL_RATIOS = {**RATIOS, **TEXT_RATIOS}
 
 _OF_SETS = ("giou", "ciou", "giou_teacher_forced", "ciou_teacher_forced")
 """Scores whose intervals are told by data set."""
 
 
 def score(name: str, figures: Sequence[Figures]) -> float | None:
-    """A score of `RATIOS` over questions; None where none of them has a part, 1.0 where the denominators sum to 0."""
-    parts = [part for one in figures if (part := RATIOS[name](one)) is not None]
+    """A score of `RATIOS` or `TEXT_RATIOS` over questions; None where none of them has a part, 1.0 where the
+    denominators sum to 0."""
+    parts = [part for one in figures if (part := _ALL_RATIOS[name](one)) is not None]
     if not parts:
         return None
     below = sum(part[1] for part in parts)
@@ -132,7 +168,7 @@ def score(name: str, figures: Sequence[Figures]) -> float | None:
 
 def interval(names: Sequence[str], figures: Sequence[Figures]) -> dict[str, list[float] | None]:
     """[low, high] of the 95% bootstrap interval of each named score, pictures as units; None where the score is."""
-    parts = {name: [RATIOS[name](one) for one in figures] for name in names}
+    parts = {name: [_ALL_RATIOS[name](one) for one in figures] for name in names}
     # Scores in which the same questions have a part share their draws, which take nearly all of the time.
     together: dict[tuple[int, ...], list[str]] = {}
     for name in names:
@@ -158,36 +194,90 @@ def intervals(figures: Sequence[Figures]) -> dict[str, Any]:
         "unit": "picture",
         **interval(tuple(RATIOS), figures),
         "giou_by_kind": {kind: interval(["giou"], by_kind[kind])["giou"] for kind in KINDS if kind in by_kind},
-        "datasets": {
-            name: {f"{key}_interval": found for key, found in interval(_OF_SETS, group).items() if found is not None}
-            for name, group in by_set.items()
-        },
+        "text": _text_intervals(figures),
+        "datasets": {name: _intervals_of_set(group) for name, group in by_set.items()},
     }
+
+
+def _intervals_of_set(figures: Sequence[Figures]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        f"{key}_interval": bounds for key, bounds in interval(_OF_SETS, figures).items() if bounds is not None
+    }
+    if queries := _grouped([one for one in figures if one.query is not None], lambda one: str(one.query)):
+        found["by_query"] = {name: _intervals_of_set(_without_query(group)) for name, group in queries.items()}
+    if text := _text_intervals(figures):
+        found["text"] = text
+    return found
+
+
+def _text_intervals(figures: Sequence[Figures]) -> dict[str, Any]:
+    found = {f"{key}_interval": bounds for key, bounds in interval(tuple(TEXT_RATIOS), figures).items() if bounds}
+    if "surprise_interval" in found:
+        found["perplexity_interval"] = [math.exp(bound) for bound in found["surprise_interval"]]
+    return found
+
+
+def _without_query(figures: Sequence[Figures]) -> list[Figures]:
+    return [replace(one, query=None) for one in figures]
 
 
 def summarise(figures: Sequence[Figures]) -> dict[str, Any]:
     """Scores over all questions, by kind and by data set; a score nobody asked for is None. Keys ending in
-    `_by_kind` hold the kinds that occur."""
-    found = _grouped(figures, lambda one: one.kind)
+    `_by_kind` hold the kinds that occur. Questions answered in words alone are told of under `text` only."""
+    masks = [one for one in figures if one.words is None]
+    found = _grouped(masks, lambda one: one.kind)
     by_kind = {kind: found[kind] for kind in KINDS if kind in found}
-    result: dict[str, Any] = {"n": len(figures), "n_by_kind": {kind: len(group) for kind, group in by_kind.items()}}
+    result: dict[str, Any] = {"n": len(masks), "n_by_kind": {kind: len(group) for kind, group in by_kind.items()}}
     for name in RATIOS:
-        result[name] = score(name, figures)
+        result[name] = score(name, masks)
         result[f"{name}_by_kind"] = {kind: score(name, group) for kind, group in by_kind.items()}
-    said = [one.said for one in figures if one.said is not None]
-    result["broken_groups"] = sum(one.num_broken for one in said)
-    result |= {
-        "free": _free_only(figures) if said else None,
+    result["broken_groups"] = sum(one.said.num_broken for one in masks if one.said is not None)
+    result |= _by_protocol(masks)
+    result["text"] = _text_only(figures)
+    result["datasets"] = {name: _of_set(group) for name, group in _grouped(figures, lambda one: one.dataset).items()}
+    return result
+
+
+def _by_protocol(figures: Sequence[Figures]) -> dict[str, Any]:
+    """What is told of each protocol beside the main scores; None where it was not asked for."""
+    return {
+        "free": _free_only(figures) if any(one.said for one in figures) else None,
         "teacher": _forced_only(figures) if any(one.forced for one in figures) else None,
         "release": _release_only(figures) if any(one.release for one in figures) else None,
     }
-    result["datasets"] = {
-        name: {"giou": score("giou", group), "ciou": score("ciou", group), "n": len(group)}
-        | _forced_of_set(group)
-        | _of_classes(group)
-        for name, group in _grouped(figures, lambda one: one.dataset).items()
+
+
+def _of_set(figures: Sequence[Figures]) -> dict[str, Any]:
+    masks = [one for one in figures if one.words is None]
+    found: dict[str, Any] = {"giou": score("giou", masks), "ciou": score("ciou", masks), "n": len(masks)}
+    found |= _forced_of_set(masks) | _of_classes(masks)
+    found |= {name: told for name, told in _by_protocol(masks).items() if told is not None}
+    if queries := _grouped([one for one in masks if one.query is not None], lambda one: str(one.query)):
+        found["by_query"] = {name: _of_set(_without_query(group)) for name, group in queries.items()}
+    if text := _text_only(figures):
+        found["text"] = text
+    return found
+
+
+def _text_only(figures: Sequence[Figures]) -> dict[str, Any] | None:
+    """Scores of questions answered in words alone; None without such questions."""
+    words = [one.words for one in figures if one.words is not None]
+    if not words:
+        return None
+    surprise = score("surprise", figures)
+    said = [(one.text, one.references) for one in words if one.text is not None]
+    return {
+        "n": len(words),
+        "n_answered": len(said),
+        "exact_match": score("exact_match", figures),
+        "vqa_accuracy": score("vqa_accuracy", figures),
+        "n_vqa_accuracy": sum(one.vqa is not None for one in words),
+        "bleu": text_quality.bleu([text for text, _ in said], [references for _, references in said]),
+        "surprise": surprise,
+        "perplexity": None if surprise is None else math.exp(surprise),
+        "n_read": sum(one.surprise is not None for one in words),
+        "tokens_read": sum(one.num_tokens or 0 for one in words),
     }
-    return result
 
 
 def _free_only(figures: Sequence[Figures]) -> dict[str, Any]:

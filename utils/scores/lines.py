@@ -5,17 +5,17 @@ Lines are sorted by data set, sample and place of the question in its sample: eq
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from utils import metrics
-from utils.evaluation import Scored
-from utils.scores.protocols import FREE
-from utils.scores.resume import Earlier, Key, key_of, record_of
+from utils.evaluation import Pairing, Scored, Spoken
+from utils.scores.masks import encoded
+from utils.scores.protocols import FREE, TEACHER
+from utils.scores.questions import EvalQuestion
+from utils.scores.ranks import Ranks
+from utils.scores.resume import PART, Record, key_of, parts_of, read_records, record_of
 from utils.scripts import UserError
 
 SAMPLES = "samples.jsonl"
@@ -48,31 +48,20 @@ def causes(scored: Scored) -> list[str]:
     return [cause for cause in CAUSES if holds.get(cause)]
 
 
-def encoded(masks: np.ndarray) -> list[str]:
-    """bool (P, H, W) -> the `counts` of each mask's compressed COCO run lengths; `size` is [H, W]."""
-    from pycocotools import mask as coco_rle
-
-    return [coco_rle.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode("ascii") for mask in masks]
-
-
 def line_of(scored: Scored) -> dict[str, Any]:
     """A scored question, plain enough for JSON.
 
-    `protocol` says how `answer`, `masks` and what is told of them came about; `iou` and its neighbours are free-running
-    and null where the model was not let speak. Masks are compressed run lengths of `size`.
+    `protocol` says how `answer`, `masks` and what is told of them came about; `iou_shown` is the IoU of these masks.
+    `iou` and its neighbours are free-running and null where the model was not let speak. Masks are compressed run
+    lengths of `size`. `muse`: what the answer scores by MUSE's matching, and the number of each mask's target.
     """
     question, answer, figures, shown = scored.question, scored.answer, scored.figures, scored.shown
-    turn, free, said = question.turn, figures.free, figures.said
+    turn, free, said, pairing = question.turn, figures.free, figures.said, scored.pairing
     return {
-        "id": f"{question.sample_id}#{question.number}",
-        "protocol": scored.protocol,
-        "dataset": question.dataset,
-        "sample_id": question.sample_id,
-        "image_path": question.image_path,
-        "kind": turn.kind,
-        "question": turn.question,
+        **_asked(question, scored.protocol),
         "names": [target.name for target in turn.targets],
         "true_answer": turn.answer,
+        "true_masks": encoded(scored.truths == 1),
         "answer": answer.marked_text,
         "phrases": list(answer.phrases),
         "scores": list(answer.scores),
@@ -83,6 +72,7 @@ def line_of(scored: Scored) -> dict[str, Any]:
         "causes": causes(scored),
         "ious_of_masks": list(shown.matched.of_predictions),
         "ious_of_targets": list(shown.matched.of_targets),
+        "iou_shown": shown.iou,
         "iou": None if free is None else free.iou,
         "intersection": None if free is None else free.overlap.intersection,
         "union": None if free is None else free.overlap.union,
@@ -91,48 +81,108 @@ def line_of(scored: Scored) -> dict[str, Any]:
         "text_right": None if said is None else said.text_right,
         "iou_teacher_forced": None if figures.forced is None else figures.forced.iou,
         "iou_shuffled": figures.shuffled_iou,
+        "muse": None if pairing is None else _muse(pairing),
+    }
+
+
+def iou_of(line: Mapping[str, Any]) -> float:
+    """IoU of the masks that a line holds."""
+    return float(line["iou_shown"])
+
+
+def text_line_of(spoken: Spoken) -> dict[str, Any]:
+    """A question answered in words alone, plain enough for JSON. earlier: the turns before it, question and answer."""
+    question, words = spoken.question, spoken.figures.words
+    return {
+        **_asked(question, TEACHER if spoken.text is None else FREE),
+        "earlier": [[turn.question, turn.answer] for turn in question.earlier],
+        "true_answer": question.turn.answer,
+        "references": list(question.references),
+        "answer": spoken.text,
+        "exact_match": words and words.exact,
+        "vqa_accuracy": words and words.vqa,
+        "surprise": words and words.surprise,
+        "num_tokens": words and words.num_tokens,
+    }
+
+
+def _asked(question: EvalQuestion, protocol: str) -> dict[str, Any]:
+    return {
+        "id": f"{question.sample_id}#{question.number}",
+        "protocol": protocol,
+        "dataset": question.dataset,
+        "sample_id": question.sample_id,
+        "image_path": question.image_path,
+        "kind": question.turn.kind,
+        "question": question.turn.question,
+    }
+
+
+def _muse(pairing: Pairing) -> dict[str, Any]:
+    overlap = pairing.matched.overlap
+    return {
+        "iou": pairing.matched.iou,
+        "intersection": overlap.intersection,
+        "union": overlap.union,
+        "partners": list(pairing.partners),
     }
 
 
 class Lines:
-    """Writes scored questions as they come into `samples.jsonl.part`, and once all are there their lines, sorted, into
+    """Writes scored questions as they come, each rank into a file of its own, and at the end their lines, sorted, into
     `samples.jsonl`.
 
-    run: what is evaluated and how, plain enough for JSON. Where an earlier evaluation of the same was ended, `earlier`
-    has what it scored.
+    run: what is evaluated and how, plain enough for JSON. Where an earlier evaluation of the same was ended, on however
+    many ranks, `earlier` holds the keys of what it scored. All ranks share `folder`, make and enter this together, and
+    leave it by `finish` or by an exception.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        self._path = folder / SAMPLES
-        self._part = folder / f"{SAMPLES}.part"
-        self._run = run
-        self._sorted: list[tuple[Key, str]] = []
-        self.earlier = Earlier(self._part, run)
+    def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks | None = None) -> None:
+        self._folder, self._run, self._ranks = folder, run, ranks or Ranks()
+        self._part = folder / (PART if self._ranks.rank == 0 else f"{PART}{self._ranks.rank}")
+        self._earlier = read_records(folder, run)
+        self.earlier = frozenset(self._earlier)
 
     def __enter__(self) -> "Lines":
-        # The earlier part is replaced in one go: being ended now must not cost it.
-        draft = self._part.with_name(f"{SAMPLES}.draft")
-        draft.write_text("".join(map(_text, [self._run, *self.earlier.records()])), encoding="utf-8")
-        os.replace(draft, self._part)
+        self._ranks.wait()  # all have read what is there
+        if self._ranks.rank == 0:
+            # The earlier part is replaced in one go: being ended now must not cost it.
+            self._replace(self._part, map(_text, [self._run, *self._earlier.values()]))
+            for path in parts_of(self._folder):
+                if path != self._part:
+                    path.unlink()
+        self._ranks.wait()
+        if self._ranks.rank != 0:
+            self._part.write_text(_text(self._run), encoding="utf-8")
         self._file = self._part.open("a", encoding="utf-8")
         return self
 
-    def add(self, scored: Scored) -> None:
-        """Take in one scored question."""
-        key, line = key_of(scored.question), line_of(scored)
-        if key not in self.earlier:
-            self._file.write(_text(record_of(scored, line)))
-        self._sorted.append((key, _text(line)))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
-        if kind is None:
-            draft = self._path.with_name(f"{SAMPLES}.draft")
-            draft.write_text("".join(text for _, text in sorted(self._sorted)), encoding="utf-8")
-            os.replace(draft, self._path)
-            self._part.unlink()
+
+    def add(self, scored: Scored | Spoken) -> None:
+        """Take in one scored question. It is in the file when this returns."""
+        line = text_line_of(scored) if isinstance(scored, Spoken) else line_of(scored)
+        self._file.write(_text(record_of(scored.question, scored.figures, line)))
+        self._file.flush()
+
+    def finish(self, order: Sequence[EvalQuestion]) -> list[Record]:
+        """What all ranks scored, in the given order, with `samples.jsonl` written; nothing on ranks but the first."""
+        self._file.close()
+        self._ranks.wait()
+        if self._ranks.rank != 0:
+            return []
+        records = read_records(self._folder, self._run)
+        lines = [_text(record["line"]) for _, record in sorted(records.items())]
+        self._replace(self._folder / SAMPLES, lines)
+        for path in parts_of(self._folder):
+            path.unlink()
+        return [records[key_of(question)] for question in order]
+
+    def _replace(self, path: Path, texts: Iterable[str]) -> None:
+        draft = path.with_name(f"{SAMPLES}.draft")
+        draft.write_text("".join(texts), encoding="utf-8")
+        os.replace(draft, path)
 
 
 def _text(content: Mapping[str, Any]) -> str:

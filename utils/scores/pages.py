@@ -1,36 +1,41 @@
-"""index.html: answers beside their pictures and truths, best, worst, at random and by cause of failure.
+"""index.html: answers beside their pictures and truths, best, worst, at random and by cause of failure; and
+compare.html: what changed from one run to another.
 
 One file without scripts, links to other places or files beside it: it opens from a disk. Words of questions and answers
-are shown as they are and never become markup.
+are shown as they are and never become markup. All is drawn from lines of samples.jsonl and the pictures they name.
 """
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from utils.data.samples import KINDS
-from utils.evaluation import Scored
-from utils.scores.lines import CAUSES, causes
+from utils.data.samples import KINDS, TEXT
+from utils.scores.lines import CAUSES, iou_of
+from utils.scores.masks import decoded
 
-PAGE = "index.html"
+PAGE, COMPARISON = "index.html", "compare.html"
 PER_SECTION = 8
 
 SIDE = 280
 """Longest side in pixels of a picture on the page."""
 
-# Three pictures of this many bytes are 26,000 characters: 500 answers with their words, all of them quotation marks
-# that take six letters, stay under 20 MB.
-_MOST_BYTES = 6_500
+# A page stays below this many bytes; its answers share them.
+_PAGE_BYTES = 19_000_000
+_MOST_BYTES, _FEWEST_BYTES = 30_000, 2_000
+_PICTURES, _TEXTS = 3, 4
 _MOST_LETTERS = 600
+_LETTERS_OF_A_QUOTATION_MARK = 6
 _QUALITIES = (80, 60, 40, 25)
 
+Line = Mapping[str, Any]
 Draw = Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]
 Open = Callable[[str], np.ndarray]
 
@@ -42,6 +47,7 @@ _HEAD = """<!DOCTYPE html>
 body {{ font: 15px/1.4 sans-serif; margin: 1.5em auto; max-width: 62em; padding: 0 1em; color: #111; background: #fff }}
 article {{ border-top: 1px solid #ccc; padding: .6em 0 }}
 .row {{ display: flex; gap: .5em; flex-wrap: wrap }}
+h1, h2 {{ overflow-wrap: anywhere }}
 figure {{ margin: 0 }} figcaption, .note {{ color: #666; font-size: 85% }}
 img {{ max-width: 100%; height: auto }}
 p {{ margin: .3em 0; overflow-wrap: anywhere; white-space: pre-wrap }}
@@ -55,15 +61,17 @@ class ByKind:
 
     def __init__(self, wanted: int) -> None:
         self._wanted = wanted
-        self._kept: dict[str, list[Scored]] = {kind: [] for kind in KINDS}
+        self._kept: dict[str, list[Line]] = {kind: [] for kind in KINDS if kind != TEXT}
 
-    def add(self, scored: Scored) -> None:
+    def add(self, line: Line) -> None:
         """Take in one scored question."""
-        kept, path = self._kept[scored.question.turn.kind], scored.question.image_path
-        if len(kept) < self._wanted and all(path != other.question.image_path for other in kept):
-            kept.append(scored)
+        if line["kind"] == TEXT:
+            return
+        kept, path = self._kept[line["kind"]], line["image_path"]
+        if len(kept) < self._wanted and all(path != other["image_path"] for other in kept):
+            kept.append(line)
 
-    def chosen(self) -> list[Scored]:
+    def chosen(self) -> list[Line]:
         """At most the wanted number, the kinds taking turns."""
         longest = max(len(kept) for kept in self._kept.values())
         turns = [kept[place] for place in range(longest) for kept in self._kept.values() if place < len(kept)]
@@ -72,56 +80,66 @@ class ByKind:
 
 @dataclass
 class Chosen:
-    """Keeps some answers of a run: the best and worst of those with targets, some at random, and some by cause.
+    """Keeps some answers of a run: the best and worst of those with targets, some at random, some by cause of failure,
+    and some in words alone.
 
     per_section: how many of each. The same run keeps the same ones.
     """
 
     per_section: int = PER_SECTION
     _seen: int = 0
-    _best: list[tuple[float, int, Scored]] = field(default_factory=list)
-    _worst: list[tuple[float, int, Scored]] = field(default_factory=list)
-    _drawn: list[Scored] = field(default_factory=list)
-    _failed: dict[str, list[Scored]] = field(default_factory=lambda: {cause: [] for cause in CAUSES})
+    _best: list[tuple[float, int, Line]] = field(default_factory=list)
+    _worst: list[tuple[float, int, Line]] = field(default_factory=list)
+    _drawn: list[Line] = field(default_factory=list)
+    _failed: dict[str, list[Line]] = field(default_factory=lambda: {cause: [] for cause in CAUSES})
+    _said: list[Line] = field(default_factory=list)
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def add(self, scored: Scored) -> None:
+    def add(self, line: Line) -> None:
         """Take in one scored question."""
-        iou, most = scored.shown.iou, self.per_section
-        if scored.question.turn.targets:
-            self._best = _first([*self._best, (-iou, self._seen, scored)], most)
-        self._worst = _first([*self._worst, (iou, self._seen, scored)], most)
+        most = self.per_section
+        if line["kind"] == TEXT:
+            if len(self._said) < most and line["answer"] is not None:
+                self._said.append(line)
+            return
+        iou = iou_of(line)
+        if line["names"]:
+            self._best = _first([*self._best, (-iou, self._seen, line)], most)
+        self._worst = _first([*self._worst, (iou, self._seen, line)], most)
         # Every question so far has the same chance to be among those kept.
         if len(self._drawn) < most:
-            self._drawn.append(scored)
+            self._drawn.append(line)
         elif (place := int(self._rng.integers(self._seen + 1))) < most:
-            self._drawn[place] = scored
-        for cause in causes(scored):
+            self._drawn[place] = line
+        for cause in line["causes"]:
             if len(self._failed[cause]) < most:
-                self._failed[cause].append(scored)
+                self._failed[cause].append(line)
         self._seen += 1
 
-    def sections(self) -> dict[str, list[Scored]]:
-        """The kept answers by title; titles without any are left out."""
+    def sections(self) -> dict[str, list[Line]]:
+        """The kept answers by the title of their section; empty ones are left out."""
         found = {
-            "best": [scored for *_, scored in self._best],
-            "worst": [scored for *_, scored in self._worst],
+            "best": [line for *_, line in self._best],
+            "worst": [line for *_, line in self._worst],
             "at random": list(self._drawn),
             **{f"cause: {cause}": list(kept) for cause, kept in self._failed.items()},
+            "in words alone": list(self._said),
         }
         return {title: kept for title, kept in found.items() if kept}
 
 
-def _first(kept: list[tuple[float, int, Scored]], most: int) -> list[tuple[float, int, Scored]]:
+def _first(kept: list[tuple[float, int, Line]], most: int) -> list[tuple[float, int, Line]]:
     return sorted(kept, key=lambda one: one[:2])[:most]
 
 
-def write_page(path: Path, title: str, sections: dict[str, list[Scored]], draw: Draw, open_picture: Open) -> None:
+def write_page(path: Path, title: str, sections: dict[str, list[Line]], draw: Draw, open_picture: Open) -> None:
     """Write the page. An answer that several sections hold is drawn in the first and linked from the others.
 
     draw: (picture uint8 (H, W, 3), bool masks (Q, H, W), phrases) -> a picture with its masks. open_picture: by path.
     """
-    places: dict[tuple[str, int], str] = {}
+    places: dict[tuple[str, str], str] = {}
+    articles = {(line["dataset"], line["id"]) for lines in sections.values() for line in lines}
+    pictures_of = _Pictures(draw, open_picture, _bytes_of_picture(len(articles)))
     with path.open("w", encoding="utf-8") as page:
         page.write(_HEAD.format(title=escape(title)))
         links = [
@@ -130,51 +148,109 @@ def write_page(path: Path, title: str, sections: dict[str, list[Scored]], draw: 
         page.write(f"<p>{' · '.join(links)}</p>\n")
         for number, name in _order(sections):
             page.write(f'<h2 id="s{number}">{escape(name)}</h2>\n')
-            for scored in sections[name]:
-                key = (scored.question.sample_id, scored.question.number)
+            for line in sections[name]:
+                key = (line["dataset"], line["id"])
                 if key in places:
-                    text = f"{_cut(scored.question.turn.question)} (shown above)"
+                    text = f"{_cut(line['question'])} (shown above)"
                     page.write(f'<p><a href="#{places[key]}">{escape(text)}</a></p>\n')
                 else:
                     places[key] = f"a{len(places)}"
-                    page.write(_article(scored, places[key], draw, open_picture))
+                    page.write(_article(line, places[key], pictures_of))
         page.write("</body></html>\n")
 
 
-def _order(sections: dict[str, list[Scored]]) -> list[tuple[int, str]]:
+def write_comparison(
+    path: Path, title: str, pairs: Sequence[tuple[Line, Line]], draw: Draw, open_picture: Open
+) -> None:
+    """Write a page of pairs of lines, (A, B) of the same question; see `write_page`."""
+    pictures_of = _Pictures(draw, open_picture, _bytes_of_picture(len(pairs)))
+    with path.open("w", encoding="utf-8") as page:
+        page.write(_HEAD.format(title=escape(title)))
+        for number, (first, second) in enumerate(pairs):
+            pictures = {"truth": _true(first), "A": _predicted(first), "B": _predicted(second)}
+            shown = pictures_of.figures(first["image_path"], pictures)
+            note = f"IoU {iou_of(first):.3f} → {iou_of(second):.3f} ({iou_of(second) - iou_of(first):+.3f})"
+            page.write(
+                f'<article id="a{number}">{_said("Q", first["question"])}<div class="row">{shown}</div>'
+                f"{_said('A', first['answer'])}{_said('B', second['answer'])}{_said('True', first['true_answer'])}"
+                f'<p class="note">{escape(note)} · {escape(first["id"])}</p></article>\n'
+            )
+        page.write("</body></html>\n")
+
+
+def _order(sections: dict[str, list[Line]]) -> list[tuple[int, str]]:
     return list(enumerate(sections))
 
 
-def _article(scored: Scored, place: str, draw: Draw, open_picture: Open) -> str:
-    turn, answer = scored.question.turn, scored.answer
-    picture = open_picture(scored.question.image_path)
-    names = [target.name for target in turn.targets]
-    pictures = {
-        "picture": _small(picture, answer.masks[:0])[0],
-        "truth": draw(*_small(picture, scored.truths == 1), names),
-        "prediction": draw(*_small(picture, answer.masks), answer.phrases),
-    }
-    figures = "".join(
-        f'<figure><img alt="{name}" src="{_embedded(shown)}"><figcaption>{name}</figcaption></figure>'
-        for name, shown in pictures.items()
-    )
-    note = f"{turn.kind}, {scored.protocol}, IoU {scored.shown.iou:.3f}"
-    if why := causes(scored):
+Masks = tuple[np.ndarray | None, Sequence[str]]
+
+
+def _true(line: Line) -> Masks:
+    return decoded(line["true_masks"], line["size"]), line["names"]
+
+
+def _predicted(line: Line) -> Masks:
+    return decoded(line["masks"], line["size"]), line["phrases"]
+
+
+def _article(line: Line, place: str, pictures_of: "_Pictures") -> str:
+    of_text = line["kind"] == TEXT
+    pictures: dict[str, Masks] = {"picture": (None, ())}
+    if not of_text:
+        pictures |= {"truth": _true(line), "prediction": _predicted(line)}
+    shown = pictures_of.figures(line["image_path"], pictures)
+    note = f"{line['kind']}, {line['protocol']}" + ("" if of_text else f", IoU {iou_of(line):.3f}")
+    if why := line.get("causes"):
         note += f", {', '.join(why)}"
     return (
-        f'<article id="{place}"><p><b>Q</b> {escape(_cut(turn.question))}</p><div class="row">{figures}</div>'
-        f"<p><b>A</b> {escape(_cut(answer.marked_text))}</p><p><b>True</b> {escape(_cut(turn.answer))}</p>"
-        f'<p class="note">{escape(note)} · {escape(scored.question.sample_id)}</p></article>\n'
+        f'<article id="{place}">{_said("Q", line["question"])}<div class="row">{shown}</div>'
+        f"{_said('A', line['answer'])}{_said('True', line['true_answer'])}"
+        f'<p class="note">{escape(note)} · {escape(line["id"])}</p></article>\n'
     )
+
+
+def _said(name: str, text: str) -> str:
+    return f"<p><b>{name}</b> {escape(_cut(text))}</p>"
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Draws pictures into a page, each of at most `most_bytes`."""
+
+    draw: Draw
+    open_picture: Open
+    most_bytes: int
+
+    def figures(self, path: str, pictures: Mapping[str, Masks]) -> str:
+        """Pictures side by side, by their captions; masks None: the picture alone."""
+        picture = self.open_picture(path)
+        shown = {
+            name: _small(picture, None)[0] if masks is None else self.draw(*_small(picture, masks), names)
+            for name, (masks, names) in pictures.items()
+        }
+        sources = {name: _embedded(one, self.most_bytes) for name, one in shown.items()}
+        return "".join(
+            f'<figure><img alt="{name}" src="{source}"><figcaption>{name}</figcaption></figure>'
+            for name, source in sources.items()
+        )
+
+
+def _bytes_of_picture(articles: int) -> int:
+    """As many bytes as each of an article's pictures may have beside texts that are all quotation marks."""
+    texts = _TEXTS * _MOST_LETTERS * _LETTERS_OF_A_QUOTATION_MARK
+    characters = (_PAGE_BYTES / max(articles, 1) - texts) / _PICTURES
+    return int(min(max(characters * 3 / 4, _FEWEST_BYTES), _MOST_BYTES))
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= _MOST_LETTERS else text[: _MOST_LETTERS - 1] + "…"
 
 
-def _small(picture: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Picture and masks with a longest side of at most SIDE."""
+def _small(picture: np.ndarray, masks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and masks (none for None) with a longest side of at most SIDE."""
     height, width = picture.shape[:2]
+    if masks is None:
+        masks = np.zeros((0, height, width), dtype=bool)
     scale = SIDE / max(height, width)
     if scale >= 1:
         return picture, masks
@@ -184,14 +260,14 @@ def _small(picture: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return small, np.array(parts, dtype=bool).reshape(len(masks), size[1], size[0])
 
 
-def _embedded(picture: np.ndarray) -> str:
-    """The picture as a data address of a JPEG of at most _MOST_BYTES: coarser, then smaller, until it fits."""
+def _embedded(picture: np.ndarray, most_bytes: int) -> str:
+    """The picture as a data address of a JPEG of at most `most_bytes`: coarser, then smaller, until it fits."""
     image = Image.fromarray(picture)
     image.thumbnail((SIDE, SIDE))
     while True:
         for quality in _QUALITIES:
             written = io.BytesIO()
             image.save(written, "JPEG", quality=quality)
-            if written.tell() <= _MOST_BYTES or max(image.size) == 1:
+            if written.tell() <= most_bytes or max(image.size) == 1:
                 return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode("ascii")
         image = image.resize((max(1, image.width // 2), max(1, image.height // 2)))

@@ -15,9 +15,22 @@ RESULTS = "results.json"
 def with_intervals(scores: Mapping[str, Any], figures: Sequence[Figures]) -> dict[str, Any]:
     """The scores that `figures` gave, with their bootstrap intervals: those of a data set beside its scores."""
     found = intervals(figures)
-    of_sets = found.pop("datasets")
-    datasets = {name: entry | of_sets.get(name, {}) for name, entry in scores["datasets"].items()}
-    return {**scores, "datasets": datasets, "intervals": found}
+    return merged(scores, {"datasets": found.pop("datasets"), "text": found.pop("text")}) | {"intervals": found}
+
+
+def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Both; what both hold as a mapping holds what either's does, and else the other's value stands.
+
+    >>> merged({"a": {"n": 1}, "b": None}, {"a": {"m": 2}, "b": {}})
+    {'a': {'n': 1, 'm': 2}, 'b': None}
+    """
+    found = dict(one)
+    for name, value in other.items():
+        if isinstance(value, Mapping):
+            found[name] = merged(found[name], value) if isinstance(found.get(name), Mapping) else (value or None)
+        else:
+            found[name] = value
+    return found
 
 
 def protocol_facts(protocols: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Going on where an evaluation was ended: what was scored before is read again rather than asked again.
 
-While an evaluation runs, a file holds a first line that says what is evaluated and how, then a line per scored
-question: its line of samples.jsonl, its figures, and the answer's words.
+While an evaluation runs, each rank has a file that holds a first line, which says what is evaluated and how, then a
+line per scored question: its key, its line of samples.jsonl and its figures.
 """
 
 import dataclasses
@@ -9,29 +9,17 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from utils.scores.figures import Figures
+from utils.scores.questions import EvalQuestion
 
-from utils.evaluation import EvalQuestion, Scored, truths_of
-from utils.scores.figures import Figures, drawn
+PART = "samples.jsonl.part"
+"""Name of the first rank's file; those of the others have their number behind it."""
 
 Key = tuple[str, str, int]
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """An answer as it was; boxes and all as the predictor gave them."""
-
-    text: str
-    marked_text: str
-    phrases: list[str]
-    masks: np.ndarray
-    scores: list[float]
-    boxes: list[tuple[int, int, int, int]]
-    num_broken: int
+Record = dict[str, Any]
 
 
 def key_of(question: EvalQuestion) -> Key:
@@ -39,60 +27,33 @@ def key_of(question: EvalQuestion) -> Key:
     return question.dataset, question.sample_id, question.number
 
 
-def record_of(scored: Scored, line: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a scored question so that `Earlier` can restore it; plain enough for JSON."""
-    return {
-        "key": key_of(scored.question),
-        "text": scored.answer.text,
-        "figures": dataclasses.asdict(scored.figures),
-        "line": line,
-    }
+def record_of(question: EvalQuestion, figures: Figures, line: Mapping[str, Any]) -> Record:
+    """What is kept of a scored question; plain enough for JSON."""
+    return {"key": key_of(question), "figures": dataclasses.asdict(figures), "line": line}
 
 
-class Earlier:
-    """The questions that an ended run had scored, if it was the same run; none otherwise.
+def figures_of(record: Record) -> Figures:
+    """The figures in a record."""
+    found: Figures = from_plain(Figures, record["figures"])
+    return found
 
-    path: the file it left. run: what is evaluated and how, which must be that of the file. A last line that was cut
-    off is dropped.
-    """
 
-    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        self._records: dict[Key, dict[str, Any]] = {}
+def parts_of(folder: Path) -> list[Path]:
+    """The files of all ranks."""
+    return sorted(path for path in folder.glob(f"{PART}*") if path.name[len(PART) :].isdecimal() or path.name == PART)
+
+
+def read_records(folder: Path, run: Mapping[str, Any]) -> dict[Key, Record]:
+    """What the ranks of an ended run left, if it was the same run: files whose first line says otherwise count for
+    nothing. A last line that was cut off is dropped."""
+    found: dict[Key, Record] = {}
+    for path in parts_of(folder):
         records = _whole_lines(path)
         if records and records[0] == json.loads(json.dumps(run)):
             for record in records[1:]:
                 dataset, sample_id, number = record["key"]
-                self._records[dataset, sample_id, number] = record
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._records
-
-    def records(self) -> list[dict[str, Any]]:
-        """What `record_of` gave, in the order of scoring."""
-        return list(self._records.values())
-
-    def restore(self, question: EvalQuestion) -> Scored | None:
-        """The question as it was scored; None where it was not."""
-        record = self._records.get(key_of(question))
-        if record is None:
-            return None
-        line = record["line"]
-        masks = _decoded(line["masks"], line["size"])
-        truths = truths_of(question, masks.shape[1:])
-        answer = Remembered(
-            record["text"],
-            line["answer"],
-            line["phrases"],
-            masks,
-            line["scores"],
-            [(box[0], box[1], box[2], box[3]) for box in line["boxes"]],
-            line["num_broken"],
-        )
-        figures: Figures = from_plain(Figures, record["figures"])
-        return Scored(question, truths, answer, line["protocol"], drawn(masks, truths), figures)
+                found[dataset, sample_id, number] = record
+    return found
 
 
 def from_plain(kind: Any, value: Any) -> Any:
@@ -108,8 +69,6 @@ def from_plain(kind: Any, value: Any) -> Any:
 
 
 def _whole_lines(path: Path) -> list[Any]:
-    if not path.is_file():
-        return []
     found = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
@@ -117,12 +76,3 @@ def _whole_lines(path: Path) -> list[Any]:
         except ValueError:
             break
     return found
-
-
-def _decoded(counts: list[str], size: list[int]) -> np.ndarray:
-    """`lines.encoded` undone: bool (P, H, W)."""
-    from pycocotools import mask as coco_rle
-
-    height, width = size
-    masks = [coco_rle.decode({"size": [height, width], "counts": text.encode("ascii")}) for text in counts]
-    return np.array(masks, dtype=bool).reshape(len(masks), height, width)
