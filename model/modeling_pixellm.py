@@ -256,7 +256,12 @@ class PixelLMForCausalLM(PreTrainedModel):
             (Q, S, D) embeddings and (Q, h, w) mask logits over the square.
         """
         embeddings = self.codebook(group_states)
-        return embeddings, self.pixel_decoder(embeddings, self.feature_maps(pictures), picture_of_target)
+        if torch.is_grad_enabled():
+            return embeddings, self.pixel_decoder(embeddings, self.feature_maps(pictures), picture_of_target)
+        if pictures.decoder_maps is None:
+            pictures.decoder_maps = self.pixel_decoder.prepare(self.feature_maps(pictures))
+        logits = self.pixel_decoder.decode_in_chunks(embeddings, pictures.decoder_maps, picture_of_target)
+        return embeddings, logits
 
     def forward(
         self,
