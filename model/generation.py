@@ -92,6 +92,8 @@ PrefixKey = tuple[int, tuple[int, ...]]
 class GrowingLayer(DynamicLayer):
     """A cache layer with room for tokens to come: transformers' own copies all it holds at every step."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
     _key_room: torch.Tensor | None = None
     _value_room: torch.Tensor | None = None
 
@@ -106,6 +108,7 @@ class GrowingLayer(DynamicLayer):
         if self._key_room is None or self._key_room.shape[2] < end:
             self._key_room = _roomier(self.keys if used else None, key_states, end + _HEADROOM)
             self._value_room = _roomier(self.values if used else None, value_states, end + _HEADROOM)
+        assert self._value_room is not None
         self._key_room[:, :, used:end] = key_states
         self._value_room[:, :, used:end] = value_states
         self.keys, self.values = self._key_room[:, :, :end], self._value_room[:, :, :end]

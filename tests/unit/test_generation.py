@@ -153,6 +153,7 @@ def test_each_picture_is_seen_once_and_a_batch_stops_when_all_are_done(
         return encode(pixel_values, *others)
 
     monkeypatch.setattr(built.model.vision_tower, "forward", count)
+
     def watch(module: Any, inputs: Any, keywords: dict[str, Any]) -> None:
         widths.append(tuple(keywords["inputs_embeds"].shape[:2]))
 
