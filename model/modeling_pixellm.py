@@ -431,19 +431,19 @@ class PixelLMForCausalLM(PreTrainedModel):
     @torch.no_grad()
     def generate_answers(
         self,
+        pixel_values: dict[str, torch.Tensor] | None,
+        resized_sizes: torch.Tensor | None,
         prompts: list[torch.Tensor],
         image_index: torch.Tensor,
         end_token_id: int,
         max_new_tokens: int,
-        pixel_values: dict[str, torch.Tensor] | None = None,
-        resized_sizes: torch.Tensor | None = None,
-        pictures: EncodedPictures | None = None,
         decoding: Decoding | None = None,
+        pictures: EncodedPictures | None = None,
     ) -> list[GeneratedAnswer]:
         """Answer prompts; see `generation.generate_answers`.
 
-        The pictures are either pixel_values and resized_sizes, as in `forward`, or already encoded. Those that were
-        keep what is computed about them, so that later prompts need not compute it again.
+        pixel_values and resized_sizes are those of `forward`, or None where the pictures are given encoded. Those keep
+        what is computed about them, so that later prompts need not compute it again.
         """
         if pictures is None:
             if pixel_values is None or resized_sizes is None:

@@ -29,7 +29,7 @@ from .generation import GeneratedAnswer
 from .geometry import restore_masks
 from .losses import IGNORE_TOKEN
 from .modeling_pixellm import TOWER_KEY, PixelLMForCausalLM
-from .processing_pixellm import EncodedConversation, Picture, PixelLMProcessor
+from .processing_pixellm import EncodedConversation, Picture, PixelLMProcessor, PromptError
 from .session import MAX_NEW_TOKENS, AnswerOptions, Chat, Event, MaskReady, Question, Session
 
 __all__ = ["Answer", "AnswerOptions", "Box", "ModelFolderError", "Predictor", "mask_box", "mask_scores"]
@@ -280,6 +280,8 @@ class Predictor:
         turns = [(question, None)] if isinstance(question, str) else list(question)
         for asked, _ in turns:
             self.processor.check_user_text(asked)
+            if any("\ud800" <= letter <= "\udfff" for letter in asked):
+                raise PromptError("the prompt holds half a letter (a lone surrogate): leave it out")
         return self.processor.encode_prompt(turns).to(self.model.device)
 
     def finish(self, one: GeneratedAnswer, picture: Picture) -> Answer:

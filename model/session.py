@@ -152,6 +152,8 @@ class Session:
                     image_index=self._index(len(some)),
                     end_token_id=self.predictor.processor.end_token_id,
                     max_new_tokens=max_new_tokens,
+                    pixel_values=None,
+                    resized_sizes=None,
                     pictures=self._pictures(),
                     decoding=chunk,
                 )
@@ -295,12 +297,10 @@ class Chat:
 
     def _fitting(self, question: str) -> list[tuple[str, str | None]]:
         """The turns to ask with, the oldest left out until the prompt is short enough."""
-        processor = self.session.predictor.processor
-        processor.check_user_text(question)
         while True:
             turns: list[tuple[str, str | None]] = [(asked, answer.marked_text) for asked, answer in self.turns]
             try:
-                processor.encode_prompt([*turns, (question, None)])
+                self.session.predictor.prompt([*turns, (question, None)])
             except ConversationTooLong:
                 if not turns:
                     raise

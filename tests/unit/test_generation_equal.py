@@ -58,13 +58,16 @@ def generate(
     max_new_tokens: int = LENGTH,
     **pictures: Any,
 ) -> list[GeneratedAnswer]:
+    seen = pictures or pixels(built)
     return built.model.generate_answers(
+        pixel_values=seen.get("pixel_values"),
+        resized_sizes=seen.get("resized_sizes"),
+        pictures=seen.get("pictures"),
         prompts=prompts,
         image_index=torch.tensor(list(index)),
         end_token_id=built.processor.end_token_id,
         max_new_tokens=max_new_tokens,
         decoding=decoding,
-        **(pictures or pixels(built)),
     )
 
 
@@ -253,7 +256,7 @@ def test_encoded_pictures_remember(tiny: BuiltModel, monkeypatch: pytest.MonkeyP
     # The second question about picture 1 is fed from its first own token on.
     assert fed.count(len(prompts[2]) - prefix) >= 1
     with pytest.raises(ValueError, match="no picture was given"):
-        model.generate_answers(prompts, torch.tensor(INDEX), tiny.processor.end_token_id, 4)
+        model.generate_answers(None, None, prompts, torch.tensor(INDEX), tiny.processor.end_token_id, 4)
 
 
 def test_seeds_draw_the_same_alone_in_a_batch_and_token_by_token(tiny: BuiltModel) -> None:

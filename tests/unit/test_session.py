@@ -170,7 +170,7 @@ def test_a_conversation_sees_its_own_groups(predictor: Predictor, built: BuiltMo
     with saying(built, ["the red circle {seg}."]):
         first, second = chat.ask("Where?"), chat.ask("And what is beside it?")
     assert [question for question, _ in chat.turns] == ["Where?", "And what is beside it?"]
-    assert prompts[1] == prompt([("Where?", "the red circle {seg}."), ("And what is beside it?", None)]).tolist()
+    assert prompts[-1] == prompt([("Where?", "the red circle {seg}."), ("And what is beside it?", None)]).tolist()
     assert len(first.masks) == len(second.masks) == 1
     undone = chat.undo()
     assert undone is not None and undone[0] == "And what is beside it?" and len(chat.turns) == 1
