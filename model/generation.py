@@ -135,6 +135,11 @@ def remembers_everything(text_config: PretrainedConfig) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=text_config).layers)
 
 
+def cache_argument(decoder: torch.nn.Module) -> str:
+    """The name a language model gives its cache: there was one for long, of which those warn that have another."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+
+
 def generate_answers(
     model: "PixelLMForCausalLM",
     pictures: "EncodedPictures",
@@ -355,10 +360,12 @@ class DecodingLoop:
         self, inputs: torch.Tensor, positions: torch.Tensor, cache: Cache, mask: torch.Tensor | None
     ) -> torch.Tensor:
         decoder = self.model.language_model.get_decoder()
-        # Models had one name for it for long, and warn of it since they have another.
-        name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
         return decoder(
-            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache}
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{cache_argument(decoder): cache},
         ).last_hidden_state
 
     # --- choosing -------------------------------------------------------------------------------------------------
