@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from model.answer_page import answer_page
 from model.overlay import draw_overlay, target_colour
 from model.predictor import Predictor
 from model.session import Finished, TargetStarted, TextPiece
@@ -100,6 +101,7 @@ def manner(predictor: Predictor) -> Manner:
     return Manner(
         open=open_talk,
         draw=draw_overlay,
+        page=answer_page,
         colour=target_colour,
         text=lambda event: event.text if isinstance(event, TextPiece) else None,
         target=lambda event: event.number if isinstance(event, TargetStarted) else None,

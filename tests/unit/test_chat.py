@@ -246,6 +246,8 @@ def test_commands_of_a_conversation(
         "/masks",
         f"/save {saved}",
         "/save",
+        f"/save {saved.with_suffix('.html')}",
+        f"/save {picture}/answer.html",
         f"/save {tmp_path / 'answer.txt'}",
         f"/save {picture}/answer.png",
         "/save a\0b.png",
@@ -262,13 +264,10 @@ def test_commands_of_a_conversation(
     assert said.count("there is no answer yet") == 2
     assert said.count("there is nothing to take back") == 2
     assert said.count("2. the blue square: box") == 3  # two answers and /masks
-    assert sorted(path.name for path in saved.parent.iterdir()) == [
-        "answer.png",
-        "answer_mask1.png",
-        "answer_mask2.png",
-    ]
+    names = sorted(path.name for path in saved.parent.iterdir())
+    assert names == ["answer.html", "answer.png", "answer_mask1.png", "answer_mask2.png"]
     assert "/save needs a file" in said and "answer.txt is no picture file" in said and "taken back: Where?" in said
-    assert said.count("cannot write") == 2 and "there is no command /nonsense" in said and "/image FILE" in said
+    assert said.count("cannot write") == 3 and "there is no command /nonsense" in said and "/image FILE" in said
 
 
 def test_a_conversation_is_asked_with_its_turns(

@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from utils.chat.files import AnswerLike, Draw, check_picture_name, free_name, target_lines, write_answer
+from utils.chat.files import AnswerLike, Draw, check_picture_name, free_name, target_lines, write_answer, write_page
 from utils.chat.terminal import Colour, Terminal
 from utils.scripts import UserError, explain
 
 HELP = """\
 /image FILE   ask about another picture
 /masks        the last answer's masks again
-/save FILE    the last answer's overlay into FILE, its masks beside it
+/save FILE    the last answer's overlay into FILE, its masks beside it; or a page, if FILE ends in .html
 /undo         take the last question back
 /reset        forget the conversation, keep the picture
 /help         this list
@@ -36,13 +36,14 @@ class Talk(Protocol):
 class Manner:
     """What a conversation needs of the model's room.
 
-    open: picture's path -> (its pixels uint8 (H, W, 3), a Talk about it). draw: see `files.Draw`. colour: of target
-    number n. text, target, answer: read an event: its piece of text, the number of the target that begins with it, the
-    whole answer; None for events of another kind.
+    open: picture's path -> (its pixels uint8 (H, W, 3), a Talk about it). draw: see `files.Draw`. page: (picture,
+    answer) -> the answer as an HTML page. colour: of target number n. text, target, answer: read an event: its piece of
+    text, the number of the target that begins with it, the whole answer; None for events of another kind.
     """
 
     open: Callable[[str], tuple[np.ndarray, Talk]]
     draw: Draw
+    page: Callable[[np.ndarray, Any], str]
     colour: Callable[[int], Colour]
     text: Callable[[Any], str | None]
     target: Callable[[Any], int | None]
@@ -155,8 +156,11 @@ class Conversation:
         if not name:
             raise UserError("/save needs a file: give a name such as answer.png")
         answer, target = self._answered(), Path(name)
-        check_picture_name(target, "/save")
-        write_answer(target, self.picture, answer, self.manner.draw)
+        if target.suffix.lower() == ".html":
+            write_page(target, self.manner.page(self.picture, answer))
+        else:
+            check_picture_name(target, "/save")
+            write_answer(target, self.picture, answer, self.manner.draw)
         self.terminal.say(f"  saved: {target}")
 
     def _undo(self, _: str) -> None:

@@ -68,6 +68,17 @@ def write_answer(target: Path, picture: np.ndarray, answer: AnswerLike, draw: Dr
         raise UserError(f"cannot write {target}: {reason}; choose another place") from error
 
 
+def write_page(target: Path, page: str) -> None:
+    """An HTML page into `target`; UserError when it cannot be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot write {target}: {getattr(error, 'strerror', None) or error}; choose another place"
+        ) from error
+
+
 def target_lines(answer: AnswerLike, target: Path | None) -> list[str]:
     """A line for each mask, and one for broken groups. target: the overlay's file, where there is one."""
     files: list[Path | None] = [*mask_files(target, len(answer.masks))] if target else [None] * len(answer.masks)
