@@ -1,87 +1,147 @@
 """Make the tiny base from nothing: a tokenizer and random weights, a tower that learns to see, words about scenes.
 
 python tools/make_base.py --dataset_dir runs/demo/dataset --out runs/demo/base
+python -m torch.distributed.run --nproc_per_node 2 tools/make_base.py ...     shared out between two processes
 """
 
 import argparse
+import random
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.build.builder import MASK_PARTS, save_model
+from model.build.builder import BuiltModel, TrainingRecipe, choose_trainable, save_model
+from model.build.lookup_start import Meant, start_looking_up
+from model.build.mask_start import start_masks_at_words
+from model.build.patch_reader import PatchBatch, PatchReader, at_centres
 from model.build.tiny import TinyShape, make_tiny
-from utils.demo import RANKS
-from utils.scenes import COLOURS, FORMS, tokenizer_corpus
-from utils.scripts import UserError, run_script
-from utils.stages import Stage, launcher, run_stage
+from model.processing_pixellm import ConversationTooLong
+from utils.arguments import parse_train
+from utils.data.dataset import TrainingDataset
+from utils.engine.fit import Plan, Run
+from utils.engine.plain_engine import PlainEngine
+from utils.engine.runtime import Runtime, open_runtime
+from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
+from utils.engine.stepping import OptimizerSettings, Schedule
+from utils.scenes import (
+    COLOURS,
+    DIRECTIONS,
+    EXTREMES,
+    FORMS,
+    LIST_WORDS,
+    PATCH_WORDS,
+    PLURALS,
+    Scene,
+    mask_lessons,
+    patch_lessons,
+    read_scenes,
+    tokenizer_corpus,
+    word_lessons,
+    words_of_patches,
+)
+from utils.scripts import UserError, note, run_script
 
-CONFIG = "configs/tiny_base.yaml"
-SMOKE_STEPS = 6
-
-
-def stages(args: argparse.Namespace, work: Path) -> Iterator[Stage]:
-    """Warm the tower, start lookups, train in words, write the folder, start its mask parts."""
-    data, ranks = str(args.dataset_dir.resolve()), RANKS if args.engine == "deepspeed" else 1
-    env = {"OMP_NUM_THREADS": str(RANKS // ranks)}
-    start, out = str(work / "start"), str(args.out.resolve())
-    spread = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)) if ranks > 1 else ()
-    steps = ("--steps", str(SMOKE_STEPS if args.smoke else args.tower_steps))
-    warm = (*spread, "tools/warm_tower.py", "--model", start, "--dataset_dir", data, *steps)
-    yield Stage("tower", "show the tower what colours and forms are", (sys.executable, *warm), ROOT, env)
-    start_lookups = ("tools/start_lookups.py", "--model", start, "--dataset_dir", data)
-    few_scenes = ("--samples", "40") if args.smoke else ()
-    yield Stage(
-        "lookups", "start looking up words in pictures", (sys.executable, *start_lookups, *few_scenes), ROOT, env
-    )
-    words = ("train_ds.py", "--config", CONFIG, "--version", start, "--dataset_dir", data, "--engine", args.engine)
-    where = ("--log_base_dir", str(work), "--exp_name", "words")
-    few = ("--max_steps", str(SMOKE_STEPS), "--warmup_steps", "2") if args.smoke else ()
-    rounds = () if ranks == RANKS else ("--grad_accumulation_steps", str(RANKS))
-    command = (*launcher(args.engine, ranks), *words, *where, *few, *rounds)
-    yield Stage("words", "talk about scenes", command, ROOT, env)
-    weight = work / "words" / "ckpt_model"
-    if args.engine == "deepspeed":
-        yield Stage(
-            "gather", "collect the weights", (sys.executable, "zero_to_fp32.py", ".", "../weights"), weight, env
-        )
-        weight = work / "words" / "weights"
-    merge = ("merge_lora_weights_and_save_hf_model.py", "--version", start, "--weight", str(weight), "--save_path", out)
-    yield Stage("folder", "write the base", (sys.executable, *merge, "--precision", "fp32"), ROOT, env)
-    start_masks = ("tools/start_masks.py", "--model", out, "--dataset_dir", data)
-    few_samples = ("--samples", "32") if args.smoke else ()
-    yield Stage("masks", "start masks at words", (sys.executable, *start_masks, *few_samples), ROOT, env)
+WORDS_CONFIG, MASKS_CONFIG = str(ROOT / "configs" / "tiny_base.yaml"), str(ROOT / "configs" / "tiny.yaml")
+# Of the tower's stage: pictures a step over all ranks, learning rate, steps of warm-up.
+TOWER_BATCH, TOWER_RATE, TOWER_WARMUP = 32, 2e-3, 50
+SHAPE = {field.name: field.default for field in fields(TinyShape) if isinstance(field.default, int)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Make the base; its parts stay in OUT's neighbour folder `NAME_work`, where TensorBoard finds the curves."""
+def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: int, folder: Path) -> None:
+    """Teach the tower and the projector which colour, form, size and place each patch shows."""
+    tower = built.model.vision_tower.requires_grad_(True)
+    for part in tower.parts_without_loss():
+        part.requires_grad_(False)
+    engine = PlainEngine(PatchReader(built, PATCH_WORDS), OptimizerSettings(), "fp32", runtime.device)
+    ranks = engine.world_size
+    lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // ranks, engine.rank, ranks)
+
+    def batches(_: int) -> Iterator[list[PatchBatch]]:
+        return ([PatchBatch(pixels, words)] for pixels, words in lessons)
+
+    plan = Plan(Schedule(TOWER_RATE, steps, min(TOWER_WARMUP, steps // 2), "cosine"), steps, 0, 0, print_every=10)
+    Run(engine, plan, folder).fit(batches)
+    built.model.cpu().eval()
+
+
+def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
+    """Let the language model begin by looking up in the picture what words name."""
+    torch.manual_seed(seed)
+    asked = word_lessons(scenes, built.processor, random.Random(seed))
+    labels = at_centres(words_of_patches(scenes, built.model.vision_tower.patch_size))
+    meant = Meant(PLURALS, EXTREMES, {**DIRECTIONS, **LIST_WORDS})
+    read = start_looking_up(built, list(PATCH_WORDS.values()), meant, asked, labels)
+    shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())
+    note(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
+
+
+def train_words(built: BuiltModel, runtime: Runtime, flags: list[str]) -> None:
+    """Talk about scenes, as WORDS_CONFIG and `flags` say."""
+    args = parse_train(["--config", WORDS_CONFIG, "--version", ".", "--engine", "plain", *flags])
+    choose_trainable(built.model, TrainingRecipe(**{f.name: getattr(args, f.name) for f in fields(TrainingRecipe)}))
+    batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
+    Run(make_engine(args, runtime, built.model), make_plan(args), args.run_folder).fit(batches)
+    built.model.cpu().eval()
+    batches.report_losses()
+
+
+def start_masks(built: BuiltModel, data: str, count: int, seed: int) -> None:
+    """Give the base mask parts that begin at the words it knows, so that training on masks begins with a match."""
+    torch.manual_seed(seed)
+    args = parse_train(["--config", MASKS_CONFIG, "--version", ".", "--dataset_dir", data])
+    lessons = mask_lessons(TrainingDataset(make_mixture(args), built.processor, count), count)
+    read = start_masks_at_words(built, lessons)
+    note(f"the codebook reads {read:.0%} of the words that name the targets of {count} pictures")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; UserError where no scenes are."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--engine", choices=("deepspeed", "plain"), default="plain")
     parser.add_argument("--tower_steps", type=int, default=650)
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything: learns nothing")
+    parser.add_argument("--samples", type=int, default=400, help="scenes whose questions are read where parts start")
     parser.add_argument("--seed", type=int, default=0)
-    for field in fields(TinyShape):
-        if isinstance(field.default, int):
-            parser.add_argument(f"--{field.name}", type=int, default=field.default)
+    for name, default in SHAPE.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="last: what train_ds.py's flags override")
     args = parser.parse_args(argv)
     if not (args.dataset_dir / "scenes.json").is_file():
         raise UserError(
             f"{args.dataset_dir} holds no scenes: make them with tools/make_scenes.py --out {args.dataset_dir}"
         )
-    shape = TinyShape(**{f.name: getattr(args, f.name) for f in fields(TinyShape) if isinstance(f.default, int)})
-    work = args.out.resolve().with_name(args.out.name + "_work")
-    shutil.rmtree(work, ignore_errors=True)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the base; TensorBoard finds the curves in OUT's neighbour folder `NAME_work`."""
+    args = parse(argv)
+    runtime = open_runtime("plain", 0, "fp32")
+    data, work = str(args.dataset_dir.resolve()), args.out.resolve().with_name(args.out.name + "_work")
+    if runtime.rank == 0:
+        shutil.rmtree(work, ignore_errors=True)
+    scenes = [record.scene for record in read_scenes(args.dataset_dir) if record.split == "train"]
+    note("--- show the tower what colours and forms are")
+    shape = TinyShape(**{name: getattr(args, name) for name in SHAPE})
     built = make_tiny(tokenizer_corpus(), shape, args.seed, names=(*COLOURS, *FORMS))
-    save_model(built.model, built.processor, work / "start", left_out=MASK_PARTS)
-    for stage in stages(args, work):
-        print(f"--- {stage.title}", flush=True)
-        run_stage(stage)
+    warm_tower(built, scenes, runtime, args.tower_steps, work / "tower")
+    note("--- talk about scenes")
+    start_lookups(built, scenes[: args.samples], args.seed)
+    where = ["--dataset_dir", data, "--log_base_dir", str(work), "--exp_name", "words"]
+    train_words(built, runtime, [*where, *args.words])
+    if runtime.rank == 0:
+        start_masks(built, data, args.samples, args.seed)
+        save_model(built.model, built.processor, args.out)
+    if runtime.world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ SIZES = {
     ),
     "smoke": Size(
         data=("--train", "60", "--heldout", "50"),
-        base=("--smoke",),
+        base=("--tower_steps", "6", "--samples", "40", "--words", "--max_steps", "6", "--warmup_steps", "2"),
         train=("--max_steps", "6", "--warmup_steps", "2", "--val_limit", "8", "--max_new_tokens", "24"),
         questions=100,
         longest_answer=24,
@@ -113,8 +113,9 @@ class Demo:
         draw = ("tools/make_scenes.py", "--out", data, "--questions", str(size.questions), *size.data)
         yield self.stage("data", "draw scenes and ask about them", *draw)
         yield "check"
-        make_base = ("tools/make_base.py", "--dataset_dir", data, "--out", base, "--engine", self.engine, *size.base)
-        yield self.stage("base", "teach a new model such scenes in words", *make_base, threads=RANKS // ranks)
+        make_base = ("tools/make_base.py", "--dataset_dir", data, "--out", base, *size.base)
+        together = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS))
+        yield self.stage("base", "teach a new model such scenes in words", *together, *make_base)
         train = ("train_ds.py", "--config", "configs/tiny.yaml", "--version", base, *questions, *size.train)
         where = ("--log_base_dir", str(self.out), "--exp_name", run.name, "--engine", self.engine)
         # One process takes both ranks' pictures of a step, one after the other.

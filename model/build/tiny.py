@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -38,8 +37,6 @@ NUM_MARKS, MARK = 2, 15.0
 # the slowest rotation, in radians per word, that tells a word from its neighbour.
 BACK_STRENGTH, LOOKS_BACK, SLOWEST_TO_TELL_NEIGHBOURS = 14.0, {1: 2.0, 2: 1.4, 3: 1.4, 4: 1.4}, 0.05
 ROTARY_BASE = 1e6
-# How image tokens learn their words: a word that is there scores about 10 above one that is not.
-SCORE_SHARPNESS, SUM_WEIGHT = 8.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -245,50 +242,6 @@ def look_at_neighbours(tower: VisionTower) -> None:
             own = slice(head * channels, head * channels + len(rotation))
             attention.q_proj.weight[own, first:] += LOOK_STRENGTH * rotation
             attention.k_proj.weight[own, first:] += LOOK_STRENGTH * torch.eye(len(rotation))
-
-
-class PatchReader(nn.Module):
-    """Tells the words of each patch: how a tower and its projector learn to see before there are sentences.
-
-    An image token becomes the sum of the embeddings of the words that are there, which stay as they are: the language
-    model will find them in it as it finds words. A word's score is its embedding's product with the token.
-
-    Args:
-        words: for each kind of word (colour, form, …) the words, the first one for what is not there; each must be one
-            token.
-    """
-
-    def __init__(self, built: BuiltModel, words: Sequence[Sequence[str]]) -> None:
-        super().__init__()
-        self.tower, self.projector = built.model.vision_tower, built.model.projector
-        self.words = embeddings_of(built, words)
-        for kind in self.words[1:]:
-            kind[0] = 0  # that there is nothing is said once
-
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and share of right words.
-
-        Args:
-            pixel_values: (B, 3, P, P), a picture that fills its square.
-            labels: (B, kinds, patches) long, numbers of words; 0 is the word for nothing, and where a patch has it in
-                the first kind, it shows background.
-
-        Returns:
-            The loss, of how far tokens are from their sums and of the cross entropy of each kind, and (kinds,) the
-            share of right words where there is one. The first kind is asked of all patches, the others of what is no
-            background.
-        """
-        size = torch.tensor(pixel_values.shape[-2:]).expand(len(pixel_values), -1)
-        tokens = self.projector(self.tower(pixel_values, size)[0])
-        sums = torch.stack([words[labels[:, kind]] for kind, words in enumerate(self.words)]).sum(dim=0)
-        losses = [SUM_WEIGHT * F.mse_loss(tokens[..., :-NUM_MARKS], sums[..., :-NUM_MARKS])]
-        right = []
-        for kind, words in enumerate(self.words):
-            asked = labels[:, kind] >= min(kind, 1)
-            scores, truth = tokens[asked] @ words.T, labels[:, kind][asked]
-            losses.append(F.cross_entropy(scores / SCORE_SHARPNESS, truth))
-            right.append((scores.argmax(-1) == truth)[truth > 0].float().mean())
-        return torch.stack(losses).sum(), torch.stack(right).detach()
 
 
 def embeddings_of(built: BuiltModel, words: Sequence[Sequence[str]]) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from tests.unit.engine_real import real_step
 from tests.unit.engine_toys import collate, cut, make_samples, make_toy
 from utils.engine.deepspeed_engine import DeepSpeedEngine
+from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import open_runtime
 from utils.engine.stepping import OptimizerSettings
 from utils.scripts import run_script
@@ -55,6 +56,7 @@ def main(out: Path) -> None:
         if engine.rank == 0:
             torch.save(state, out / f"{case}.pt")
     real_model(out)
+    plain(out)
     lonely(lines)
     checkpoint(out, lines)
     if engine.rank == 0:
@@ -74,6 +76,32 @@ def real_model(out: Path) -> None:
         state = state_of(engine)
         if engine.rank == 0:
             torch.save(state, out / f"real-rounds{rounds}.pt")
+
+
+def plain(out: Path) -> None:
+    """The plain engine on two ranks: a step for some cuts, from weights that differed until the first rank's were sent;
+    then a checkpoint, which the first rank writes and both read."""
+    settings = OptimizerSettings(betas=(BETA1, 0.95), gradient_clip=0.0)
+    for rounds in (1, 4):
+        rank = torch.distributed.get_rank()
+        engine = PlainEngine(make_toy(seed=rank, warm=True), settings, "fp32", torch.device("cpu"))
+        engine.train_step(cut(make_samples(8), engine.world_size, rounds, engine.rank), 1e-2)
+        found = {}
+        for name, parameter in sorted(engine.model.named_parameters()):
+            if parameter.requires_grad:
+                found[f"gradient/{name}"] = engine.optimizer.state[parameter]["exp_avg"] / (1 - BETA1)
+                found[f"weight/{name}"] = parameter.detach().clone()
+        weights = [
+            part
+            for part in engine.gather(found)
+            if not torch.equal(part["weight/head.weight"], found["weight/head.weight"])
+        ]
+        assert not weights, "ranks went apart"
+        if engine.rank == 0:
+            torch.save(found, out / f"plain-rounds{rounds}.pt")
+    engine.save(out / "plain", "step1", {"step": 1})
+    engine.barrier()
+    assert engine.load(out / "plain") == {"step": 1}
 
 
 def lonely(lines: dict) -> None:

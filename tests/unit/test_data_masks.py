@@ -17,7 +17,7 @@ from utils.data.masks import CocoMask, LabelMask, PaintedMask, UnionMask, coco_m
 from utils.data.pickles import load_plain_pickle
 from utils.data.samples import IGNORE_LABEL, SEG_MARKER, Target, Turn
 from utils.data.sem_seg.label_map_classes import ADE20K_CLASSES, COCO_STUFF_CLASSES
-from utils.data.templates import listed, pick_phrasing, target_name
+from utils.data.templates import listed, number_word, pick_phrasing, target_name
 
 
 def source_of(segmentation: object) -> CocoMask:
@@ -195,6 +195,7 @@ def test_names_and_phrasings() -> None:
     assert target_name("cup on the wall, second row.") == "the cup on the wall second row"
     assert target_name("a cup") == "a cup"
     assert target_name(" ?!. ") == ""
+    assert [number_word(number) for number in (0, 3, 10, 11, 34)] == ["zero", "three", "ten", "11", "34"]
     assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a and b and c"
     rng = np.random.default_rng(0)
     targets = tuple(Target(name, lambda: np.zeros((1, 1), np.uint8)) for name in ("the cup", "the tray"))
@@ -208,6 +209,10 @@ def test_names_and_phrasings() -> None:
         assert f"he cup {SEG_MARKER} and the tray {SEG_MARKER}" in turn.answer
         before = turn.answer.split(f"he cup {SEG_MARKER}")[0][:-1].strip()
         assert before == "" or before.endswith(","), "a name must stand behind a punctuation mark"
+        several = phrasing.turn(["all the cups"], targets)
+        assert several.answer.lower().endswith(f"all the cups: two, the cup {SEG_MARKER} and the tray {SEG_MARKER}.")
+        one = phrasing.turn(["the cup"], targets[:1])
+        assert one.answer.lower().count("the cup") == 1, "one thing is named once"
         none = phrasing.turn(["the cup"], ())
         assert none.kind == "no_target" and SEG_MARKER not in none.answer and "the cup" in none.answer
     with pytest.raises(ValueError, match="marks 1 targets, but 0"):

@@ -1,4 +1,4 @@
-"""DeepSpeed on two ranks, in one launch: the plain engine's step, resume, lonely targets; its configuration."""
+"""Two ranks in one launch, under DeepSpeed and without: one process's step, resume, lonely targets; configuration."""
 
 import json
 import socket
@@ -47,7 +47,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return out, json.loads((out / "lines.json").read_text())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "plain-rounds1", "plain-rounds4"])
 def test_two_ranks_make_the_step_of_one_process(case: str, ranks: tuple[Path, dict]) -> None:
     out, lines = ranks
     toy = make_toy(warm=True)
@@ -64,6 +64,8 @@ def test_two_ranks_make_the_step_of_one_process(case: str, ranks: tuple[Path, di
     for name in gradient:
         # A first AdamW step moves by about the rate whatever the gradient, so rounding near zero shows.
         assert torch.allclose(state[f"weight/{name}"], dict(toy.named_parameters())[name], atol=1e-3 * RATE)
+    if case.startswith("plain"):
+        return
     assert lines[case]["losses"] == pytest.approx(report.losses, rel=1e-6)
     assert lines[case]["counts"] == report.counts
     assert lines[case]["norm"] == pytest.approx(report.gradient_norm, rel=1e-5)

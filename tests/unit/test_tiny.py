@@ -1,19 +1,16 @@
-"""The tiny model made from nothing: its tokenizer, its start, and how its tower learns to see."""
+"""The tiny model made from nothing: its tokenizer and where it starts."""
 
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
-from model.build.builder import MASK_PARTS, BuildError, TrainingRecipe, build_model, choose_trainable, save_model
-from model.build.tiny import SCORE_SHARPNESS, PatchReader, make_tiny, train_tokenizer
+from model.build.builder import MASK_PARTS, TrainingRecipe, build_model, choose_trainable, save_model
+from model.build.tiny import make_tiny, train_tokenizer
 from tests.unit.tiny_batches import NONE, ONE, make_batch, total_loss
 from tests.unit.tiny_pixellm import SHAPE, make_model
 
-COLOURS = ["nothing", "red", "blue"]
-FORMS = ["nothing", "circle", "square"]
-TEXTS = [" ".join([*COLOURS, *FORMS, "e2 in the e2 and d4"])] * 3
+TEXTS = ["nothing red blue circle square e2 in the e2 and d4"] * 3
 
 
 def test_a_seed_fixes_every_weight() -> None:
@@ -52,53 +49,6 @@ def test_heads_of_the_language_model_start_looking_back() -> None:
     with torch.no_grad():
         looks = decoder(input_ids=torch.tensor([words]), output_attentions=True).attentions[0][0, :3, -1]
     assert looks.argmax(dim=1).tolist() == [6, 5, 4] and bool((looks.amax(dim=1) > 0.5).all())
-
-
-def test_a_tower_learns_to_tell_words_of_patches() -> None:
-    """Pictures whose patches are red or blue or empty, named so: a few steps, and the loss falls."""
-    built = make_tiny(TEXTS, replace(SHAPE, vocab_size=400), seed=0)
-    reader = PatchReader(built, [COLOURS, FORMS])
-    generator = torch.Generator().manual_seed(0)
-    kinds = torch.randint(0, 3, (6, 16), generator=generator)
-    signs = torch.tensor([[0.0, 0, 0], [2, -1, -1], [-1, -1, 2]])[kinds]  # (B, patches, channels)
-    pictures = signs.transpose(1, 2).reshape(6, 3, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
-    labels = torch.stack([kinds, kinds], dim=1)
-    embeddings = built.model.get_input_embeddings().weight.clone()
-    built.model.requires_grad_(False)
-    trained = [*built.model.vision_tower.parameters(), *built.model.projector.parameters()]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=3e-3)
-    losses = []
-    for _ in range(30):
-        loss, right = reader(pictures, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0] and right.shape == (2,) and bool((right > 0.8).all())
-    assert torch.equal(built.model.get_input_embeddings().weight, embeddings), "words stay where they are"
-
-
-def test_where_there_is_no_word_only_the_sum_is_asked_for() -> None:
-    """Tokens that are the sums they should be: no distance is left, and a red patch without a form is asked no form."""
-    built = make_tiny(TEXTS, replace(SHAPE, vocab_size=400), seed=0)
-    reader = PatchReader(built, [COLOURS, FORMS])
-    labels = torch.zeros(1, 2, 16, dtype=torch.long)
-    labels[0, 0, 3], labels[0, :, 7] = 1, 2  # red; a blue square
-    sums = reader.words[0][labels[:, 0]] + reader.words[1][labels[:, 1]]
-    reader.projector = torch.nn.Module()
-    reader.projector.forward = lambda maps: sums
-    loss, right = reader(torch.zeros(1, 3, 32, 32), labels)
-    colours = torch.nn.functional.cross_entropy((sums @ reader.words[0].T / SCORE_SHARPNESS)[0], labels[0, 0])
-    form = torch.nn.functional.cross_entropy(sums[0, 7] @ reader.words[1].T / SCORE_SHARPNESS, torch.tensor(2))
-    torch.testing.assert_close(loss, colours + form)
-    assert right.tolist() == [1.0, 1.0]
-
-
-def test_a_word_of_several_tokens_is_refused() -> None:
-    with pytest.raises(BuildError, match=r"the word 'xylophone' takes \d+ tokens, expected one: raise .* vocab_size"):
-        PatchReader(make_tiny(TEXTS, SHAPE, seed=0), [["red", "xylophone"]])
 
 
 def test_a_base_of_words_lacks_mask_parts_and_gets_new_ones(tmp_path: Path) -> None:

@@ -32,9 +32,16 @@ class Phrasing:
         """The question for `asked`, one or several things."""
         return _sentence(self.asking.replace(_ASKED, listed(asked)))
 
-    def answer(self, names: Sequence[str]) -> str:
-        """The answer that names `names`, each followed by SEG_MARKER."""
-        return _sentence(self.found.replace(_NAMED, listed([f"{name} {SEG_MARKER}" for name in names])))
+    def answer(self, names: Sequence[str], asked: Sequence[str] = ()) -> str:
+        """The answer that names `names`, each followed by SEG_MARKER.
+
+        Where one thing `asked` for is several, it is said again with their number first: who has to say how many knows
+        of what, and who lists them how far the list goes.
+        """
+        named = marked(names)
+        if len(asked) == 1 and len(names) > 1:
+            named = f"{asked[0]}: {number_word(len(names))}, {named}"
+        return _sentence(self.found.replace(_NAMED, named))
 
     def denial(self, asked: Sequence[str]) -> str:
         """The answer when nothing in the picture is what was asked for."""
@@ -42,7 +49,7 @@ class Phrasing:
 
     def turn(self, asked: Sequence[str], targets: tuple[Target, ...]) -> Turn:
         """A turn that asks for `asked` and names every target, or says that there are none."""
-        answer = self.answer([target.name for target in targets]) if targets else self.denial(asked)
+        answer = self.answer([target.name for target in targets], asked) if targets else self.denial(asked)
         return Turn(self.question(asked), answer, targets, kind_by_count(len(targets)))
 
 
@@ -76,6 +83,8 @@ _ALL_PHRASINGS = (
     Phrasing("Would you mask <asked>?", "Of course, <named>.", "I would, but nothing matches <asked>."),
     Phrasing("Pick out <asked>.", "Picked out, <named>.", "Nothing to pick out, no match for <asked>."),
 )
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 _REASONING_REQUESTS = (
     "Answer with a mask.",
@@ -127,7 +136,7 @@ def with_reason_asked(rng: np.random.Generator, question: str) -> str:
 
 def named_answer(names: Sequence[str]) -> str:
     """The plain answer that names `names`, each followed by SEG_MARKER."""
-    return _sentence(listed([f"{name} {SEG_MARKER}" for name in names]) + ".")
+    return _sentence(f"{marked(names)}.")
 
 
 def nothing_fits() -> str:
@@ -166,6 +175,16 @@ def listed(things: Sequence[str]) -> str:
     know how many there are before it says the second.
     """
     return " and ".join(things)
+
+
+def marked(names: Sequence[str]) -> str:
+    """The list of `names`, each followed by SEG_MARKER."""
+    return listed([f"{name} {SEG_MARKER}" for name in names])
+
+
+def number_word(number: int) -> str:
+    """ "zero" to "ten", then digits."""
+    return NUMBERS[number] if number < len(NUMBERS) else str(number)
 
 
 def _drawn(rng: np.random.Generator, choices: Sequence[Drawn]) -> Drawn:

@@ -1,4 +1,4 @@
-"""The plain engine: one process, PyTorch and nothing else."""
+"""The plain engine: PyTorch and nothing else, in one process or in several that add up their gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from utils.engine.checkpoints import point_to, require_tag, writing
@@ -29,14 +30,13 @@ WEIGHTS, STATE = "pytorch_model.bin", "training_state.pt"
 
 
 class PlainEngine:
-    """One process on one device. See `protocol.Engine`.
+    """A whole model on every rank. See `protocol.Engine`.
 
-    Frozen matrices are kept in the run's precision; what trains is kept, and stepped, in float32.
+    Frozen matrices are kept in the run's precision; what trains is kept, and stepped, in float32. Ranks start from the
+    weights of the first one; where torch.distributed was not initialised there is one.
     """
 
     name = "plain"
-    rank = 0
-    world_size = 1
     shards_weights = False
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: str, device: torch.device) -> None:
@@ -46,6 +46,11 @@ class PlainEngine:
         self.optimizer = make_optimizer(model, settings)
         self.parameters = list(trainable_parameters(model).values())
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        several = dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        if self.world_size > 1:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, src=0)
 
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
@@ -57,15 +62,38 @@ class PlainEngine:
     def accumulate(self, micro_batches: list[TrainingBatch]) -> tuple[dict[str, float], dict[str, float]]:
         """Add the whole step's gradient to the parameters; returns the means and counts of the losses."""
         weights = self.model.loss_weights
-        counts = count_step(self.model, micro_batches, lambda numbers: numbers)
+        counts = count_step(self.model, micro_batches, self._add)
         sums = LossSums(list(counts), self.device)
         for batch in micro_batches:
             with autocast(self.device, self.precision):
                 losses = self.model(**batch.to(self.device).as_kwargs()).losses
-            divisors = shared_counts(losses, counts, len(micro_batches), self.settings.loss_normalisation)
+            everywhere = self.world_size * len(micro_batches)
+            divisors = shared_counts(losses, counts, everywhere, self.settings.loss_normalisation)
             self.scaler.scale(weighted_loss(losses, weights, divisors)).backward()
             sums.add(losses)
+        self._sum(sums.values)
+        self._sum_gradients()
         return sums.means(counts), counts
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def _add(self, numbers: list[float]) -> list[float]:
+        return self._sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+
+    def _sum_gradients(self) -> None:
+        """Over all ranks, in one message. A parameter that no loss reached on this rank adds zeros."""
+        if self.world_size == 1:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        summed = self._sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def _apply(self, learning_rate: float) -> tuple[float, bool]:
         """Clip and step; returns the norm before clipping and whether the step was taken."""
@@ -87,16 +115,26 @@ class PlainEngine:
 
     def gather(self, value: Any) -> list[Any]:
         """See `protocol.Engine.gather`."""
-        return [value]
+        gathered: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, value)
+        return gathered
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """See `protocol.Engine.barrier`."""
+        if self.world_size > 1:
+            dist.barrier()
 
     def close(self) -> None:
-        """Nobody to leave."""
+        """See `protocol.Engine.close`."""
+        if dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. The weights, frozen ones included, are a file that merging reads as it is."""
+        if self.rank != 0:
+            return
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "client": client_state}
         with writing(folder / tag):
             (folder / tag).mkdir(parents=True, exist_ok=True)

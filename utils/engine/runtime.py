@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from utils.scripts import UserError, note
 
@@ -44,6 +45,8 @@ def open_runtime(engine: str, local_rank: int, precision: str) -> Runtime:
         raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
     chosen = _choose(engine, launched, world_size, device)
+    if chosen == "plain" and world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Runtime(chosen, int(os.environ.get("RANK", "0")), local_rank, world_size, device)
 
 
@@ -55,10 +58,6 @@ def _share_cores(processes: int) -> None:
 
 def _choose(engine: str, launched: bool, world_size: int, device: torch.device) -> str:
     if engine == "plain":
-        if world_size > 1:
-            raise UserError(
-                f"--engine plain runs in one process, but the launcher started {world_size}: use --engine deepspeed"
-            )
         return engine
     if engine == "auto" and not launched:
         return "plain"
@@ -66,7 +65,7 @@ def _choose(engine: str, launched: bool, world_size: int, device: torch.device) 
     if problem is None:
         return "deepspeed"
     if engine == "deepspeed" or world_size > 1:
-        raise UserError(f"{problem}; without it, run one process with --engine plain")
+        raise UserError(f"{problem}; without it, add --engine plain")
     note(f"{problem}: using the plain engine")
     return "plain"
 

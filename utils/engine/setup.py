@@ -22,7 +22,7 @@ from utils.engine.fit import CHECKPOINT, Plan
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime
-from utils.engine.stepping import OptimizerSettings, Schedule
+from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scripts import UserError, note
 
 
@@ -52,9 +52,12 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         gradient_clip=args.grad_clip,
         multipliers=dict.fromkeys(mask_parts, args.mask_lr_multiplier),
         loss_normalisation=args.loss_normalisation,
+        name=args.optimizer,
     )
     if runtime.engine == "plain":
         return PlainEngine(model, settings, args.precision, runtime.device)
+    if args.optimizer == MUON:
+        raise UserError("--optimizer muon needs whole matrices, which ZeRO cuts up: add --engine plain, or use adamw")
     from utils.engine.deepspeed_engine import DeepSpeedEngine, read_user_config  # not installed on every laptop
 
     stage = args.zero_stage if "zero_stage" in args.given else None

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.engine.muon import Muon
 from utils.engine.protocol import TrainingBatch
 from utils.scripts import UserError
 
 STEP, MICRO_BATCH = "step", "micro_batch"
 LOSS_NORMALISATIONS = (STEP, MICRO_BATCH)
+ADAMW, MUON = "adamw", "muon"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,11 +42,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, and what it is given.
+    """The optimizer, and what it is given.
 
-    multipliers: prefix of parameter names -> times the learning rate (the first that fits). loss_normalisation: losses
-    are divided by the counts of the whole "step", or (release, golden fact L1) each micro-batch's by its own, and the
-    micro-batches averaged: "micro_batch".
+    name: ADAMW, or MUON for the hidden matrices and AdamW for the rest. multipliers: prefix of parameter names -> times
+    the learning rate (the first that fits). loss_normalisation: losses are divided by the counts of the whole "step",
+    or (release, golden fact L1) each micro-batch's by its own, and the micro-batches averaged: "micro_batch".
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -52,6 +54,7 @@ class OptimizerSettings:
     gradient_clip: float = 1.0
     multipliers: Mapping[str, float] | None = None
     loss_normalisation: str = STEP
+    name: str = ADAMW
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -59,19 +62,33 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over exactly the trainable parameters, in groups of equal decay and multiplier.
+def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Weights of linear layers between other layers: neither a table of words nor the head that scores them."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return {module.weight for module in linear if isinstance(module.weight, nn.Parameter)}
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer over exactly the trainable parameters, in groups of equal decay and multiplier.
 
     Only tensors of two or more axes decay. A group carries its `multiplier`; its `lr` is set before each step.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    matrices = hidden_matrices(model) if settings.name == MUON else set()
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable_parameters(model).items():
         fitting = (m for prefix, m in (settings.multipliers or {}).items() if name.startswith(prefix))
         decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-        groups.setdefault((decay, next(fitting, 1.0)), []).append(parameter)
+        groups.setdefault((parameter in matrices, decay, next(fitting, 1.0)), []).append(parameter)
     if not groups:
         raise UserError("nothing is left to train: LoRA is off and every part is frozen")
-    listed = [{"params": p, "weight_decay": decay, "multiplier": times} for (decay, times), p in groups.items()]
+    listed = [
+        {"params": found, "weight_decay": decay, "multiplier": times, "muon": muon}
+        for (muon, decay, times), found in groups.items()
+    ]
+    if settings.name == MUON:
+        return Muon(listed, betas=settings.betas)
     return torch.optim.AdamW(listed, lr=0.0, betas=settings.betas, fused=True)
 
 

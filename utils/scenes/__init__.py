@@ -3,6 +3,7 @@
 from .checks import Difficulty, LeakReport, check_difficulty, check_no_leak
 from .conversations import make_conversation, tokenizer_corpus
 from .drawing import Scene, Shape, draw_scene, scene_masks
+from .lessons import mask_lessons, patch_lessons, word_lessons, words_of_patches
 from .manifest import SceneRecord, read_scenes
 from .patches import PATCH_WORDS, patch_words
 from .planning import SceneDataSettings
@@ -48,11 +49,15 @@ __all__ = [
     "draw_scene",
     "find_asks",
     "make_conversation",
+    "mask_lessons",
     "named_shape",
+    "patch_lessons",
     "patch_words",
     "read_scenes",
     "sample_scenes",
     "scene_masks",
     "tokenizer_corpus",
+    "word_lessons",
+    "words_of_patches",
     "write_scene_data",
 ]

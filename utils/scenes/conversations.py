@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.data.samples import SEG_MARKER
-from utils.data.templates import pick_phrasing, target_name
+from utils.data.templates import NUMBERS, pick_phrasing, target_name
 
 from .drawing import Scene, Shape
 from .questions import SIZE_RATIO, Ask, directly, find_asks, names_of, training_piles
 from .sampling import SceneSettings, sample_scene
-from .words import COLOURS, COLUMNS, DIRECTIONS, FORMS, NUMBERS, ROWS, SIZES, TIMES, capital, category_names, join_list
+from .words import COLOURS, COLUMNS, DIRECTIONS, FORMS, ROWS, SIZES, TIMES, capital, category_names, join_list
 
 # Two places differ clearly when they are this share of the picture's side apart; leaders must lead by half of it.
 _CLEARLY_APART = 1 / 14
@@ -108,7 +108,7 @@ def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
             return phrasing.question([asked]), phrasing.denial([asked])
         shapes = [speaker.scene.shapes[i] for i in ask.targets]
         names = [asked] if len(shapes) == 1 else [target_name(shape.name) for shape in shapes]
-        return _with_places(speaker, ask, phrasing.question([asked]), phrasing.answer(names))
+        return _with_places(speaker, ask, phrasing.question([asked]), phrasing.answer(names, [asked]))
 
     return turn
 
@@ -152,11 +152,7 @@ def _how_many(speaker: Speaker) -> Turn:
     else:
         colour = rng.choice(list(COLOURS))
         things, count = f"{colour} shapes", sum(s.colour == colour for s in shapes)
-    words = things.removesuffix("s") if count == 1 and things.endswith("shapes") else things
-    if count == 1 and words == things:
-        words = next(form for form, plural in FORMS.items() if plural == things)
-    verb = "is" if count == 1 else "are"
-    return rng.choice(_HOW_MANY).format(things), f"There {verb} {'no' if count == 0 else NUMBERS[count]} {words}."
+    return rng.choice(_HOW_MANY).format(things), f"{capital(things)}: {NUMBERS[count]}."
 
 
 def _single(scene: Scene) -> list[int]:

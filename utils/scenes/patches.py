@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,8 +11,13 @@ from .drawing import Scene, scene_masks
 from .words import COLOURS, COLUMNS, FORMS, ROWS, SIZES
 
 NOTHING = "nothing"
-# The word lists that `patch_words` numbers; each begins with the word for what is not there.
-PATCH_WORDS = tuple((NOTHING, *words) for words in (COLOURS, FORMS, SIZES, COLUMNS, ROWS))
+# The word lists that `patch_words` numbers, by kind; each begins with the word for what is not there.
+PATCH_WORDS = MappingProxyType(
+    {
+        kind: (NOTHING, *words)
+        for kind, words in (("colour", COLOURS), ("form", FORMS), ("size", SIZES), ("column", COLUMNS), ("row", ROWS))
+    }
+)
 # A patch shows a shape that covers at least this share of it.
 _COVERED = 0.15
 
@@ -36,5 +43,6 @@ def patch_words(scene: Scene, patch: int) -> NDArray[np.int64]:
         shown = (covered[number] >= _COVERED) & (covered[number] >= covered.max(axis=0))
         words[:2, shown] = [[1 + colours.index(shape.colour)], [1 + forms.index(shape.form)]]
         said = shape.size, *scene.place(shape)
-        words[2:, centre[0], centre[1]] = [names.index(word) for names, word in zip(PATCH_WORDS[2:], said, strict=True)]
+        lists = [PATCH_WORDS[kind] for kind in ("size", "column", "row")]
+        words[2:, centre[0], centre[1]] = [names.index(word) for names, word in zip(lists, said, strict=True)]
     return words.reshape(len(PATCH_WORDS), -1)

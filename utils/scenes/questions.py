@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from utils.data.samples import SEG_MARKER
+from utils.data.templates import NUMBERS
 
 from .drawing import Scene, Shape
-from .words import COLOURS, FORMS, NUMBERS, TIMES
+from .words import COLOURS, FORMS, TIMES
 
 # The largest (smallest) shape has at least this many times the area of the next one, wherever it is asked for.
 SIZE_RATIO = 1.3
@@ -187,7 +188,7 @@ class Ask:
         named = [f"{shape.name} {mark(shape)}" for shape in shapes]
         placed = [f"{scene.where(shape)} {words}" for shape, words in zip(shapes, named, strict=True)]
         fields |= {"found": placed[0], "placed": " and ".join(placed)}
-        fields["listed"] = " and ".join(f"the {words}" for words in named)
+        fields["listed"] = f"{NUMBERS[len(named)]}, {' and '.join(f'the {words}' for words in named)}"
         return Phrased(question, self.answers[wording].format(**fields))
 
 
@@ -331,12 +332,10 @@ def _ask_size(scene: Scene) -> list[Ask]:
     return asks
 
 
-def _tally(scene: Scene, values: list[str]) -> str:
-    """ "red c2 and c9 two, blue c5 one": where each value is, from left to right, and how often."""
-    columns: dict[str, list[str]] = {value: [] for value in (*COLOURS, *FORMS) if value in values}
-    for shape, value in zip(scene.shapes, values, strict=True):
-        columns[value].append(scene.place(shape)[0])
-    return ", ".join(f"{value} {' and '.join(found)} {NUMBERS[len(found)]}" for value, found in columns.items())
+def _tally(values: list[str]) -> str:
+    """ "red two, blue one": how often each value occurs."""
+    how_many = Counter(values)
+    return ", ".join(f"{value} {NUMBERS[how_many[value]]}" for value in (*COLOURS, *FORMS) if how_many[value])
 
 
 def _ask_count(scene: Scene) -> list[Ask]:
@@ -348,7 +347,7 @@ def _ask_count(scene: Scene) -> list[Ask]:
             if len(matching) != 1 or len(how_many) == 1:
                 continue
             targets = tuple(i for i, v in enumerate(values) if v == matching[0])
-            tally = _tally(scene, values)
+            tally = _tally(values)
             fields: Fields = {
                 "attribute": attribute,
                 "times": TIMES[times],

@@ -23,7 +23,6 @@ FORMS = MappingProxyType(
 )
 PLURALS = MappingProxyType({plural: form for form, plural in FORMS.items()})
 SIZES = ("small", "medium", "large")
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 TIMES = MappingProxyType({1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times", 6: "six times"})
 # Places along the picture's width and height, from the top left.
 COLUMNS = tuple(f"c{number}" for number in range(1, 15))
