@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from model import overlay
 
@@ -182,13 +183,20 @@ def test_thirty_four_labels_do_not_cover_each_other() -> None:
 
 
 def test_a_line_leads_to_a_mask_whose_label_had_to_leave() -> None:
-    masks = np.stack([box(400, 400, 0, 400, 0, 300), box(400, 400, 190, 200, 10, 20)])
-    # Eight labels of other things that fill the left side do not let the small one's label come near.
-    crowd = np.repeat(masks[1][None], 12, axis=0)
-    drawn = overlay.draw_overlay(picture(400, 400), crowd, [f"thing number {n}" for n in range(12)])
-    assert (drawn == np.array(overlay.target_colour(6))).all(axis=-1).sum() > 0
-    alone = overlay._places(crowd[0], (100, 20), (400, 400))
-    assert all(0 <= left <= 300 and 0 <= top <= 380 for left, top in alone)
+    mask = box(100, 200, 50, 60, 10, 20)
+    for label, drawn in [((20, 45, 80, 65), False), ((20, 60, 80, 80), False), ((120, 45, 180, 65), True)]:
+        image = Image.new("RGB", (200, 100), (GREY,) * 3)
+        overlay._lead(ImageDraw.Draw(image), mask, label, (1, 2, 3))
+        line = (np.asarray(image) == (1, 2, 3)).all(axis=-1)
+        assert line.any() == drawn
+        # From the middle of the label, x = 150, to the mask's nearest column, 19, on its rows.
+        assert not drawn or (line[45:65, 19:150].any(axis=0).all() and not line[:, :18].any())
+
+
+def test_places_for_labels_are_inside() -> None:
+    for mask in (box(100, 200, 0, 1, 0, 1), box(100, 200, 99, 100, 199, 200), box(100, 200, 0, 100, 0, 200)):
+        for left, top in overlay._places(mask, (90, 21), (200, 100)):
+            assert 0 <= left <= 110 and 0 <= top <= 79
 
 
 def test_side_by_side_is_the_picture_and_its_overlay() -> None:
