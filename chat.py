@@ -1,125 +1,125 @@
-"""Ask a saved PixelLM about a picture: once, or in a conversation with the keyboard.
+"""Ask a saved PixelLM about pictures: once, in a conversation with the keyboard or a pipe, or a file of questions.
 
 python chat.py --version runs/demo/model
 python chat.py --version runs/demo/model --image photo.jpg --prompt "the red circle" --out answer.png
+echo "the red circle" | python chat.py --version runs/demo/model --image photo.jpg
+python chat.py --version runs/demo/model --batch questions.jsonl --out runs/answers
+
+Exit status: 0 when all went well, 1 when a line of a pipe or a file could not be answered, 2 when nothing could be
+done, 130 after Ctrl-C at the question.
 """
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from model.overlay import draw_overlay, printable
-from model.predictor import Answer, Predictor
+from model.answer_page import answer_page
+from model.overlay import draw_overlay, target_colour
+from model.predictor import Predictor
+from model.session import Finished, TargetStarted, TextPiece
 from utils.arguments import ChatArguments, parse_chat
-from utils.scripts import UserError, explain, run_script
+from utils.chat.batch import BatchModel, answer_file
+from utils.chat.conversation import Conversation, Manner
+from utils.chat.files import check_picture_name, free_name, target_lines, write_answer
+from utils.chat.terminal import Terminal, one_line
+from utils.scripts import UserError, run_script
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-NEW_PICTURE, LEAVE = "/image", "/quit"
-INTRODUCTION = f"Ask about the picture; `{NEW_PICTURE} FILE` takes another one, `{LEAVE}` or the end of input leaves."
+NOT_ALL_DONE = 1
 
 
 def main(argv: list[str] | None = None) -> int:
     """Chat as the command line says; returns the exit status."""
     args = parse_chat(argv)
     once = "prompt" in args.given
-    if once and not args.image:
-        raise UserError("--prompt is given without --image: say which picture it is about")
-    if args.out and not once:
-        raise UserError("--out is for one answer: give --image and --prompt too, or --vis_save_path for a conversation")
-    if args.out and Path(args.out).suffix.lower() not in PICTURE_SUFFIXES:
-        raise UserError(f"--out {args.out} is no picture file: give a name that ends in {', '.join(PICTURE_SUFFIXES)}")
+    check(args, once)
     given = "precision" in args.given
     predictor = Predictor.from_pretrained(
         args.version, args.device, DTYPES[args.precision] if given else None, args.attn_implementation
     )
-    if once:
-        answer_once(predictor, args)
-    else:
-        converse(predictor, args)
+    try:
+        if args.batch:
+            return answer_batch(predictor, args)
+        return answer_once(predictor, args) if once else converse(predictor, args)
+    except BrokenPipeError:
+        # Who reads has left; nothing more can be said, not even at the end of the program.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOT_ALL_DONE
+
+
+def check(args: ChatArguments, once: bool) -> None:
+    """UserError when flags do not go together."""
+    if args.batch and (once or args.image):
+        raise UserError("--batch names pictures and questions in its lines: leave --image and --prompt out")
+    if args.batch and not args.out:
+        raise UserError("--batch is given without --out: name the folder for the answers")
+    if args.batch:
+        return
+    if once and not args.image:
+        raise UserError("--prompt is given without --image: say which picture it is about")
+    if args.out and not once:
+        raise UserError("--out is for one answer: give --image and --prompt too, or --vis_save_path for a conversation")
+    if args.out:
+        check_picture_name(Path(args.out), "--out")
+
+
+def answer_once(predictor: Predictor, args: ChatArguments) -> int:
+    """One picture, one question; errors pass through."""
+    predictor.processor.check_user_text(args.prompt)
+    session = predictor.session(args.image)
+    answer = session.ask(args.prompt, args.max_new_tokens)
+    target = Path(args.out) if args.out else free_name(Path(args.vis_save_path), args.image)
+    write_answer(target, session.picture, answer, draw_overlay)
+    terminal = Terminal()
+    for line in (f"Answer: {one_line(answer.text)}", *target_lines(answer, target), f"  overlay: {target}"):
+        terminal.say(line)
     return 0
 
 
-def answer_once(predictor: Predictor, args: ChatArguments) -> None:
-    """One picture, one question; errors pass through."""
-    predictor.processor.check_user_text(args.prompt)
-    predictor.set_image(args.image)
-    answer = predictor.ask(args.prompt, args.max_new_tokens)
-    target = Path(args.out) if args.out else free_name(Path(args.vis_save_path), args.image)
-    show(predictor, answer, target)
+def converse(predictor: Predictor, args: ChatArguments) -> int:
+    """Questions until they end; a person has seen what went wrong, who reads a pipe is told by the status."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() a history and line editing)
+    terminal = Terminal()
+    conversation = Conversation(manner(predictor), terminal, Path(args.vis_save_path), args.max_new_tokens)
+    if args.image:
+        conversation.take(args.image)
+    conversation.run()
+    return NOT_ALL_DONE if conversation.num_failed and not terminal.interactive else 0
 
 
-def converse(predictor: Predictor, args: ChatArguments) -> None:
-    """Questions from the keyboard until it ends; what is wrong with one is said, then the next is asked for."""
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    image = args.image
-    if image:
-        predictor.set_image(image)
-    print(INTRODUCTION)
-    while (line := read_line("Question: " if image else "Picture: ")) is not None:
-        command, _, rest = line.partition(" ")
-        if line == LEAVE:
-            return
-        try:
-            if not image or command == NEW_PICTURE:
-                wanted = rest.strip() if command == NEW_PICTURE else line
-                predictor.set_image(wanted)
-                image = wanted
-            else:
-                answer = predictor.ask(line, args.max_new_tokens)
-                show(predictor, answer, free_name(Path(args.vis_save_path), image))
-        except KeyboardInterrupt:
-            print("\nstopped")
-        except Exception as error:
-            sentence = explain(error)
-            if sentence is None:
-                raise
-            print(printable(sentence))
+def manner(predictor: Predictor) -> Manner:
+    """What a conversation asks of the model."""
+
+    def open_talk(image: str) -> tuple:
+        session = predictor.session(image)
+        return session.picture, session.chat()
+
+    return Manner(
+        open=open_talk,
+        draw=draw_overlay,
+        page=answer_page,
+        colour=target_colour,
+        text=lambda event: event.text if isinstance(event, TextPiece) else None,
+        target=lambda event: event.number if isinstance(event, TargetStarted) else None,
+        answer=lambda event: event.answer if isinstance(event, Finished) else None,
+    )
 
 
-def read_line(invitation: str) -> str | None:
-    """A line from the keyboard without blanks around it, None at the end of input."""
-    try:
-        return input(invitation).strip()
-    except EOFError:
-        print()
-        return None
-
-
-def free_name(folder: Path, image: str) -> Path:
-    """A file in `folder`, named after the picture, that is not there yet."""
-    stem, number = Path(image).stem or "picture", 1
-    while (folder / f"{stem}_{number}.png").exists():
-        number += 1
-    return folder / f"{stem}_{number}.png"
-
-
-def show(predictor: Predictor, answer: Answer, target: Path) -> None:
-    """Print an answer; write its overlay to `target` and its masks (0 and 255) beside it."""
-    assert predictor.picture is not None
-    files = [target.with_name(f"{target.stem}_mask{number}.png") for number in range(1, len(answer.masks) + 1)]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_overlay(predictor.picture, answer.masks, answer.phrases)).save(target)
-        for file, mask in zip(files, answer.masks, strict=True):
-            Image.fromarray(mask).convert("L").save(file)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
-    print(f"Answer: {printable(answer.text)}")
-    rows = zip(files, answer.phrases, answer.boxes, answer.areas, answer.scores, strict=True)
-    for number, (file, phrase, box, area, score) in enumerate(rows, start=1):
-        share = 100 * area / predictor.picture[..., 0].size
-        print(
-            f"  {number}. {printable(phrase) or '(unnamed)'}: box {list(box)}, area {area} px ({share:.1f}%), "
-            f"score {score:.3f}, mask {file}"
-        )
-    if answer.num_broken:
-        print(f"  {answer.num_broken} broken seg group(s) gave no mask")
-    print(f"  overlay: {target}")
+def answer_batch(predictor: Predictor, args: ChatArguments) -> int:
+    """Every question of a file."""
+    model = BatchModel(
+        open=predictor.processor.open_picture,
+        check=predictor.prompt,
+        answer=lambda pictures, questions, index: predictor.answer(pictures, questions, index, args.max_new_tokens),
+        draw=draw_overlay,
+    )
+    names = ("version", "max_new_tokens", "attn_implementation")
+    settings = {name: getattr(args, name) for name in names} | {"precision": str(predictor.model.dtype)}
+    return NOT_ALL_DONE if answer_file(Path(args.batch), Path(args.out), model, settings) else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Axes: B pictures, C conversations, T tokens, P expanded positions, Q targets, S 
 width, D embedding width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_pixellm import PixelLMConfig
-from .generation import GeneratedAnswer, generate_answers
+from .generation import Decoding, GeneratedAnswer, Prefix, PrefixKey, generate_answers
 from .geometry import restore_masks, valid_cells
 from .losses import IGNORE_TOKEN, LossTerm, bce_loss, count_masks, dice_loss, refinement_weights, text_loss
 from .pixel_decoder import PixelDecoder
@@ -32,13 +32,17 @@ class EncodedPictures:
 
     features: S times (B, patches, vision width). image_tokens: (B, N, H) for the language model.
     image_token_mask: (B, N) bool, False where a token lies wholly in the padding.
-    maps: S feature maps (B, H, grid, grid) for the pixel decoder, made when the first mask is asked for.
+    maps: S feature maps (B, H, grid, grid) for the pixel decoder, made when the first mask is asked for. decoder_maps:
+    what the decoder itself made of them, kept where no gradient is wanted. prefixes: what the language model remembers
+    of the beginnings of prompts about these pictures, kept by the decoding loop.
     """
 
     features: list[torch.Tensor]
     image_tokens: torch.Tensor
     image_token_mask: torch.Tensor
     maps: list[torch.Tensor] | None = None
+    decoder_maps: list[torch.Tensor] | None = None
+    prefixes: dict[PrefixKey, Prefix] = field(default_factory=dict)
 
 
 @dataclass
@@ -252,7 +256,12 @@ class PixelLMForCausalLM(PreTrainedModel):
             (Q, S, D) embeddings and (Q, h, w) mask logits over the square.
         """
         embeddings = self.codebook(group_states)
-        return embeddings, self.pixel_decoder(embeddings, self.feature_maps(pictures), picture_of_target)
+        if torch.is_grad_enabled():
+            return embeddings, self.pixel_decoder(embeddings, self.feature_maps(pictures), picture_of_target)
+        if pictures.decoder_maps is None:
+            pictures.decoder_maps = self.pixel_decoder.prepare(self.feature_maps(pictures))
+        logits = self.pixel_decoder.decode_in_chunks(embeddings, pictures.decoder_maps, picture_of_target)
+        return embeddings, logits
 
     def forward(
         self,
@@ -422,12 +431,22 @@ class PixelLMForCausalLM(PreTrainedModel):
     @torch.no_grad()
     def generate_answers(
         self,
-        pixel_values: dict[str, torch.Tensor],
-        resized_sizes: torch.Tensor,
+        pixel_values: dict[str, torch.Tensor] | None,
+        resized_sizes: torch.Tensor | None,
         prompts: list[torch.Tensor],
         image_index: torch.Tensor,
         end_token_id: int,
         max_new_tokens: int,
+        decoding: Decoding | None = None,
+        pictures: EncodedPictures | None = None,
     ) -> list[GeneratedAnswer]:
-        """Answer prompts greedily; see `generation.generate_answers`."""
-        return generate_answers(self, pixel_values, resized_sizes, prompts, image_index, end_token_id, max_new_tokens)
+        """Answer prompts; see `generation.generate_answers`.
+
+        pixel_values and resized_sizes are those of `forward`, or None where the pictures are given encoded. Those keep
+        what is computed about them, so that later prompts need not compute it again.
+        """
+        if pictures is None:
+            if pixel_values is None or resized_sizes is None:
+                raise ValueError("no picture was given: give pixel_values and resized_sizes, or encoded pictures")
+            pictures = self.encode_pictures(pixel_values, resized_sizes)
+        return generate_answers(self, pictures, prompts, image_index, end_token_id, max_new_tokens, decoding)

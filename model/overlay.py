@@ -4,16 +4,18 @@ Axes: Q masks, H W pixels of the picture. Pictures are uint8 RGB (H, W, 3), mask
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import chain, product
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
+Rectangle = tuple[int, int, int, int]
+"""Left, top, right and bottom, the last two exclusive."""
 
 # Okabe and Ito's palette, which readers with any colour vision tell apart, without its black.
 PALETTE: tuple[Colour, ...] = (
@@ -33,6 +35,7 @@ _MIN_CANVAS = (24, 96)  # height and width that always leave room for a label
 _FONT_SIZE = 15
 _PADDING = 3
 _ELLIPSIS = "…"
+_HIDDEN_SHARE = 0.12  # of any mask that a label may cover while there is another place
 
 
 def target_colour(index: int) -> Colour:
@@ -58,7 +61,8 @@ def draw_overlay(
 
     A picture whose longest side is under `min_side` is enlarged by a whole factor; one too thin for a label gets a
     white margin at the right or bottom. Where masks overlap their colours mix. Labels stay inside, shortened with an
-    ellipsis if they must, and avoid each other while there is room. Returns uint8 RGB (h, w, 3).
+    ellipsis if they must, and avoid each other and what they would hide while there is room; a line leads from a label
+    that had to go elsewhere to its mask. Returns uint8 RGB (h, w, 3).
     """
     _check(picture, masks)
     factor = max(1, -(-min_side // max(picture.shape[:2])))
@@ -75,6 +79,19 @@ def draw_overlay(
         large = cv2.drawContours(np.ascontiguousarray(large), contours, -1, _WHITE, 3 * thickness)
         large = cv2.drawContours(large, contours, -1, target_colour(index), thickness)
     return _draw_labels(_with_margin(large), large_masks, phrases)
+
+
+def draw_side_by_side(picture: np.ndarray, masks: np.ndarray, phrases: Sequence[str] = ()) -> np.ndarray:
+    """The picture as it is beside its overlay, of one size; uint8 RGB."""
+    return np.concatenate([draw_overlay(picture, masks[:0]), draw_overlay(picture, masks, phrases)], axis=1)
+
+
+def mask_layer(masks: np.ndarray) -> np.ndarray:
+    """Masks alone, to be laid over the picture: uint8 RGBA (H, W, 4), nothing where no mask is; later masks on top."""
+    layer = np.zeros((*masks.shape[1:], 4), dtype=np.uint8)
+    for index, mask in enumerate(masks):
+        layer[mask] = (*target_colour(index), round(255 * _FILL_STRENGTH))
+    return layer
 
 
 @dataclass(frozen=True)
@@ -156,38 +173,86 @@ def _draw_labels(picture: np.ndarray, masks: Sequence[np.ndarray], phrases: Sequ
     size = max(_FONT_SIZE, round(max(image.size) / 45))
     size = min(size, image.height - 2 * _PADDING)
     font = _font(size)
-    taken: list[tuple[int, int, int, int]] = []
+    taken: list[Rectangle] = []
     for index, (mask, phrase) in enumerate(zip(masks, phrases, strict=False)):
         label = _fitting(printable(phrase), font, image.width - 2 * _PADDING)
         if not label or not mask.any():
             continue
         width, height = int(np.ceil(font.getlength(label))) + 2 * _PADDING, size + 2 * _PADDING
-        left, top = _free_place(mask, (width, height), image.size, taken)
+        left, top = _free_place(mask, (width, height), image.size, taken, masks)
         taken.append((left, top, left + width, top + height))
         background = target_colour(index)
+        _lead(draw, mask, taken[-1], background)
         draw.rectangle((left, top, left + width - 1, top + height - 1), fill=background)
         draw.text((left + _PADDING, top + height / 2), label, fill=text_colour(background), font=font, anchor="lm")
     return np.asarray(image)
 
 
+def _lead(draw: ImageDraw.ImageDraw, mask: np.ndarray, label: Rectangle, colour: Colour) -> None:
+    """A line from a label to its mask's nearest pixel, where they are further apart than the label is high."""
+    rows, columns = np.nonzero(mask)
+    x0, y0, x1, y1 = label
+    beside = np.maximum(np.maximum(x0 - columns, columns - x1 + 1), 0)
+    below = np.maximum(np.maximum(y0 - rows, rows - y1 + 1), 0)
+    nearest = int(np.argmin(beside**2 + below**2))
+    if max(beside[nearest], below[nearest]) > y1 - y0:
+        end = int(columns[nearest]), int(rows[nearest])
+        draw.line(((x0 + x1) // 2, (y0 + y1) // 2, *end), fill=colour, width=2)
+
+
 def _free_place(
-    mask: np.ndarray, label: tuple[int, int], canvas: tuple[int, int], taken: Sequence[tuple[int, int, int, int]]
+    mask: np.ndarray,
+    label: tuple[int, int],
+    canvas: tuple[int, int],
+    taken: Sequence[Rectangle],
+    masks: Sequence[np.ndarray] = (),
 ) -> tuple[int, int]:
-    """Left and top of a label near its mask and inside the canvas, off labels already drawn where possible."""
+    """Left and top of a label inside the canvas: the first place, from near its mask outwards, that is off labels
+    already drawn and hides little of any mask, its own among them; else the place that hides least.
+    """
+    width, height = label
+    areas = [np.count_nonzero(other) for other in masks]
+    best, least = (0, 0), (np.inf, np.inf)
+    for left, top in _places(mask, label, canvas):
+        covered = sum(
+            max(0, min(left + width, x1) - max(left, x0)) * max(0, min(top + height, y1) - max(top, y0))
+            for x0, y0, x1, y1 in taken
+        )
+        hidden = max(
+            (
+                np.count_nonzero(other[top : top + height, left : left + width]) / area
+                for other, area in zip(masks, areas, strict=True)
+                if area
+            ),
+            default=0.0,
+        )
+        if not covered and hidden <= _HIDDEN_SHARE:
+            return left, top
+        if (covered, hidden) < least:
+            best, least = (left, top), (covered, hidden)
+    return best
+
+
+def _places(mask: np.ndarray, label: tuple[int, int], canvas: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Places for a label, clipped to the canvas: over and under its mask, at its top inside, at its sides, then rows up
+    and down from it, then everywhere.
+    """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     width, height = label
     right_end, bottom_end = max(0, canvas[0] - width), max(0, canvas[1] - height)
-    above, inside, below = int(rows[0]) - height, int(rows[0]), int(rows[-1]) + 1
-    near = [above, below, inside, *range(inside, bottom_end, height), *range(above, 0, -height)]
-    middle = (int(columns[0]) + int(columns[-1]) + 1 - width) // 2
-    places = [
-        (min(max(0, left), right_end), min(max(0, top), bottom_end))
-        for top, left in product(near, (middle, int(columns[0]), int(columns[-1]) + 1 - width))
-    ]
-    for left, top in places:
-        if not any(left < x1 and x0 < left + width and top < y1 and y0 < top + height for x0, y0, x1, y1 in taken):
-            return left, top
-    return places[0]
+    first, last, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    across = ((left + right - width) // 2, left, right - width)
+    beside = ((left - width, (first + last - height) // 2), (right, (first + last - height) // 2))
+    near = [first, *range(first, bottom_end, height), *range(first - height, 0, -height)]
+    everywhere = product(range(0, right_end + 1, max(1, width // 2)), range(0, bottom_end + 1, height))
+    for x, y in chain(
+        ((x, y) for y in (first - height, last) for x in across),
+        ((x, first) for x in across),
+        beside,
+        ((x, y) for y in near for x in across),
+        everywhere,
+    ):
+        yield min(max(0, x), right_end), min(max(0, y), bottom_end)
 
 
 def _fit_tile(picture: np.ndarray, masks: np.ndarray, phrases: Sequence[str], side: int) -> np.ndarray:

@@ -138,6 +138,11 @@ def _from_file(source: Any, name: str, needed: int | None = None) -> tuple[Image
         raise
     except FileNotFoundError as error:
         raise PictureError(f"{name} does not exist: check the path") from error
+    except Image.DecompressionBombError as error:  # over twice the limit PIL itself refuses, without telling the sides
+        raise PictureError(
+            f"{name} claims more than twice the {Image.MAX_IMAGE_PIXELS} pixels that are opened safely: scale it down "
+            "first"
+        ) from error
     except _DECODER_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PictureError(f"{name} cannot be read ({reason}): give an undamaged picture file") from error

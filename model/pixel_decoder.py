@@ -1,6 +1,7 @@
 """The pixel decoder: (embeddings, feature maps) -> mask logits, coarse to fine.
 
-Every mask head has this interface: `forward(embeddings_QSD, maps_SBHhw, picture_of_target_Q) -> mask_logits_Qhw`.
+Every mask head has this interface: `forward(embeddings_QSD, maps_SBHhw, picture_of_target_Q) -> mask_logits_Qhw`, and
+for answering `prepare(maps)`, once per picture, and `decode_in_chunks(embeddings, prepared, picture_of_target)`.
 Axes: B pictures, Q targets, S scales, D decoder width, N map positions, T decoder tokens, h w map sides.
 """
 
@@ -12,6 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 NORM_EPS = 1e-6
+# Targets decoded together without gradients; each needs some ten copies of the finest map (4 MB in float32 for the
+# release's shape). On a CPU more than two do not stay in its caches: 12 of them took 1.2 s by twos, 1.8 s at once.
+TARGETS_AT_ONCE = {"cpu": 2}
+TARGETS_AT_ONCE_ELSEWHERE = 16
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -77,9 +82,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner, width)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(Q, Tq, D), (Q, Tk, D), (Q, Tk, D) -> (Q, Tq, D)."""
+        """(Q, Tq, D), (Q, Tk, D), (Q, Tk, D) -> (Q, Tq, D). What is the same for all targets may come once, as 1."""
+        targets = max(len(query), len(key), len(value))
         q, k, v = (
-            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).expand(targets, -1, -1, -1)
             for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -134,7 +140,7 @@ class TwoWayTransformer(nn.Module):
     def forward(
         self, tokens: torch.Tensor, maps: torch.Tensor, map_positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Q, T, D) tokens, (Q, N, D) maps, (N, D) positions -> the same shapes."""
+        """(Q, T, D) tokens, (Q or 1, N, D) maps, (N, D) positions -> (Q, T, D), (Q, N, D)."""
         token_positions = tokens
         for layer in self.layers:
             tokens, maps = layer(tokens, maps, token_positions, map_positions)
@@ -216,7 +222,8 @@ class PixelDecoder(nn.Module):
         """Masks of one scale.
 
         Args:
-            embeddings_QD: this scale's embedding of each target. maps_QDhw: this scale's map for each target.
+            embeddings_QD: this scale's embedding of each target. maps_QDhw: this scale's map for each target, or one
+                for all of them.
             num_masks: how many of the mask tokens to turn into masks.
 
         Returns:
@@ -229,7 +236,7 @@ class PixelDecoder(nn.Module):
         )
         tokens = tokens + self.level_embed.weight[scale]
         side = maps_QDhw.shape[-1]
-        states = (maps_QDhw + self.no_mask_embed.weight[0, :, None, None]).flatten(2).transpose(1, 2)
+        states = maps_QDhw.flatten(2).transpose(1, 2) + self.no_mask_embed.weight[0]
         tokens, states = self.transformers[scale](tokens, states, self.positions[scale](side))
         upscaled = self.output_upscaling(states.transpose(1, 2).unflatten(2, (side, side)))
         kernels = torch.stack([self.hypernetworks[mask](tokens[:, 1 + mask]) for mask in range(num_masks)], dim=1)
@@ -244,23 +251,54 @@ class PixelDecoder(nn.Module):
             fused = fused + resized.to(mask.dtype) * weight
         return fused
 
-    def forward(
-        self, embeddings: torch.Tensor, maps: list[torch.Tensor], picture_of_target: torch.Tensor
+    def prepare(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What does not depend on targets: S maps (B, language width, h, w) -> S maps (B, D, h * 2^s, w * 2^s)."""
+        return [self.scale_map(one, scale) for scale, one in enumerate(maps)]
+
+    def decode(
+        self, embeddings: torch.Tensor, prepared: list[torch.Tensor], picture_of_target: torch.Tensor
     ) -> torch.Tensor:
-        """Decode all targets of all pictures together.
+        """Decode targets together.
 
         Args:
-            embeddings: (Q, S, D). maps: S maps (B, language width, h, w), all of one size. picture_of_target: (Q,)
-                long.
+            embeddings: (Q, S, D). prepared: what `prepare` made. picture_of_target: (Q,) long, or (1,) where all
+                targets are of one picture, whose maps are then not copied for each.
 
         Returns:
             (Q, h * 2^S, w * 2^S) mask logits over the whole square.
         """
         masks: list[torch.Tensor] = []
         for scale in range(self.num_scales):
-            target_maps = self.scale_map(maps[scale], scale)[picture_of_target]
+            target_maps = prepared[scale][picture_of_target]
             if masks:
                 target_maps = target_maps * (1 + masks[-1].sigmoid())[:, None]
             logits, _ = self.decode_scale(embeddings[:, scale], target_maps, scale)
             masks.append(logits[:, 0])
         return self.fuse(masks)
+
+    def decode_in_chunks(
+        self, embeddings: torch.Tensor, prepared: list[torch.Tensor], picture_of_target: torch.Tensor
+    ) -> torch.Tensor:
+        """`decode` for any number of targets in bounded memory; not for training, which keeps everything anyway."""
+        size = TARGETS_AT_ONCE.get(embeddings.device.type, TARGETS_AT_ONCE_ELSEWHERE)
+        parts = []
+        chunks = zip(embeddings.split(size), picture_of_target.split(size), strict=True)
+        for some, pictures in chunks:
+            alike = bool((pictures == pictures[0]).all())
+            parts.append(self.decode(some, prepared, pictures[:1] if alike else pictures))
+        return torch.cat(parts)
+
+    def forward(
+        self, embeddings: torch.Tensor, maps: list[torch.Tensor], picture_of_target: torch.Tensor
+    ) -> torch.Tensor:
+        """Decode all targets of all pictures.
+
+        Args:
+            embeddings: (Q, S, D), Q at least 1. maps: S maps (B, language width, h, w), all of one size.
+            picture_of_target: (Q,) long.
+
+        Returns:
+            (Q, h * 2^S, w * 2^S) mask logits over the whole square.
+        """
+        decode = self.decode if torch.is_grad_enabled() else self.decode_in_chunks
+        return decode(embeddings, self.prepare(maps), picture_of_target)

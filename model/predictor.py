@@ -4,66 +4,35 @@
     predictor.set_image("picture.jpg")
     answer = predictor.ask("Where is the red circle?")
 
+    predictor.ask_many([...])       several questions together, each answered as if it were asked alone
+    predictor.stream("...")         the answer while it is made
+    predictor.chat()                a conversation about the picture
+    predictor.session(picture)      the same for a picture of its own, beside others
+
 Axes: B pictures, C conversations, T tokens, Q targets of one answer, H W pixels of the picture itself.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from .answers import Answer, Box, mask_box, mask_scores
 from .configuration_pixellm import PixelLMConfig
+from .generation import GeneratedAnswer
 from .geometry import restore_masks
 from .losses import IGNORE_TOKEN
 from .modeling_pixellm import TOWER_KEY, PixelLMForCausalLM
-from .processing_pixellm import EncodedConversation, PixelLMProcessor
+from .processing_pixellm import EncodedConversation, Picture, PixelLMProcessor, PromptError
+from .session import MAX_NEW_TOKENS, AnswerOptions, Chat, Event, MaskReady, Question, Session
 
-Question = str | Sequence[tuple[str, str | None]]
-Box = tuple[int, int, int, int]
-
-MAX_NEW_TOKENS = 256
-_EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said about a picture, and a mask for every seg group in it.
-
-    text: without groups; marked_text: with "{seg}" where each group stood; phrases: the words each group belongs to.
-    masks: bool (Q, H, W) in the picture's own pixels. scores: mean probability inside each mask, 0 for an empty one.
-    boxes: (x0, y0, x1, y1) pixels, x1 and y1 exclusive, so that x1 - x0 is a width; all 0 for an empty mask.
-    areas: pixels of each mask. num_broken: runs of seg tokens that were no whole groups and gave no mask.
-    """
-
-    text: str
-    marked_text: str
-    phrases: list[str]
-    masks: np.ndarray
-    scores: list[float]
-    boxes: list[Box]
-    areas: list[int]
-    num_broken: int
-
-
-def mask_scores(mask_logits: torch.Tensor) -> list[float]:
-    """(Q, H, W) logits -> mean probability over each mask's pixels, those with logit > 0 (golden fact M12)."""
-    inside = mask_logits > 0
-    summed = (mask_logits.sigmoid() * inside).sum((1, 2))
-    return (summed / (inside.sum((1, 2)) + _EPSILON)).tolist()
-
-
-def mask_box(mask: np.ndarray) -> Box:
-    """The smallest box around a bool mask (H, W) as (x0, y0, x1, y1), end exclusive; all 0 when nothing is set."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    if not len(rows):
-        return 0, 0, 0, 0
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+__all__ = ["Answer", "AnswerOptions", "Box", "ModelFolderError", "Predictor", "mask_box", "mask_scores"]
 
 
 class ModelFolderError(ValueError):
@@ -82,19 +51,19 @@ def _model_type(config: Path) -> str | None:
 
 
 class Predictor:
-    """A model and its processor, asked in words. Not safe to share between threads.
+    """A model and its processor, asked in words.
 
-    Errors of the processor pass through: PictureError, PromptError and ConversationTooLong, all ValueErrors of one
-    sentence.
+    Safe to share between threads, which take turns at the model; but `set_image` chooses one picture for all of them,
+    so threads with pictures of their own take a `session` each. Errors of the processor pass through: PictureError,
+    PromptError and ConversationTooLong, all ValueErrors of one sentence.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
         """model: a PixelLMForCausalLM, put into eval mode here while it answers. processor: its PixelLMProcessor."""
         self.model = model
         self.processor = processor
-        self.picture: np.ndarray | None = None
-        """What `set_image` chose, uint8 RGB (H, W, 3), turned the way it is viewed."""
-        self._encoded: Any = None
+        self._session: Session | None = None
+        self._turn = RLock()
 
     @classmethod
     def from_pretrained(
@@ -106,7 +75,8 @@ class Predictor:
     ) -> "Predictor":
         """Load a folder this project saved.
 
-        device: "auto" is CUDA where there is one, else the CPU. dtype: None keeps the precision it was saved in.
+        device: "auto" is CUDA where there is one, else Apple's GPU, else the CPU. dtype: None keeps the precision it
+            was saved in.
         attn_implementation: None leaves the choice to transformers.
         Raises ModelFolderError when `folder` does not hold a whole PixelLM, or `device` is not there.
         """
@@ -122,7 +92,8 @@ class Predictor:
                 "PixelLM with tools/convert_checkpoint.py, or train on another model with train_ds.py"
             )
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            found = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)]
+            device = next(name for name, there in found if there)
         try:
             processor = PixelLMProcessor.from_pretrained(str(folder))
             model, report = PixelLMForCausalLM.from_pretrained(
@@ -144,16 +115,54 @@ class Predictor:
             )
         return cls(model, processor)
 
-    def set_image(self, picture: Any) -> None:
-        """Choose the picture `ask` is about: path, bytes, PIL image, array (H, W, 3) uint8 or tensor."""
-        array = self.processor.open_picture(picture)
-        self.picture, self._encoded = array, self.processor.encode_picture(array)
+    # --- one picture ----------------------------------------------------------------------------------------------
 
-    def ask(self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
-        """Answer one question about the picture of `set_image`; RuntimeError when there is none."""
-        if self._encoded is None:
-            raise RuntimeError("No picture is set; call set_image(picture) before ask(question).")
-        return self._answer([self._encoded], [question], [0], max_new_tokens)[0]
+    def session(self, picture: Any) -> Session:
+        """Questions about `picture` (path, bytes, PIL image, array (H, W, 3) uint8 or tensor), beside any others."""
+        return Session(self, picture)
+
+    def set_image(self, picture: Any) -> None:
+        """Choose the picture that `ask`, `ask_many`, `stream` and `chat` are about; as `session` takes it."""
+        self._session = self.session(picture)
+
+    @property
+    def picture(self) -> np.ndarray | None:
+        """What `set_image` chose, uint8 RGB (H, W, 3), turned the way it is viewed."""
+        return None if self._session is None else self._session.picture
+
+    @property
+    def current(self) -> Session:
+        """The session of `set_image`; RuntimeError when there is none."""
+        if self._session is None:
+            raise RuntimeError("No picture is set; call set_image(picture) before asking about it.")
+        return self._session
+
+    def ask(
+        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
+    ) -> Answer:
+        """Answer one question about the picture of `set_image`."""
+        return self.current.ask(question, max_new_tokens, options)
+
+    def ask_many(
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        options: AnswerOptions | None = None,
+    ) -> list[Answer]:
+        """Answer several questions about the picture of `set_image` together."""
+        return self.current.ask_many(questions, max_new_tokens, options)
+
+    def stream(
+        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
+    ) -> Iterator[Event]:
+        """See `Session.stream`."""
+        return self.current.stream(question, max_new_tokens, options)
+
+    def chat(self, options: AnswerOptions | None = None) -> Chat:
+        """A conversation about the picture of `set_image`."""
+        return self.current.chat(options)
+
+    # --- many pictures --------------------------------------------------------------------------------------------
 
     def answer(
         self,
@@ -167,7 +176,22 @@ class Predictor:
         pictures: B, each as `set_image` takes it. questions: C, each one question, or turns (question, answer) of
         which the last has the answer None. image_index: for each question which picture it is about.
         """
-        return self._answer(self._encode(pictures), questions, image_index, max_new_tokens)
+        encoded = self._encode(pictures)
+        order = _by_picture(image_index, len(questions), len(encoded))
+        if not order:
+            return []
+        with self.inference():
+            generated = self.model.generate_answers(
+                prompts=[self.prompt(questions[row]) for row in order],
+                image_index=torch.tensor([image_index[row] for row in order], device=self.model.device),
+                end_token_id=self.processor.end_token_id,
+                max_new_tokens=max_new_tokens,
+                **self.picture_inputs(encoded),
+            )
+            answers = {
+                row: self.finish(one, encoded[image_index[row]]) for row, one in zip(order, generated, strict=True)
+            }
+        return [answers[row] for row in range(len(questions))]
 
     def segment(
         self,
@@ -193,12 +217,14 @@ class Predictor:
         if not order:
             return []
         input_ids, attention_mask = _pad_right([one.input_ids for one in tokens], self.processor.end_token_id)
-        with _inference(self.model):
+        device = self.model.device
+        with self.inference():
             output = self.model(
-                input_ids=input_ids.to(self.model.device),
-                attention_mask=attention_mask.to(self.model.device),
-                original_sizes=torch.tensor([picture.original_size for picture in encoded], device=self.model.device),
-                **self._inputs(encoded, [image_index[row] for row in order]),
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                original_sizes=torch.tensor([picture.original_size for picture in encoded], device=device),
+                image_index=torch.tensor([image_index[row] for row in order], device=device),
+                **self.picture_inputs(encoded),
             )
         logits = _split_rows(
             output.mask_logits, [(image_index[row], len(t.group_turns)) for row, t in zip(order, tokens, strict=True)]
@@ -222,41 +248,55 @@ class Predictor:
     def _encode(self, pictures: Sequence[Any]) -> list[Any]:
         return [self.processor.encode_picture(self.processor.open_picture(picture)) for picture in pictures]
 
-    def _inputs(self, encoded: Sequence[Any], image_index: Sequence[int]) -> dict[str, Any]:
-        """What both ways of asking hand to the model about the pictures."""
+    # --- what sessions are made of --------------------------------------------------------------------------------
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """A thread's turn at the model: eval mode and no gradients inside; the mode found is put back, so that training
+        can ask in between.
+        """
+        with self._turn:
+            was_training = self.model.training
+            if was_training:
+                self.model.eval()
+            try:
+                with torch.inference_mode():
+                    yield
+            finally:
+                if was_training:
+                    self.model.train()
+
+    def picture_inputs(self, encoded: Sequence[Picture]) -> dict[str, Any]:
+        """What the model is told about pictures."""
         device = self.model.device
         pixels = torch.stack([picture.pixel_values for picture in encoded])
         return {
             "pixel_values": {TOWER_KEY: pixels.to(device, self.model.dtype)},
             "resized_sizes": torch.tensor([picture.resized_size for picture in encoded], device=device),
-            "image_index": torch.tensor(list(image_index), device=device),
         }
 
-    def _prompt(self, question: Question) -> torch.Tensor:
+    def prompt(self, question: Question) -> torch.Tensor:
+        """(T,) ids of a question, or of turns of which the last is to be answered."""
         turns = [(question, None)] if isinstance(question, str) else list(question)
         for asked, _ in turns:
             self.processor.check_user_text(asked)
+            if any("\ud800" <= letter <= "\udfff" for letter in asked):
+                raise PromptError("the prompt holds half a letter (a lone surrogate): leave it out")
         return self.processor.encode_prompt(turns).to(self.model.device)
 
-    def _answer(
-        self, encoded: Sequence[Any], questions: Sequence[Question], image_index: Sequence[int], max_new_tokens: int
-    ) -> list[Answer]:
-        order = _by_picture(image_index, len(questions), len(encoded))
-        if not order:
-            return []
-        with _inference(self.model):
-            generated = self.model.generate_answers(
-                prompts=[self._prompt(questions[row]) for row in order],
-                end_token_id=self.processor.end_token_id,
-                max_new_tokens=max_new_tokens,
-                **self._inputs(encoded, [image_index[row] for row in order]),
-            )
-        answers = {}
-        for row, one in zip(order, generated, strict=True):
-            picture = encoded[image_index[row]]
-            logits_QHW = restore_masks(one.low_res_mask_logits, picture.resized_size, picture.original_size)
-            answers[row] = self._to_answer([one.ids.tolist()], logits_QHW)
-        return [answers[row] for row in range(len(questions))]
+    def finish(self, one: GeneratedAnswer, picture: Picture) -> Answer:
+        """What was generated about a picture, in words and in the picture's own pixels."""
+        logits_QHW = restore_masks(one.low_res_mask_logits, picture.resized_size, picture.original_size)
+        return self._to_answer([one.ids.tolist()], logits_QHW)
+
+    def compose(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> Answer:
+        """An answer from the tokens of its turns and float32 mask logits in the picture's own pixels."""
+        return self._to_answer(turns, logits_QHW)
+
+    def mask_ready(self, number: int, phrase: str, logits_HW: torch.Tensor) -> MaskReady:
+        """One mask of an answer that goes on."""
+        mask = (logits_HW > 0).cpu().numpy()
+        return MaskReady(number, phrase, mask, mask_scores(logits_HW[None])[0], mask_box(mask), logits_HW)
 
     def _to_answer(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> Answer:
         """An answer from the tokens of its turns (one, unless several were given) and the masks of all of them."""
@@ -309,15 +349,3 @@ def _split_rows(logits: Sequence[torch.Tensor], rows: Sequence[tuple[int, int]])
         parts.append(logits[picture][used[picture] : used[picture] + count])
         used[picture] += count
     return parts
-
-
-@contextmanager
-def _inference(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; the mode found is put back, so that training can ask in between."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)

@@ -414,9 +414,10 @@ class ChatArguments(BaseArguments, PictureArguments, CodebookArguments):
     load_in_4bit: bool = option(False, "hold the language model in 4 bits")
     image: str = option("", "picture to ask about; without it chat asks for one")
     prompt: str = option("", "the question; without it chat asks")
-    out: str = option("", "write the overlay to this file (one-shot)")
+    batch: str = option("", 'file of questions, a line {"image": ..., "question": ...} each; answers go to --out')
+    out: str = option("", "write the overlay to this file (one answer), or all answers to this folder (--batch)")
     max_new_tokens: int = option(512, "longest answer in tokens", low=1)
-    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:1")
 
 
 @dataclasses.dataclass

@@ -1,5 +1,8 @@
 """chat.py: one answer, a conversation, and everything that a person may type wrongly."""
 
+import io
+import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from model.build.builder import BuiltModel
 from model.predictor import Predictor
 from tests.unit.tiny_pixellm import make_model, noise, saying
 from utils import scripts
+from utils.chat.terminal import Terminal
 from utils.scripts import run_script
 
 SAID = "It is the red circle {seg} and the blue square {seg}."
@@ -47,7 +51,13 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keyboard(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Types the given lines, then ends the input; an exception among them is raised instead."""
+    """A person who types the given lines, then ends the input; an exception among them is raised instead."""
+
+    class Person(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Person())
 
     def types(*lines: str | BaseException) -> None:
         waiting = list(lines)
@@ -175,7 +185,7 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_question(
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(built.model, "generate_answers", interrupt)
+    monkeypatch.setattr(built.model, "encode_pictures", interrupt)
     keyboard("Where?", "Where?", KeyboardInterrupt())
     assert run(f"--image={picture}", f"--vis_save_path={tmp_path / 'vis'}") == 130
     assert capsys.readouterr().out.count("stopped") == 2
@@ -222,3 +232,218 @@ def test_flags_without_effect_are_named(picture: Path, tmp_path: Path, capsys: p
     for flag in ("--seg_token_num", "--vision_tower", "--load_in_8bit", "--image_size"):
         assert flag in said
     assert "no effect" in said
+
+
+def test_commands_of_a_conversation(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, keyboard: Callable[..., None]
+) -> None:
+    saved = tmp_path / "kept" / "answer.png"
+    keyboard(
+        "/masks",  # there is no picture yet, so no answer
+        f"/image {picture}",
+        "/undo",
+        "Where?",
+        "/masks",
+        f"/save {saved}",
+        "/save",
+        f"/save {saved.with_suffix('.html')}",
+        f"/save {picture}/answer.html",
+        f"/save {tmp_path / 'answer.txt'}",
+        f"/save {picture}/answer.png",
+        "/save a\0b.png",
+        "/undo",
+        "/masks",
+        "Where?",
+        "/reset",
+        "/undo",
+        "/nonsense",
+        "/help",
+    )
+    assert run(f"--vis_save_path={tmp_path / 'vis'}") == 0
+    said = capsys.readouterr().out
+    assert said.count("there is no answer yet") == 2
+    assert said.count("there is nothing to take back") == 2
+    assert said.count("2. the blue square: box") == 3  # two answers and /masks
+    names = sorted(path.name for path in saved.parent.iterdir())
+    assert names == ["answer.html", "answer.png", "answer_mask1.png", "answer_mask2.png"]
+    assert "/save needs a file" in said and "answer.txt is no picture file" in said and "taken back: Where?" in said
+    assert said.count("cannot write") == 3 and "there is no command /nonsense" in said and "/image FILE" in said
+
+
+def test_a_conversation_is_asked_with_its_turns(
+    built: BuiltModel, picture: Path, keyboard: Callable[..., None], tmp_path: Path, monkeypatch: Any
+) -> None:
+    prompts: list[Any] = []
+    prompt = Predictor.prompt
+    monkeypatch.setattr(Predictor, "prompt", lambda self, turns: prompts.append(turns) or prompt(self, turns))
+    keyboard("Where?", "And there?", "/undo", "Again?", "/reset", "Last?", f"/image {picture}", "New?")
+    assert run(f"--image={picture}", f"--vis_save_path={tmp_path / 'vis'}") == 0
+    prompts = prompts[1::2]  # each is tried for its length first
+    asked = [[question for question, _ in turns] for turns in prompts]
+    assert asked == [["Where?"], ["Where?", "And there?"], ["Where?", "Again?"], ["Last?"], ["New?"]]
+    assert prompts[1][0] == ("Where?", SAID)
+
+
+def test_a_pipe_gets_answers_alone_and_a_status(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = f"--vis_save_path={tmp_path / 'vis'}"
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where?\nWhere again?\n"))
+    assert run(f"--image={picture}", where) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Answer: It is the red circle and the blue square."
+    assert len(said) == 8 and not [line for line in said if "Question" in line or "/help" in line]
+    monkeypatch.setattr("sys.stdin", io.StringIO("the [SEG0]\nWhere?\n"))
+    assert run(f"--image={picture}", where) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert "reserved token" in said[0] and said[1].startswith("Answer: ")
+
+
+def test_nothing_typed_or_named_can_steer_the_terminal(
+    built: BuiltModel, tmp_path: Path, capsys: pytest.CaptureFixture, keyboard: Callable[..., None]
+) -> None:
+    hostile = tmp_path / "a\x1b]0;title\x07\u202eb.png"
+    Image.fromarray(noise(20, 30)).save(hostile)
+    keyboard(
+        f"/image {hostile}", "Where?\x1b[2J", "/nonsense\x1b[2J", "/undo", "/image \x1b[31mgone", "/save \x1b[3m.txt"
+    )
+    with saying(built, ["the \x1b[31mred\x07 \u202ething {seg}."]):
+        assert run(f"--vis_save_path={tmp_path / 'vis'}") == 0
+    said = capsys.readouterr()
+    assert not set(said.out + said.err) & {"\x1b", "\x07", "\u202e"} and "overlay" in said.out
+
+
+class Colourful(io.StringIO):
+    """A terminal with colours."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colours_and_a_picture_where_the_terminal_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    for columns in (8, 20, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("LINES", "40")
+        for able in ({"COLORTERM": "truecolor"}, {"COLORTERM": "truecolor", "NO_COLOR": ""}, {}):
+            out = Colourful()
+            terminal = Terminal(out, Colourful(), able)
+            terminal.say("red \x1b[0m", (255, 0, 0))
+            terminal.show(noise(30, 60))
+            drawn[columns, len(able)] = out.getvalue()
+    assert drawn[20, 2] == drawn[20, 0] == "red  [0m\n"
+    assert drawn[8, 1] == "\x1b[38;2;255;0;0mred  [0m\x1b[0m\n"  # no room for a picture
+    # 20 columns wide, so 10 pixels high, which are 5 rows of letters; 200 are cut to 72 columns, 36 pixels, 18 rows.
+    assert drawn[20, 1].count("\n") == 1 + 5 and drawn[20, 1].count("▀") == 5 * 20
+    assert drawn[200, 1].count("\n") == 1 + 18 and drawn[200, 1].count("▀") == 18 * 72
+
+
+def test_five_hundred_hostile_lines(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, keyboard: Callable[..., None], built: BuiltModel
+) -> None:
+    rng = random.Random(0)
+    words = ["/image", "/save", "/masks", "/undo", "/reset", "/help", "/", "//", "~", "../..", "%s", "-1", " ", "\r"]
+    words += ["\0", "\x1b[2J", "[SEG0]", "{seg}", "<image>", "</s>", "é", "日本", "\u202e", "\ud800", "x" * 5000]
+    words += [str(picture)]
+    lines = [rng.choice(["", " "]).join(rng.choices(words, k=rng.randrange(6))) for _ in range(500)]
+    keyboard(*[line for line in lines if not line.startswith(("/save ", "/save/"))])
+    with saying(built, ["a {seg}"]):
+        assert run(f"--image={picture}", f"--vis_save_path={tmp_path / 'vis'}", "--max_new_tokens=2") == 0
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err and not set(said.out) & {"\x1b", "\0", "\u202e"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--batch={place}/q.jsonl"], "without --out"),
+        (["--batch={place}/q.jsonl", "--out={place}/o", "--prompt=x"], "leave --image and --prompt out"),
+        (["--batch={place}/gone.jsonl", "--out={place}/o"], "cannot read the questions"),
+        (["--batch={place}/empty.jsonl", "--out={place}/o"], "holds no question"),
+        (["--batch={place}/q.jsonl", "--out={place}/q.jsonl"], "cannot write to"),
+    ],
+)
+def test_a_batch_is_refused_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], said: str
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "question": "?"}')
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    assert run(*(flag.format(place=tmp_path) for flag in flags)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Twelve questions about three pictures, and five bad lines between them."""
+    for number in range(3):
+        Image.fromarray(noise(20 + number, 30, seed=number)).save(tmp_path / f"{number}.png")
+    lines = [json.dumps({"image": f"{number % 3}.png", "question": f"Where is {number}?"}) for number in range(12)]
+    lines[2:2] = ["no json", '{"image": "0.png"}', '{"image": "gone.png", "question": "?"}', "[1]", ""]
+    lines.append('{"image": "0.png", "question": "the [SEG0]"}')
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    return tmp_path / "questions.jsonl"
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def batch(questions: Path, out: Path, built: BuiltModel, *flags: str) -> int:
+    with saying(built, [SAID] * 8):
+        return run(f"--batch={questions}", f"--out={out}", *flags)
+
+
+def test_a_batch_answers_in_order_and_reports_bad_lines(
+    questions: Path, tmp_path: Path, built: BuiltModel, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "answers"
+    assert batch(questions, out, built) == 1
+    found = records(out)
+    assert [one["line"] for one in found] == [1, 2, *range(8, 18)]
+    assert [one["question"] for one in found] == [f"Where is {number}?" for number in range(12)]
+    predictor = Predictor(built.model, built.processor)
+    for one in found:
+        answer = predictor.session(questions.parent / one["image"])
+        with saying(built, [SAID]):
+            expected = answer.ask(one["question"]).to_dict()
+        assert {name: one[name] for name in ("text", "marked_text", "num_broken")} == {
+            name: expected[name] for name in ("text", "marked_text", "num_broken")
+        }
+        assert [target["phrase"] for target in one["targets"]] == ["the red circle", "the blue square"]
+        for target, other in zip(one["targets"], expected["targets"], strict=True):
+            assert target["segmentation"]["size"] == other["segmentation"]["size"]
+        assert (out / one["overlay"]).is_file()
+    told = capsys.readouterr().err
+    for line, why in [(3, "is no JSON"), (4, "needs a text"), (5, "does not exist"), (6, "needs"), (18, "reserved")]:
+        (said,) = [one for one in told.splitlines() if f"line {line}: " in one]
+        assert why in said
+
+
+def test_a_batch_killed_goes_on_where_it_was(
+    questions: Path, tmp_path: Path, built: BuiltModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "answers"
+    assert batch(questions, whole, built) == 1
+    asked: list[int] = []
+    answer = Predictor.answer
+
+    def dies(self: Predictor, pictures: Any, questions: Any, *others: Any) -> Any:
+        asked.append(len(questions))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(self, pictures, questions, *others)
+
+    monkeypatch.setattr(Predictor, "answer", dies)
+    assert batch(questions, out, built) == 130
+    assert len(records(out)) == asked[0]
+    with (out / "results.jsonl").open("a") as file:
+        file.write('{"line": 99, "cut o')  # what a kill may leave
+    assert batch(questions, out, built) == 1
+    assert records(out) == records(whole)
+    assert batch(questions, out, built) == 1
+    assert sum(asked) == asked[0] + asked[1] + 12 - asked[0], "what was answered is not asked again"
+    # Other settings are another answer; one question more is asked alone and comes last.
+    assert batch(questions, out, built, "--max_new_tokens=300") == 1
+    assert sum(asked) == asked[0] + asked[1] + 12 - asked[0] + 12
+    assert {one["settings"]["max_new_tokens"] for one in records(out)} == {300}

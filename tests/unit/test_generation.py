@@ -145,7 +145,7 @@ def test_each_picture_is_seen_once_and_a_batch_stops_when_all_are_done(
     built: BuiltModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    steps: list[int] = []
+    widths: list[tuple[int, int]] = []
     encode = built.model.vision_tower.forward
 
     def count(pixel_values: torch.Tensor, *others: Any) -> Any:
@@ -153,14 +153,22 @@ def test_each_picture_is_seen_once_and_a_batch_stops_when_all_are_done(
         return encode(pixel_values, *others)
 
     monkeypatch.setattr(built.model.vision_tower, "forward", count)
-    handle = built.model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
+
+    def watch(module: Any, inputs: Any, keywords: dict[str, Any]) -> None:
+        widths.append(tuple(keywords["inputs_embeds"].shape[:2]))
+
+    handle = built.model.language_model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        with saying(built, ["a {seg}", "b", "c {seg} d", "e"]):
+        with saying(built, ["{seg}", "b", "c {seg} d", "e"]):
             answers = ask_all(built)
     finally:
         handle.remove()
     assert seen == [len(SIZES)]
-    assert len(steps) == max(len(answer.ids) for answer in answers) < 40
+    # First the three prefixes, then the four prompts.
+    assert [rows for rows, _ in widths[:2]] == [3, 4]
+    # A pass feeds each row one token, or a group of six; a row that has its end token is not there any more.
+    passes = [len(answer.ids) - 1 - 5 * len(answer.low_res_mask_logits) for answer in answers]
+    assert [rows for rows, _ in widths[2:]] == [sum(n > step for n in passes) for step in range(max(passes))]
 
 
 def test_nothing_to_do_and_nothing_allowed(built: BuiltModel) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from model import overlay
 
@@ -149,3 +150,65 @@ def test_gallery_shows_truth_and_prediction_in_their_colours() -> None:
 def test_gallery_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         overlay.draw_gallery([])
+
+
+def hidden_shares(masks: np.ndarray, phrases: list[str]) -> list[float]:
+    """What share of each mask a label lies on."""
+    grey = picture(*masks.shape[1:])
+    covered = (overlay.draw_overlay(grey, masks) != overlay.draw_overlay(grey, masks, phrases)).any(axis=-1)
+    return [float((covered & mask).sum() / mask.sum()) for mask in masks]
+
+
+def test_labels_hide_neither_small_masks_nor_those_of_others() -> None:
+    # A thing of 10 x 10 pixels, smaller than any label; two beside it where labels would go; one that fills most.
+    masks = np.stack(
+        [
+            box(400, 400, 200, 210, 200, 210),
+            box(400, 400, 165, 195, 150, 260),
+            box(400, 400, 215, 245, 150, 260),
+            box(400, 400, 260, 400, 0, 400),
+        ]
+    )
+    assert max(hidden_shares(masks, ["the tiny thing", "one over it", "one under it", "the ground"])) <= 0.12 + 0.01
+
+
+def test_thirty_four_labels_do_not_cover_each_other() -> None:
+    masks = np.stack([box(900, 900, 20 + 24 * n, 40 + 24 * n, 440, 460) for n in range(34)])
+    taken: list[overlay.Rectangle] = []
+    for mask in masks:
+        left, top = overlay._free_place(mask, (120, 26), (900, 900), taken, list(masks))
+        assert all(left >= x1 or x0 >= left + 120 or top >= y1 or y0 >= top + 26 for x0, y0, x1, y1 in taken)
+        assert not (masks[:, top : top + 26, left : left + 120]).any()
+        taken.append((left, top, left + 120, top + 26))
+
+
+def test_a_line_leads_to_a_mask_whose_label_had_to_leave() -> None:
+    mask = box(100, 200, 50, 60, 10, 20)
+    for label, drawn in [((20, 45, 80, 65), False), ((20, 60, 80, 80), False), ((120, 45, 180, 65), True)]:
+        image = Image.new("RGB", (200, 100), (GREY,) * 3)
+        overlay._lead(ImageDraw.Draw(image), mask, label, (1, 2, 3))
+        line = (np.asarray(image) == (1, 2, 3)).all(axis=-1)
+        assert line.any() == drawn
+        # From the middle of the label, x = 150, to the mask's nearest column, 19, on its rows.
+        assert not drawn or (line[45:65, 19:150].any(axis=0).all() and not line[:, :18].any())
+
+
+def test_places_for_labels_are_inside() -> None:
+    for mask in (box(100, 200, 0, 1, 0, 1), box(100, 200, 99, 100, 199, 200), box(100, 200, 0, 100, 0, 200)):
+        for left, top in overlay._places(mask, (90, 21), (200, 100)):
+            assert 0 <= left <= 110 and 0 <= top <= 79
+
+
+def test_side_by_side_is_the_picture_and_its_overlay() -> None:
+    masks = box(50, 60, 10, 30, 10, 30)[None]
+    both, drawn = overlay.draw_side_by_side(picture(50, 60), masks), overlay.draw_overlay(picture(50, 60), masks)
+    assert both.shape == (drawn.shape[0], 2 * drawn.shape[1], 3)
+    assert (both[:, : drawn.shape[1]] == GREY).all() and np.array_equal(both[:, drawn.shape[1] :], drawn)
+
+
+def test_a_layer_is_clear_where_no_mask_is() -> None:
+    layer = overlay.mask_layer(np.stack([box(4, 5, 0, 2, 0, 2), box(4, 5, 1, 3, 1, 3)]))
+    assert layer.shape == (4, 5, 4) and (layer[3] == 0).all()
+    assert tuple(layer[0, 0, :3]) == overlay.target_colour(0) and tuple(layer[1, 1, :3]) == overlay.target_colour(1)
+    assert layer[0, 0, 3] == round(255 * overlay._FILL_STRENGTH)
+    assert overlay.mask_layer(np.zeros((0, 4, 5), bool)).shape == (4, 5, 4)

@@ -46,30 +46,24 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 @contextmanager
 def saying(built: BuiltModel, answers: Sequence[str]) -> Iterator[None]:
-    """Inside, the language model's head chooses the tokens of `answers` ("{seg}" for a group), row by row of a batch,
+    """Inside, the language model chooses the tokens of `answers` ("{seg}" for a group), prompt by prompt of a batch,
     at every call anew, whatever it sees; masks still come from the model's own states."""
-    rows = [_answer_ids(built.processor, answer) for answer in answers]
-    generate, step = built.model.generate_answers, -1
+    with saying_ids([_answer_ids(built.processor, answer) for answer in answers]):
+        yield
 
-    def restart(**arguments: Any) -> Any:
-        nonlocal step
-        step = -1
-        return generate(**arguments)
 
-    def choose(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        nonlocal step
-        step += 1
-        logits = torch.zeros_like(output)
-        for number, row in enumerate(rows):
-            logits[number, row[min(step, len(row) - 1)]] = 1.0
+@contextmanager
+def saying_ids(rows: Sequence[Sequence[int]]) -> Iterator[None]:
+    """The same with token ids; of a row that is read beyond its end the last is said again."""
+
+    def choose(model: Any, states: torch.Tensor, places: list[tuple[int, int]]) -> torch.Tensor:
+        logits = states.new_zeros((len(states), model.get_output_embeddings().weight.shape[0]))
+        for number, (prompt, place) in enumerate(places):
+            logits[number, rows[prompt][min(place, len(rows[prompt]) - 1)]] = 1.0
         return logits
 
-    handle = built.model.get_output_embeddings().register_forward_hook(choose)
-    try:
-        with patch.object(built.model, "generate_answers", restart):
-            yield
-    finally:
-        handle.remove()
+    with patch("model.generation.next_logits", choose):
+        yield
 
 
 def _answer_ids(processor: Any, answer: str) -> list[int]:

@@ -1,0 +1,88 @@
+"""What comes of a question: an answer in words with a mask for every thing named, and how it is written down.
+
+Axes: Q targets of one answer, H W pixels of the picture itself.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Box = tuple[int, int, int, int]
+
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said about a picture, and a mask for every seg group in it.
+
+    text: without groups; marked_text: with "{seg}" where each group stood; phrases: the words each group belongs to.
+    masks: bool (Q, H, W) in the picture's own pixels. scores: mean probability inside each mask, 0 for an empty one.
+    boxes: (x0, y0, x1, y1) pixels, x1 and y1 exclusive, so that x1 - x0 is a width; all 0 for an empty mask.
+    areas: pixels of each mask. num_broken: runs of seg tokens that were no whole groups and gave no mask.
+    """
+
+    text: str
+    marked_text: str
+    phrases: list[str]
+    masks: np.ndarray
+    scores: list[float]
+    boxes: list[Box]
+    areas: list[int]
+    num_broken: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer in plain numbers and words; every mask as COCO's run lengths, boxes as in `boxes`."""
+        parts = zip(self.phrases, self.scores, self.boxes, self.areas, self.masks, strict=True)
+        return {
+            "text": self.text,
+            "marked_text": self.marked_text,
+            "num_broken": self.num_broken,
+            "targets": [
+                {"phrase": phrase, "score": score, "box": list(box), "area": area, "segmentation": encode_rle(mask)}
+                for phrase, score, box, area, mask in parts
+            ],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as one line of JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+def mask_scores(mask_logits: torch.Tensor) -> list[float]:
+    """(Q, H, W) logits -> mean probability over each mask's pixels, those with logit > 0 (golden fact M12)."""
+    inside = mask_logits > 0
+    summed = (mask_logits.sigmoid() * inside).sum((1, 2))
+    return (summed / (inside.sum((1, 2)) + _EPSILON)).tolist()
+
+
+def mask_box(mask: np.ndarray) -> Box:
+    """The smallest box around a bool mask (H, W) as (x0, y0, x1, y1), end exclusive; all 0 when nothing is set."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return 0, 0, 0, 0
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """A bool mask (H, W) as COCO's compressed run lengths, {"size": [H, W], "counts": text}, which pycocotools reads.
+
+    Runs go down the columns and begin with one of zeros, which may be empty. From the third on, each is written as its
+    difference to the run two before it, in pieces of five bits, lowest first, a sixth bit saying that more follow.
+    """
+    flat = np.asarray(mask, dtype=bool).ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    first = [0] if flat.size and flat[0] else []
+    runs = np.diff([0, *first, *edges.tolist(), flat.size]).tolist()
+    letters = []
+    for number, run in enumerate(runs):
+        value = run - runs[number - 2] if number > 2 else run
+        more = True
+        while more:
+            piece, value = value & 0x1F, value >> 5
+            more = value != (-1 if piece & 0x10 else 0)
+            letters.append(chr((piece | 0x20 if more else piece) + 48))
+    return {"size": [int(mask.shape[0]), int(mask.shape[1])], "counts": "".join(letters)}
