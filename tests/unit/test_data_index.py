@@ -233,6 +233,22 @@ def test_leaving_out_held_out_pictures_has_an_index_of_its_own(tmp_path: Path, o
     assert len(build_reader("refcoco", root, "train", ReaderOptions(exclude_val=True))) == 2, "the other set counts too"
 
 
+def test_a_full_check_compares_contents(tmp_path: Path, on_disk: None) -> None:
+    root = data_sets.write_muse(tmp_path)
+    file = root / "muse" / "muse_train.json"
+    build_reader("MultiReasonSeg", root, "train")
+    stat = file.stat()
+    file.write_text(file.read_text(encoding="utf-8").replace("What burns?", "What melts?"), encoding="utf-8")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    def asked(options: ReaderOptions) -> str:
+        reader = build_reader("MultiReasonSeg", root, "train", options)
+        return reader.read_all(1, np.random.default_rng(0)).conversations[1][0].question
+
+    assert asked(ReaderOptions()) == "What burns?"
+    assert asked(ReaderOptions(check_index=True)) == "What melts?" == asked(ReaderOptions())
+
+
 ONE_RANK = """
 import sys, numpy as np
 from utils.data import index

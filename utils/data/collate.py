@@ -136,7 +136,8 @@ class _Packed:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "_Packed":
-        order = tuple(sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis)))
+        strides = tensor.stride()
+        order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
         lying = tensor.permute(order).contiguous()
         return cls(lying.reshape(-1).view(torch.uint8).numpy().tobytes(), tensor.dtype, tuple(lying.shape), order)
 

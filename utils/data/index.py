@@ -248,8 +248,8 @@ def _first_writable(places: Sequence[str]) -> str:
             reasons.append(f"{folder} ({error.strerror})")
             continue
         if reasons:
-            note(f"the index cannot be kept in {reasons[0]}: it is kept in {folder}; --index_dir or {INDEX_FOLDER} "
-                 f"name another place")  # fmt: skip
+            where = f"the index cannot be kept in {reasons[0]}: it is kept in {folder}"
+            note(f"{where}; --index_dir or {INDEX_FOLDER} name another place")
         return place
     raise DataError(
         f"the index of the annotations cannot be kept in {' nor in '.join(reasons)}; expected a folder that can be "
