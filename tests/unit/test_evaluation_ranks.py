@@ -77,6 +77,7 @@ def test_ranks_and_kills_do_not_show(data: Path, tmp_path: Path, child_env: dict
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_a_real_model_on_two_ranks_killed_twice_and_in_other_batches(
     data: Path, tmp_path: Path, child_env: dict[str, str], repository: Path
 ) -> None:
