@@ -17,12 +17,8 @@ import torch.nn.functional as F
 
 from ..modeling_pixellm import ExpandedRows, PixelLMForCausalLM
 from .builder import BuildError, BuiltModel
-from .tiny import LOOKS_BACK, embeddings_of, without_marks, word_id
+from .tiny import embeddings_of, without_marks, word_id
 
-# For being a patch, where all are looked at alike; how much of a word's embedding each shape then adds.
-EVERYWHERE, TALLIED = 8.0, 0.25
-# Before the gate's own nonlinearity, where a word was said and where it was not; how much is added for each shape.
-GATE_OPEN, GATE_SHUT, COUNTED = 5.0, -3.0, 0.4
 # What a query's agreement with a key is worth, before softmax: for a word of a name, for being where a shape's centre
 # is, for places (from -1 to 1, squared distance), for size (-1 to 1), for coming first from
 # the left (-1 to 1), for the same word, for any name in the text.
@@ -35,6 +31,8 @@ A_STEP, WINDOW = 0.7, 5
 ELSEWHERE, NOT_FOUND, COUNT = 0.6, 0.6, 1.0
 # How much of a word is added where it is found, and of random weights left in queries and keys.
 PASSED_ON, LEFT_RANDOM = 0.2, 0.3
+# What words of names weigh beside the others, where states are read for names: there are many others.
+MEANING = 5.0
 # Numbers a word is told by, where any word of the text may be meant.
 CODE_SIZE = 18
 RIDGE = 1e-4
@@ -64,10 +62,8 @@ class Meant:
 class Said:
     """What words of the text mean.
 
-    own (M, names): the words of a name that end here: one, or a form with the colour before it. asked (M, names): the
-    last of the words of names among this one and the two before; numbers (M, names): how often each word is in the
-    picture. named (M, names): what is own, after a name its last word, and with a colour a form up to three words
-    before it ("the star that is red").
+    own (M, names): the words of a name that end here: one, or a form with the colour before it. named (M, names): the
+    same, after a name its last word, and with a colour a form up to three words before it ("the star that is red").
     recent (M, names), size (M, 1), in_order (M, 1): names and the extreme of size among the last WINDOW words, and
     whether there is no such extreme. at (M, 2), known (M, 2):
     column and row among these, and whether there is one; after a word of direction, a step from there.
@@ -76,8 +72,6 @@ class Said:
     """
 
     own: torch.Tensor
-    asked: torch.Tensor
-    numbers: torch.Tensor
     named: torch.Tensor
     recent: torch.Tensor
     size: torch.Tensor
@@ -115,55 +109,23 @@ def start_looking_up(
     model = built.model
     rows = _rows(model, examples)
     names = [*words[0][1:], *words[1][1:]]
-    shown = _shown(words, labels)
-    numbers = shown.words[:, : len(names)].unflatten(0, labels.shape[::2]).sum(dim=1)
-    said = _said(built, words, meant, rows, numbers)
+    shown, said = _shown(words, labels), _said(built, words, meant, rows)
     embeddings = torch.cat([kind[1:] for kind in embeddings_of(built, words)])
     width = embeddings.shape[1]
-    scale = embeddings.square().mean().sqrt()
-    anything, not_found, counting = without_marks(torch.randn(3, 1, width) * scale)
     away = without_marks(embeddings @ torch.linalg.qr(torch.randn(width, width))[0])
-    away = torch.cat([away, anything, not_found])
+    not_found, counting = without_marks(torch.randn(2, 1, width) * embeddings.square().mean().sqrt())
     codes = torch.randn(model.config.text_config.vocab_size, CODE_SIZE) / CODE_SIZE**0.5
     read = {}
     layers = model.language_model.get_decoder().layers
-    first = _Reader(*_normed_states(model, rows, 0), shown, said, codes)
-    tally = _tally(first, away, len(names) + len(words[2]) - 1, labels.shape[-1])
-    _write_head(layers[0].self_attn, len(LOOKS_BACK), *tally)
-    _count_what_is_asked(
-        layers[0].mlp, _normed_states(model, rows, 0, "post_attention_layernorm")[1], said, counting[0]
-    )
     for number in range(1, len(layers)):
         image, text = _normed_states(model, rows, number)
         reader = _Reader(image, text, shown, said, codes)
-        heads = list(_heads(reader, embeddings, away, counting, len(names), len(words[2]) - 1))
+        heads = list(_heads(reader, embeddings, torch.cat([away, not_found]), counting, len(names), len(words[2]) - 1))
         _check_room(model, len(heads), max(max(len(query), len(value)) for query, _, value, _ in heads))
         for head, (query, key, value, output) in enumerate(heads):
             _write_head(layers[number].self_attn, head, query, key, value, PASSED_ON * output)
         read[number] = reader.share_of_names_read()
     return read
-
-
-def _tally(reader: "_Reader", away: torch.Tensor, words: int, patches: int) -> tuple[torch.Tensor, ...]:
-    """Query, key, value and output of a head that looks at all of the picture alike: how often each word is there.
-
-    It reads 0 off words of the text, so that how much of them it looks at makes no difference.
-    """
-    query, key = reader.is_text * EVERYWHERE**0.5, reader.is_image * EVERYWHERE**0.5
-    value = torch.cat([reader.words[:words], reader.centre_alone])
-    return query, key, value, TALLIED * patches * torch.cat([away[:words], away[-2:-1]]).T
-
-
-def _count_what_is_asked(mlp: Any, text: torch.Tensor, said: Said, counting: torch.Tensor) -> None:
-    """Let an MLP, given states of words (M, H), add `counting` as often as what was named last is in the picture.
-
-    A unit for each word of names: its gate opens where that word was said, and what passes is how often it is there.
-    """
-    asked, numbers, always = (_read(text, facts) for facts in (said.asked, said.numbers, torch.ones(len(text), 1)))
-    units = slice(len(asked))
-    mlp.gate_proj.weight[units] = (GATE_OPEN - GATE_SHUT) * asked + GATE_SHUT * always
-    mlp.up_proj.weight[units] = numbers
-    mlp.down_proj.weight[:, units] = COUNTED / GATE_OPEN * counting[:, None]
 
 
 class _Reader:
@@ -190,9 +152,10 @@ class _Reader:
         self.centre = _read(both, torch.cat([worth, said.first]))
         self.geometry = of_image(torch.cat([shown.size, shown.place, shown.place**2], dim=1))
         self.words = of_image(shown.words, of_centres)
-        self.is_image, self.centre_alone = of_image(torch.ones_like(shown.centre)), of_image(shown.centre)
         self.is_text, self.is_first = of_text(torch.ones_like(said.first)), of_text(said.first)
-        self.named, self.own, self.recent = (_read(text, facts) for facts in (said.named, said.own, said.recent))
+        of_names = 1 + MEANING * (said.named.sum(dim=1, keepdim=True) > 0)
+        self.named = _read(text, said.named, of_names)
+        self.own, self.recent = (_read(text, facts, of_names) for facts in (said.own, said.recent))
         self.wanted_size, self.in_order = _read(text, said.size), _read(text, said.in_order)
         self.at, self.known = _read(text, said.at), _read(text, said.known)
         self.is_name = of_text((said.own.sum(dim=1, keepdim=True) > 0).float())
@@ -224,14 +187,19 @@ def _heads(
         [reader.image_names * NAME**0.5, reader.geometry * PLACE**0.5, reader.centre * CENTRE**0.5, reader.is_first]
     )
     named = query(reader.named, nothing(5))
-    counted = query(reader.own, nothing(5), (1 - NOT_FOUND) * NAME + COUNT)
+    counted = query(reader.named, nothing(5), (1 - NOT_FOUND) * NAME + COUNT)
     near = query(reader.recent, torch.cat([nothing(1), 2 * reader.at, -reader.known]))
     leftmost = -reader.in_order * LEFTMOST / PLACE
     extreme = query(reader.recent, torch.cat([reader.wanted_size * SIZE / PLACE, leftmost, nothing(3)]))
     # What is found by its name is kept apart from the name, and whether anything was; the rest is added as words are.
     yield named, key, torch.cat([reader.words[:looks], reader.is_first]), torch.cat([away[:looks], away[-1:]]).T
     yield named, key, reader.words[looks:], embeddings[looks:].T
-    yield counted, key, torch.cat([reader.words[:looks], reader.is_first]), torch.cat([embeddings[:looks], counting]).T
+    yield (
+        counted,
+        key,
+        torch.cat([reader.words[:looks], reader.is_first]),
+        torch.cat([embeddings[:looks], counting]).T,
+    )
     yield near, key, reader.words[:looks], embeddings[:looks].T
     yield near, key, reader.words[looks:], embeddings[looks:].T
     yield extreme, key, reader.words[looks:], embeddings[looks:].T
@@ -282,13 +250,10 @@ def _in_picture(model: PixelLMForCausalLM, rows: ExpandedRows) -> torch.Tensor:
     return rows.ids == model.config.image_token_id
 
 
-def _normed_states(
-    model: PixelLMForCausalLM, rows: ExpandedRows, layer: int, norm_of: str = "input_layernorm"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, H) and (M, H): what a layer's attention (or what follows another of its norms) is given of image tokens and
-    of words."""
+def _normed_states(model: PixelLMForCausalLM, rows: ExpandedRows, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, H) and (M, H): what a layer's attention is given of image tokens and of words."""
     seen: list[torch.Tensor] = []
-    norm = getattr(model.language_model.get_decoder().layers[layer], norm_of)
+    norm = model.language_model.get_decoder().layers[layer].input_layernorm
     with norm.register_forward_hook(lambda module, given, output: seen.append(output)):
         model.hidden_states(rows, torch.arange(len(rows.ids)))
     in_picture = _in_picture(model, rows)
@@ -305,9 +270,7 @@ def _shown(words: Sequence[Sequence[str]], labels: torch.Tensor) -> Shown:
     return Shown(torch.cat(kinds, dim=1), centre, ordered[0][:, None], torch.stack(ordered[1:], dim=1))
 
 
-def _said(
-    built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows: ExpandedRows, numbers: torch.Tensor
-) -> Said:
+def _said(built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows: ExpandedRows) -> Said:
     colours, forms, _, *places = (kind[1:] for kind in words)
     names = [*colours, *forms]
     in_picture = _in_picture(built.model, rows)
@@ -326,9 +289,7 @@ def _said(
     before, two, three = (_earlier(here, distance) for distance in (1, 2, 3))
     is_form, is_colour = ((here * share).sum(dim=-1, keepdim=True) for share in (form, 1 - form))
     own = here + before * (1 - form) * is_form
-    none_here, none_before = (1 - words.sum(dim=-1, keepdim=True) for words in (here, before))
-    asked = here + none_here * (before + none_before * two)
-    named = own + before * none_here + (two + three) * form * is_colour
+    named = own + before * (1 - here.sum(dim=-1, keepdim=True)) + (two + three) * form * is_colour
     size = facts({word: (value,) for word, value in meant.sizes.items()})
     at = [
         _latest(facts({word: (value, 1.0) for word, value in zip(kind, _spread(len(kind)), strict=True)}))
@@ -340,8 +301,6 @@ def _said(
     text = rows.attention_mask & ~in_picture
     return Said(
         own=own[text],
-        asked=asked[text],
-        numbers=numbers[:, None].expand_as(here)[text],
         named=named[text],
         recent=_window(here).amax(dim=0)[text],
         size=_window(size).sum(dim=0).clamp(-1, 1)[text],

@@ -152,7 +152,7 @@ def _how_many(speaker: Speaker) -> Turn:
     else:
         colour = rng.choice(list(COLOURS))
         things, count = f"{colour} shapes", sum(s.colour == colour for s in shapes)
-    return rng.choice(_HOW_MANY).format(things), f"{capital(things)}: {NUMBERS[count]}."
+    return rng.choice(_HOW_MANY).format(things), f"Here, {things}: {NUMBERS[count]}."
 
 
 def _single(scene: Scene) -> list[int]:
