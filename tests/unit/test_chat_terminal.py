@@ -19,7 +19,7 @@ from PIL import Image
 from model.build.builder import save_model
 from tests.unit.tiny_pixellm import make_model, noise
 
-SECONDS = 120  # that a word may take to appear, on a machine that does other things
+SECONDS = 240  # that a word may take to appear, on a machine that does other things
 
 
 class Person:
