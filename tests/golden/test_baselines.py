@@ -25,7 +25,11 @@ def model() -> Iterator[PixelLMForCausalLM]:
         table.weight.data = weight
 
 
-@pytest.mark.parametrize("case", CASES)
+# Without a cache this one takes a hundred passes and more.
+LONG = "stray_seg_token_in_one_prompt"
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long if case == LONG else ()) for case in CASES])
 @pytest.mark.parametrize("way", [release_without_cache, plain_cache])
 def test_the_record(way: type, case: str, model: PixelLMForCausalLM) -> None:
     common, dims = vectors.read_json(GROUP), vectors.read_json("weights")["model_dims"]
