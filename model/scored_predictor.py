@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .losses import IGNORE_TOKEN, text_loss
-from .predictor import Answer, Predictor, _by_picture, _inference, _pad_right
+from .predictor import Answer, Predictor, _by_picture, _pad_right
 from .processing_pixellm import ConversationTooLong, EncodedConversation
 
 Likelihood = tuple[float, int]
@@ -47,13 +47,14 @@ class ScoredPredictor(Predictor):
         input_ids, attention_mask = _pad_right([one.input_ids for one in tokens], self.processor.end_token_id)
         labels, _ = _pad_right([_last_answer(one.labels) for one in tokens], IGNORE_TOKEN)
         device = self.model.device
-        with _inference(self.model):
+        with self.inference():
             output = self.model(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 labels=labels.to(device),
                 original_sizes=torch.tensor([picture.original_size for picture in encoded], device=device),
-                **self._inputs(encoded, [image_index[row] for row in order]),
+                image_index=torch.tensor([image_index[row] for row in order], device=device),
+                **self.picture_inputs(encoded),
             )
             head = self.model.get_output_embeddings()
             for row, labels_P, hidden_PH in zip(order, output.labels, output.last_hidden_state, strict=True):

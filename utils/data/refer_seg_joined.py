@@ -23,12 +23,14 @@ class JoinedPhrasesReader(ReferSegReader):
         self, name: str, root: DataRoot, split: str, options: ReaderOptions, split_by: str | None = None
     ) -> None:
         super().__init__(name, root, split, options, split_by)
-        for picture in self._pictures:
-            kept = [asked for asked in picture.asked if asked.targets]
-            if without := len(picture.asked) - len(kept):
+        kept = []
+        for file_name, number, masks, asked in self._pictures:
+            with_targets = tuple((said, targets) for said, targets in asked if targets)
+            if without := len(asked) - len(with_targets):
                 self.skipped["phrase without a target, among several in a question"] += without
-            picture.asked = kept
-        self._pictures = [picture for picture in self._pictures if picture.asked]
+            if with_targets:
+                kept.append((file_name, number, masks, with_targets))
+        self._pictures = kept
         self._refuse_if_empty(self._pictures, self.source)
         self.name = f"{PREFIX}{name}"
 
