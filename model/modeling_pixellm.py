@@ -23,6 +23,7 @@ from .projector import Projector
 from .seg_codebook import SegCodebook, group_positions
 from .vision_tower import VisionTower, vision_model_from_config
 
+ALIGNMENT = 64  # bytes; what torch's own allocations have on a CPU
 TOWER_KEY = "vision_tower"  # pictures are keyed by the tower they are for
 
 
@@ -133,6 +134,19 @@ class PixelLMForCausalLM(PreTrainedModel):
             for module in part.modules():
                 module._is_own_part = True  # type: ignore[assignment]
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it, but weights that lie at odd addresses of a mapped file are copied out of it.
+
+        Kernels round by alignment: the same weights would give another last digit than where they were trained.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
+        return loaded
 
     def mask_parts(self) -> tuple[nn.Module, ...]:
         """The modules that only masks need."""

@@ -200,7 +200,8 @@ def test_likelihood_is_what_the_logits_say(predictor: ScoredPredictor) -> None:
                 input_ids=whole[None],
                 attention_mask=torch.ones_like(whole[None]),
                 original_sizes=torch.tensor([encoded.original_size]),
-                **predictor._inputs([encoded], [0]),
+                image_index=torch.tensor([0]),
+                **predictor.picture_inputs([encoded]),
             )
             hidden = output.last_hidden_state[0, -len(wanted) - 1 : -1]
             logp = torch.log_softmax(model.get_output_embeddings()(hidden).float(), dim=-1)
