@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from model.build.builder import BuiltModel, TrainingRecipe, choose_trainable, save_model
 from model.build.lookup_start import Meant, start_looking_up
 from model.build.mask_start import start_masks_at_words
-from model.build.patch_reader import PatchBatch, PatchReader, at_centres
+from model.build.patch_reader import PatchBatch, PatchReader
 from model.build.tiny import TinyShape, make_tiny
 from model.processing_pixellm import ConversationTooLong
 from utils.arguments import parse_train
@@ -75,7 +75,7 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     """Let the language model begin by looking up in the picture what words name."""
     torch.manual_seed(seed)
     asked = word_lessons(scenes, built.processor, random.Random(seed))
-    labels = at_centres(words_of_patches(scenes, built.model.vision_tower.patch_size))
+    labels = words_of_patches(scenes, built.model.vision_tower.patch_size)
     meant = Meant(PLURALS, EXTREMES, {**DIRECTIONS, **LIST_WORDS})
     read = start_looking_up(built, list(PATCH_WORDS.values()), meant, asked, labels)
     shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())

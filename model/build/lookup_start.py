@@ -31,8 +31,6 @@ A_STEP, WINDOW = 0.7, 5
 ELSEWHERE, NOT_FOUND, COUNT = 0.6, 0.6, 1.0
 # How much of a word is added where it is found, and of random weights left in queries and keys.
 PASSED_ON, LEFT_RANDOM = 0.2, 0.3
-# What words of names weigh beside the others, where states are read for names: there are many others.
-MEANING = 5.0
 # Numbers a word is told by, where any word of the text may be meant.
 CODE_SIZE = 18
 RIDGE = 1e-4
@@ -153,9 +151,7 @@ class _Reader:
         self.geometry = of_image(torch.cat([shown.size, shown.place, shown.place**2], dim=1))
         self.words = of_image(shown.words, of_centres)
         self.is_text, self.is_first = of_text(torch.ones_like(said.first)), of_text(said.first)
-        of_names = 1 + MEANING * (said.named.sum(dim=1, keepdim=True) > 0)
-        self.named = _read(text, said.named, of_names)
-        self.own, self.recent = (_read(text, facts, of_names) for facts in (said.own, said.recent))
+        self.named, self.own, self.recent = (_read(text, facts) for facts in (said.named, said.own, said.recent))
         self.wanted_size, self.in_order = _read(text, said.size), _read(text, said.in_order)
         self.at, self.known = _read(text, said.at), _read(text, said.known)
         self.is_name = of_text((said.own.sum(dim=1, keepdim=True) > 0).float())
@@ -187,19 +183,14 @@ def _heads(
         [reader.image_names * NAME**0.5, reader.geometry * PLACE**0.5, reader.centre * CENTRE**0.5, reader.is_first]
     )
     named = query(reader.named, nothing(5))
-    counted = query(reader.named, nothing(5), (1 - NOT_FOUND) * NAME + COUNT)
+    counted = query(reader.own, nothing(5), (1 - NOT_FOUND) * NAME + COUNT)
     near = query(reader.recent, torch.cat([nothing(1), 2 * reader.at, -reader.known]))
     leftmost = -reader.in_order * LEFTMOST / PLACE
     extreme = query(reader.recent, torch.cat([reader.wanted_size * SIZE / PLACE, leftmost, nothing(3)]))
     # What is found by its name is kept apart from the name, and whether anything was; the rest is added as words are.
     yield named, key, torch.cat([reader.words[:looks], reader.is_first]), torch.cat([away[:looks], away[-1:]]).T
     yield named, key, reader.words[looks:], embeddings[looks:].T
-    yield (
-        counted,
-        key,
-        torch.cat([reader.words[:looks], reader.is_first]),
-        torch.cat([embeddings[:looks], counting]).T,
-    )
+    yield counted, key, torch.cat([reader.words[:looks], reader.is_first]), torch.cat([embeddings[:looks], counting]).T
     yield near, key, reader.words[:looks], embeddings[:looks].T
     yield near, key, reader.words[looks:], embeddings[looks:].T
     yield extreme, key, reader.words[looks:], embeddings[looks:].T

@@ -2,8 +2,8 @@
 
 A query finds its map by a product of the two. From random weights neither side has a reason to turn towards the other
 before the other has, and a mask of every shape is where that leaves training for hundreds of steps. Here both start in
-one space: maps are sums of words already (`PatchReader`), and the codebook reads off a group's states the words that
-name its target. No mask is looked at.
+one space: maps are the image tokens less their mark, which are sums of words (`PatchReader`), and the codebook reads
+off a group's states the words that name its target. No mask is looked at.
 
 Axes: Q targets, S scales, K tokens per scale, H language width, D embedding width.
 """
@@ -42,9 +42,8 @@ def start_masks_at_words(built: BuiltModel, examples: Iterable[tuple[dict[str, A
     """
     model, config = built.model, built.model.config
     width, depth = config.text_config.hidden_size, config.embedding_dim
-    to_maps = cast(nn.Linear, model.mask_projector.layers[2])
-    to_maps.weight[-NUM_MARKS:] = 0
-    to_maps.bias[-NUM_MARKS:] = 0
+    model.mask_projector.load_state_dict(model.projector.state_dict())
+    cast(nn.Linear, model.mask_projector.layers[2]).bias[-NUM_MARKS:] = 0
     shared = _rotation(width)[:depth] * (width / depth) ** 0.5  # (D, H)
     _read_maps(model.pixel_decoder, shared)
     _match(model.pixel_decoder)

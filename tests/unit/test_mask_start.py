@@ -43,12 +43,14 @@ def test_the_codebook_reads_the_words_that_name_a_target(started: tuple[BuiltMod
     assert distances[shared == 1].mean() < 0.9 * distances[shared == 0].mean()
 
 
-def test_the_marks_of_tokens_are_nothing_to_see(started: tuple[BuiltModel, dict[str, Any], float]) -> None:
+def test_maps_start_as_the_image_tokens(started: tuple[BuiltModel, dict[str, Any], float]) -> None:
     built, batch, _ = started
+    model = built.model
     with torch.no_grad():
-        pictures = built.model.encode_pictures(batch["pixel_values"], batch["resized_sizes"])
-        maps = built.model.feature_maps(pictures)
-    assert all(not one[:, -2:].any() and bool(one[:, :-2].any()) for one in maps)
+        pictures = model.encode_pictures(batch["pixel_values"], batch["resized_sizes"])
+        coarsest = model.feature_maps(pictures)[0].flatten(2).transpose(1, 2)
+    assert torch.equal(coarsest[..., :-2], pictures.image_tokens[..., :-2])
+    assert not coarsest[..., -2:].any(), "the mark that tells pictures from words is nothing to see"
 
 
 def test_patches_look_at_the_token_that_is_like_them(started: tuple[BuiltModel, dict[str, Any], float]) -> None:

@@ -265,7 +265,7 @@ def test_conversations_tell_the_truth_about_what_is_there(scenes: list[Scene]) -
                 checked["how many"] += 1
                 shape_words = [(s.colour, FORMS[s.form], "shapes") for s in scene.shapes]
                 count = sum(found[1] in words for words in shape_words)
-                assert answer.endswith(f": {NUMBERS[count]}.")
+                assert f" {NUMBERS[count] if count else 'no'} " in answer
     assert len(checked) == 8 and min(checked.values()) > 3
 
 

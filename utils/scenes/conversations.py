@@ -108,7 +108,7 @@ def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
             return phrasing.question([asked]), phrasing.denial([asked])
         shapes = [speaker.scene.shapes[i] for i in ask.targets]
         names = [asked] if len(shapes) == 1 else [target_name(shape.name) for shape in shapes]
-        return _with_places(speaker, ask, phrasing.question([asked]), phrasing.answer(names, [asked]))
+        return _with_places(speaker, ask, phrasing.question([asked]), phrasing.answer(names))
 
     return turn
 
@@ -152,7 +152,11 @@ def _how_many(speaker: Speaker) -> Turn:
     else:
         colour = rng.choice(list(COLOURS))
         things, count = f"{colour} shapes", sum(s.colour == colour for s in shapes)
-    return rng.choice(_HOW_MANY).format(things), f"Here, {things}: {NUMBERS[count]}."
+    words = things.removesuffix("s") if count == 1 and things.endswith("shapes") else things
+    if count == 1 and words == things:
+        words = next(form for form, plural in FORMS.items() if plural == things)
+    verb = "is" if count == 1 else "are"
+    return rng.choice(_HOW_MANY).format(things), f"There {verb} {'no' if count == 0 else NUMBERS[count]} {words}."
 
 
 def _single(scene: Scene) -> list[int]:

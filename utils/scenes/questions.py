@@ -188,7 +188,7 @@ class Ask:
         named = [f"{shape.name} {mark(shape)}" for shape in shapes]
         placed = [f"{scene.where(shape)} {words}" for shape, words in zip(shapes, named, strict=True)]
         fields |= {"found": placed[0], "placed": " and ".join(placed)}
-        fields["listed"] = f"{NUMBERS[len(named)]}, {' and '.join(f'the {words}' for words in named)}"
+        fields["listed"] = " and ".join(f"the {words}" for words in named)
         return Phrased(question, self.answers[wording].format(**fields))
 
 
@@ -332,10 +332,12 @@ def _ask_size(scene: Scene) -> list[Ask]:
     return asks
 
 
-def _tally(values: list[str]) -> str:
-    """ "red two, blue one": how often each value occurs."""
-    how_many = Counter(values)
-    return ", ".join(f"{value} {NUMBERS[how_many[value]]}" for value in (*COLOURS, *FORMS) if how_many[value])
+def _tally(scene: Scene, values: list[str]) -> str:
+    """ "red c2 and c9 two, blue c5 one": where each value is, from left to right, and how often."""
+    columns: dict[str, list[str]] = {value: [] for value in (*COLOURS, *FORMS) if value in values}
+    for shape, value in zip(scene.shapes, values, strict=True):
+        columns[value].append(scene.place(shape)[0])
+    return ", ".join(f"{value} {' and '.join(found)} {NUMBERS[len(found)]}" for value, found in columns.items())
 
 
 def _ask_count(scene: Scene) -> list[Ask]:
@@ -347,7 +349,7 @@ def _ask_count(scene: Scene) -> list[Ask]:
             if len(matching) != 1 or len(how_many) == 1:
                 continue
             targets = tuple(i for i, v in enumerate(values) if v == matching[0])
-            tally = _tally(values)
+            tally = _tally(scene, values)
             fields: Fields = {
                 "attribute": attribute,
                 "times": TIMES[times],
@@ -377,7 +379,7 @@ def _ask_exclusion(scene: Scene) -> list[Ask]:
             fields = _words(colour, form)
             fields |= {"one": "one" if single else "ones", "form_or_forms": form if single else FORMS[form]}
             wordings = {
-                question: f"{opening}, {_EXCEPT_RESTATED[manner]}: {{listed}}."
+                question: f"{opening}, {_EXCEPT_RESTATED[manner]}, {NUMBERS[len(targets)]}: {{listed}}."
                 for question, opening in zip(_EXCEPT[manner], _EXCEPT_OPENINGS, strict=False)
             }
             asks.append(_reasoning("exclusion", targets, wordings, fields))
