@@ -18,7 +18,7 @@ from .generation import Decoding, GeneratedAnswer, Prefix, PrefixKey, generate_a
 from .geometry import restore_masks, valid_cells
 from .losses import IGNORE_TOKEN, LossTerm, bce_loss, count_masks, dice_loss, refinement_weights, text_loss
 from .pixel_decoder import PixelDecoder
-from .prefix_sharing import BLOCK_MASK_ATTENTION, share_prefixes
+from .prefix_sharing import PACKING_ATTENTION, pack_rows
 from .projector import Projector
 from .seg_codebook import SegCodebook, group_positions
 from .vision_tower import VisionTower, vision_model_from_config
@@ -332,19 +332,19 @@ class PixelLMForCausalLM(PreTrainedModel):
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether conversations about one picture go through the language model together (`prefix_sharing` allows it).
+        """Whether conversations go through the language model in one packed row (`prefix_sharing` allows it).
 
-        Not with an attention that takes no mask of our own, nor with one that looks back over a limited window only.
+        Not with an attention that cannot be told which places see which, nor with one that looks back over a limited
+        window only.
         """
         text = self.config.text_config
         window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-        return self.prefix_sharing and text._attn_implementation in BLOCK_MASK_ATTENTION and window is None
+        return self.prefix_sharing and text._attn_implementation in PACKING_ATTENTION and window is None
 
     def hidden_states(self, rows: ExpandedRows, image_index: torch.Tensor) -> torch.Tensor:
         """(C, P, H) states of the language model after its final norm; those of padding mean nothing."""
         decoder = self.language_model.get_decoder()
-        shared = share_prefixes(rows.ids, rows.attention_mask, image_index) if self.shares_prefixes else None
-        if shared is None:
+        if not self.shares_prefixes:
             positions = torch.arange(rows.ids.shape[1], device=rows.ids.device)[None]
             return decoder(
                 inputs_embeds=rows.embeddings,
@@ -352,15 +352,15 @@ class PixelLMForCausalLM(PreTrainedModel):
                 position_ids=positions,
                 use_cache=False,
             ).last_hidden_state
-        embeddings = rows.embeddings[shared.rows, shared.columns]
-        mask = shared.allowed
-        if self.config.text_config._attn_implementation == "eager":  # adds its mask
-            least = torch.finfo(embeddings.dtype).min
-            mask = torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill(~mask, least)
+        packed = pack_rows(rows.ids, rows.attention_mask, image_index)
+        embeddings = rows.embeddings[packed.rows, packed.columns][None]
         states = decoder(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=shared.positions, use_cache=False
+            inputs_embeds=embeddings,
+            attention_mask=packed.mask(self.config.text_config._attn_implementation, embeddings.dtype),
+            position_ids=packed.columns[None],
+            use_cache=False,
         ).last_hidden_state
-        return states[shared.home_rows, shared.home_columns]
+        return states[0, packed.home]
 
     def _decode_or_touch(
         self,

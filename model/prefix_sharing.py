@@ -1,71 +1,162 @@
-"""Conversations about one picture in one row: what they begin with once, the rest of each after it.
+"""Conversations about pictures in one packed row: what those of a picture begin with once, then the rest of each.
 
-The common beginning (system text, the picture's positions, equal words) is computed once per picture. A block mask lets
-each conversation see that beginning and itself, and its positions go on from the beginning's end, so that every state
-is what it would be in a row of its own.
+The common beginning (system text, the picture's positions, equal words) is computed once per picture, and padding not
+at all. Each conversation sees its picture's beginning and itself, and its positions go on from the beginning's end, so
+that every state is what it would be in a row of its own.
 
-Axes: C conversations, P positions of a row of its own, R shared rows, M positions of a shared row.
+Axes: C conversations, P positions of a row of its own, T places of the packed row, N heads, D channels of a head.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-# Attention implementations that take a mask of our own for every pair of positions.
-BLOCK_MASK_ATTENTION = ("eager", "sdpa")
+# Attention implementations that can be told which places see which.
+PACKING_ATTENTION = ("eager", "sdpa")
 
 
-@dataclass
-class SharedRows:
-    """How rows of their own map into shared ones and back.
+@dataclass(frozen=True)
+class Beginning:
+    """What conversations about a picture share, and what follows it in the packed row.
 
-    rows, columns: (R, M) the place each shared position is taken from. positions: (R, M) position ids.
-    allowed: (R, 1, M, M) bool, query by key. home_rows: (C, 1), home_columns: (C, P) where each place has its state.
+    places: how many it has. rests: places of each conversation that says more, in the row's order.
+    """
+
+    places: int
+    rests: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """How rows of their own map into the packed one and back.
+
+    rows, columns: (T,) the place each packed place is taken from; columns are the position ids too. home: (C, P) where
+    each place has its state; for padding, anywhere. beginnings: in the row's order, one per picture. owners: (T,) the
+    conversation's number, -1 in a beginning. pictures: (T,) numbers of the pictures.
     """
 
     rows: torch.Tensor
     columns: torch.Tensor
-    positions: torch.Tensor
-    allowed: torch.Tensor
-    home_rows: torch.Tensor
-    home_columns: torch.Tensor
+    home: torch.Tensor
+    beginnings: tuple[Beginning, ...]
+    owners: torch.Tensor
+    pictures: torch.Tensor
+
+    def allowed(self) -> torch.Tensor:
+        """(1, 1, T, T) bool: which places (the last axis) each place may see."""
+        slots = torch.arange(len(self.rows), device=self.rows.device)
+        visible = (self.owners == -1)[None] | (self.owners[None] == self.owners[:, None])
+        same_picture = self.pictures[None] == self.pictures[:, None]
+        return (visible & same_picture & (slots[None] <= slots[:, None]))[None, None]
+
+    def mask(self, attention: str, dtype: torch.dtype) -> torch.Tensor:
+        """What an implementation of PACKING_ATTENTION is to be given as its mask, for states of `dtype`."""
+        if attention == "sdpa":
+            return BlockMask.of(self.beginnings, len(self.rows), self.rows.device)
+        forbidden = ~self.allowed()
+        return torch.zeros_like(forbidden, dtype=dtype).masked_fill(forbidden, torch.finfo(dtype).min)
 
 
-def share_prefixes(ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor) -> SharedRows | None:
-    """Plan shared rows, or None where no picture has two conversations.
+def pack_rows(ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor) -> PackedRow:
+    """Plan a packed row.
 
     Args:
-        ids: (C, P) token ids, right-padded. mask: (C, P) bool, True where a position may be attended to; holes (padding
-            of the picture) are kept. image_index: (C,) non-decreasing.
+        ids: (C, P) token ids, right-padded. mask: (C, P) bool, True where a position may be attended to; the others
+            (padding of a picture, too) are left out. image_index: (C,) non-decreasing.
     """
-    pictures, row_of = torch.unique_consecutive(image_index, return_inverse=True)
-    if len(pictures) == len(image_index):
-        return None
-    device, (count, width) = ids.device, ids.shape
-    places = torch.arange(width, device=device)
-    lengths = ((places + 1) * mask).amax(dim=1)
-    first = torch.searchsorted(row_of, row_of)
-    same = (ids == ids[first]) & (mask == mask[first])
-    equal = torch.minimum(same.long().cumprod(dim=1).sum(dim=1), lengths)
-    prefixes = equal.new_full((len(pictures),), width).scatter_reduce(0, row_of, equal, "amin")
-    prefix = prefixes[row_of]
-    tails = lengths - prefix
-    before = tails.cumsum(0) - tails
-    start = prefix + before - before[first]
-    within = torch.minimum(places[None], (lengths - 1)[:, None])
-    home = torch.where(within < prefix[:, None], within, start[:, None] + within - prefix[:, None])
-    used = places[None] < lengths[:, None]
-    total = int((start + tails).max())
-    shape = (len(pictures), total)
-    sources = torch.arange(count, device=device)[:, None].expand(-1, width)[used]
-    target = (row_of[sources], home[used])
-    rows = torch.zeros(shape, dtype=torch.long, device=device).index_put(target, sources)
-    columns = torch.zeros(shape, dtype=torch.long, device=device).index_put(target, within[used])
-    # Whose a position is: 0 the common beginning, then the conversation's number from 1; -1 for padding.
-    owner = torch.full(shape, -1, device=device).index_put(target, sources + 1)
-    slots = torch.arange(total, device=device)
-    owner = owner.masked_fill(slots[None] < prefixes[:, None], 0)
-    valid = mask[rows, columns] & (owner >= 0)
-    visible = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
-    allowed = visible & valid[:, None, :] & (slots[None, :] <= slots[:, None])
-    return SharedRows(rows, columns, columns, allowed[:, None], row_of[:, None], home)
+    device = ids.device
+    ids, mask, image_index = ids.cpu(), mask.cpu(), image_index.cpu()
+    _, picture_of_row = torch.unique_consecutive(image_index, return_inverse=True)
+    first = torch.searchsorted(picture_of_row, picture_of_row)
+    equal = ((ids == ids[first]) & (mask == mask[first])).long().cumprod(dim=1).sum(dim=1)
+    shared = equal.new_zeros(int(picture_of_row[-1]) + 1).scatter_reduce(
+        0, picture_of_row, equal, "amin", include_self=False
+    )
+    begins = torch.arange(ids.shape[1])[None] < shared[picture_of_row][:, None]
+    is_first = (torch.arange(len(ids)) == first)[:, None]
+    kept = mask & (is_first | ~begins)
+    rows, columns = kept.nonzero(as_tuple=True)
+    slots = (kept.flatten().cumsum(dim=0) - 1).clamp(min=0).view_as(kept)
+    rests = (kept & ~begins).sum(dim=1).tolist()
+    beginnings = [
+        Beginning(int(places), tuple(rests[row] for row in range(start, stop) if rests[row]))
+        for places, start, stop in _stretches((kept & begins).sum(dim=1), is_first[:, 0])
+    ]
+    return PackedRow(
+        rows.to(device),
+        columns.to(device),
+        torch.where(begins, slots[first], slots).to(device),
+        tuple(beginnings),
+        torch.where(begins[rows, columns], -1, rows).to(device),
+        picture_of_row[rows].to(device),
+    )
+
+
+def _stretches(places: torch.Tensor, is_first: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(places of the beginning, first row, row after the last) for each picture."""
+    starts = is_first.nonzero()[:, 0].tolist()
+    return [(int(places[a]), a, b) for a, b in zip(starts, [*starts[1:], len(is_first)], strict=True)]
+
+
+class BlockMask(torch.Tensor):
+    """The mask of a packed row, for `scaled_dot_product_attention` alone: it never looks at pairs that do not meet.
+
+    It has the shape (1, 1, T, T) of the mask that it stands for, and no memory to match.
+    """
+
+    beginnings: Sequence[Beginning]
+    rest_masks: Mapping[tuple[int, int], torch.Tensor]
+
+    @classmethod
+    def of(cls, beginnings: Sequence[Beginning], length: int, device: torch.device) -> BlockMask:
+        """For a row of `length` places, of which `beginnings` tell all."""
+        mask = torch.zeros((), dtype=torch.bool, device=device).expand(1, 1, length, length).as_subclass(cls)
+        mask.beginnings = beginnings
+        sizes = {(rest, begin.places) for begin in beginnings for rest in begin.rests}
+        mask.rest_masks = {
+            (rest, places): torch.ones(rest, places + rest, dtype=torch.bool, device=device).tril(places)
+            for rest, places in sizes
+        }
+        return mask
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attend_in_blocks(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _attend_in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: BlockMask,
+    is_causal: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` of (1, N, T, D) states under a `BlockMask`."""
+    if is_causal:
+        raise ValueError("a mask is given, and is_causal too: expected one of them")
+    sizes = [size for begin in attn_mask.beginnings for size in (begin.places, *begin.rests)]
+    queries, keys, values = (states.split(sizes, dim=2) for states in (query, key, value))
+    found, place = [], 0
+    for begin in attn_mask.beginnings:
+        begin_key, begin_value = keys[place], values[place]
+        if begin.places:
+            found.append(
+                F.scaled_dot_product_attention(queries[place], begin_key, begin_value, is_causal=True, **options)
+            )
+        for rest in begin.rests:
+            place += 1
+            seen = torch.cat([begin_key, keys[place]], dim=2), torch.cat([begin_value, values[place]], dim=2)
+            own = attn_mask.rest_masks[rest, begin.places]
+            found.append(F.scaled_dot_product_attention(queries[place], *seen, attn_mask=own, **options))
+        place += 1
+    return torch.cat(found, dim=2)

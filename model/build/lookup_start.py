@@ -247,8 +247,10 @@ def _normed_states(model: PixelLMForCausalLM, rows: ExpandedRows, layer: int) ->
     norm = model.language_model.get_decoder().layers[layer].input_layernorm
     with norm.register_forward_hook(lambda module, given, output: seen.append(output)):
         model.hidden_states(rows, torch.arange(len(rows.ids)))
-    in_picture = _in_picture(model, rows)
-    return seen[0][in_picture], seen[0][rows.attention_mask & ~in_picture]
+    # Rows that share nothing are packed one after the other, without their padding.
+    states = seen[0][0] if model.shares_prefixes else seen[0][rows.attention_mask]
+    in_picture = _in_picture(model, rows)[rows.attention_mask]
+    return states[in_picture], states[~in_picture]
 
 
 def _shown(words: Sequence[Sequence[str]], labels: torch.Tensor) -> Shown:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests.unit.engine_toys import collate, cut, make_samples, make_toy
 from utils.arguments import parse_train
-from utils.engine.muon import ADAMW_RMS, MOMENTUM, Muon, orthogonal
+from utils.engine.muon import ADAMW_RMS, MOMENTUM, Muon, orthogonal, shared_out
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime
 from utils.engine.setup import make_engine
@@ -96,3 +97,32 @@ def test_zero_refuses_it() -> None:
     args = parse_train(["--version=v", "--dataset=vqa", "--sample_rates=1", "--optimizer=muon", "--engine=deepspeed"])
     with pytest.raises(UserError, match="--optimizer muon needs whole matrices, which ZeRO cuts up"):
         make_engine(args, Runtime("deepspeed", 0, 0, 1, CPU), make_toy())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_share_the_work_and_all_get_all_of_it(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five matrices of two shapes: every rank sends what it made, padded to the longest, and finds all in order."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for shape in [(4, 6), (6, 4), (4, 6), (6, 4), (4, 6)]]
+    alone = [orthogonal(matrix[None])[0] for matrix in matrices]
+    sent: dict[int, torch.Tensor] = {}
+
+    def gather(received: list[torch.Tensor], own: torch.Tensor) -> None:
+        sent[dist.get_rank()] = own.clone()
+        for rank, tensor in enumerate(received):
+            if rank in sent:
+                tensor.copy_(sent[rank])
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(dist, "all_gather", gather)
+    for _ in range(2):  # once to hear what all send, once to be given it
+        for rank in range(ranks):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            found = shared_out(matrices)
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other)
+    made = {rank: sum(matrix.numel() for matrix in matrices[rank::ranks]) for rank in range(ranks)}
+    assert {rank: len(tensor) for rank, tensor in sent.items()} == (
+        {} if ranks == 1 else dict.fromkeys(made, max(made.values()))
+    )

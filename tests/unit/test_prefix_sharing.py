@@ -2,36 +2,65 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model.build.tiny import TinyShape, make_tiny
 from model.modeling_pixellm import PixelLMForCausalLM
-from model.prefix_sharing import share_prefixes
+from model.prefix_sharing import Beginning, pack_rows
 
 SHAPE = TinyShape(image_size=32, vision_width=16, vision_layers=4, width=32, layers=2, mlp_width=48, embedding_dim=32)
 
 
 def test_a_plan_by_hand() -> None:
-    """Two conversations that share 7 8 9; of the picture's positions the second is padding."""
-    ids = torch.tensor([[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [5, 0, 0, 0, 0]])
-    mask = torch.tensor([[1, 0, 1, 1, 1], [1, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
-    plan = share_prefixes(ids, mask, torch.tensor([0, 0, 3]))
-    assert plan is not None
-    assert ids[plan.rows, plan.columns][0].tolist() == [7, 8, 9, 1, 2, 3]
-    assert plan.positions[0].tolist() == [0, 1, 2, 3, 4, 3]
-    assert plan.allowed[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 0, 0, 0, 0, 0],
-        [1, 0, 1, 0, 0, 0],
-        [1, 0, 1, 1, 0, 0],
-        [1, 0, 1, 1, 1, 0],
-        [1, 0, 1, 0, 0, 1],
+    """Two conversations that share 7 8 9, and a third one about another picture; of the first picture's positions the
+    second is padding."""
+    ids = torch.tensor([[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [5, 6, 0, 0, 0]])
+    mask = torch.tensor([[1, 0, 1, 1, 1], [1, 0, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
+    plan = pack_rows(ids, mask, torch.tensor([0, 0, 3]))
+    assert ids[plan.rows, plan.columns].tolist() == [7, 9, 1, 2, 3, 5, 6]
+    assert plan.columns.tolist() == [0, 2, 3, 4, 3, 0, 1]
+    assert plan.beginnings == (Beginning(2, (2, 1)), Beginning(2, ()))
+    assert plan.allowed()[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
     ]
-    assert plan.home_columns[1].tolist() == [0, 1, 2, 5, 5]
-    assert plan.home_rows.flatten().tolist() == [0, 0, 1]
+    home = plan.home.masked_fill(~mask, -1)
+    assert home.tolist() == [[0, -1, 1, 2, 3], [0, -1, 1, 4, -1], [5, 6, -1, -1, -1]]
 
 
-def test_one_conversation_each_shares_nothing() -> None:
-    assert share_prefixes(torch.ones(2, 3), torch.ones(2, 3).bool(), torch.tensor([0, 1])) is None
+def test_equal_conversations_are_one_and_unequal_ones_share_nothing() -> None:
+    twice = torch.tensor([[1, 2, 3], [1, 2, 3]])
+    everywhere = torch.ones_like(twice).bool()
+    plan = pack_rows(twice, everywhere, torch.tensor([0, 0]))
+    assert plan.beginnings == (Beginning(3, ()),) and plan.home.tolist() == [[0, 1, 2], [0, 1, 2]]
+    apart = pack_rows(torch.tensor([[1, 2, 3], [4, 2, 3]]), everywhere, torch.tensor([0, 0]))
+    assert apart.beginnings == (Beginning(0, (3, 3)),) and apart.home.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("heads_of_keys", [4, 2])
+def test_attention_in_blocks_is_attention_under_the_dense_mask(heads_of_keys: int) -> None:
+    """Values and gradients, with as many and with fewer heads of keys."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 2, (6, 12), generator=generator)
+    ids[:, 0] = torch.tensor([0, 0, 0, 1, 1, 2])
+    mask = torch.arange(12)[None] < torch.tensor([12, 9, 3, 7, 1, 5])[:, None]
+    plan = pack_rows(ids, mask, torch.tensor([0, 0, 0, 1, 1, 2]))
+    length = len(plan.rows)
+    shapes = [(1, heads, length, 8) for heads in (4, heads_of_keys, heads_of_keys)]
+    states = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    weights = torch.randn(shapes[0], generator=generator)
+
+    def run(given: torch.Tensor) -> list[torch.Tensor]:
+        found = F.scaled_dot_product_attention(*states, attn_mask=given, enable_gqa=heads_of_keys != 4)
+        return [found, *torch.autograd.grad((found * weights).sum(), states)]
+
+    for block, dense in zip(run(plan.mask("sdpa", torch.float32)), run(plan.allowed()), strict=True):
+        torch.testing.assert_close(block, dense)
 
 
 def _batch(model: PixelLMForCausalLM, processor: object) -> dict[str, object]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # The quintic of the Newton-Schulz iteration, chosen to be steep at 0: singular values end between about 0.7 and 1.2.
 QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5
@@ -48,16 +49,11 @@ class Muon(torch.optim.Optimizer):
         return result
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
-        for matrix in group["params"]:
-            if matrix.grad is not None:
-                by_shape.setdefault(matrix.shape, []).append(matrix)
-        for shape, matrices in by_shape.items():
-            updates = orthogonal(torch.stack([self._momentum(matrix) for matrix in matrices]))
-            rate = group["lr"] * ADAMW_RMS * max(shape) ** 0.5
-            for matrix, update in zip(matrices, updates, strict=True):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(update, alpha=rate)
+        matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+        updates = shared_out([self._momentum(matrix) for matrix in matrices])
+        for matrix, update in zip(matrices, updates, strict=True):
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            matrix.sub_(update, alpha=group["lr"] * ADAMW_RMS * max(matrix.shape) ** 0.5)
 
     def _momentum(self, matrix: torch.Tensor) -> torch.Tensor:
         """Nesterov's: the gradient, on its way to the running mean that it has just entered."""
@@ -69,13 +65,55 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(state["momentum"], MOMENTUM)
 
 
+def shared_out(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`orthogonal` of each, every rank doing its share; all ranks hold the same matrices, and get the same results."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return _orthogonal_of_all(matrices)
+    ranks, own = dist.get_world_size(), dist.get_rank()
+    shares = [matrices[rank::ranks] for rank in range(ranks)]
+    sizes = [sum(matrix.numel() for matrix in share) for share in shares]
+    sent = matrices[0].new_zeros(max(sizes))
+    torch.cat([found.flatten() for found in _orthogonal_of_all(shares[own])], out=sent[: sizes[own]])
+    received = [torch.empty_like(sent) for _ in range(ranks)]
+    dist.all_gather(received, sent)
+    results: list[torch.Tensor] = [sent] * len(matrices)
+    for rank, share in enumerate(shares):
+        parts = received[rank][: sizes[rank]].split([matrix.numel() for matrix in share])
+        results[rank::ranks] = [part.view_as(matrix) for part, matrix in zip(parts, share, strict=True)]
+    return results
+
+
+def _orthogonal_of_all(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`orthogonal` of each; those of one shape go together."""
+    results = list(matrices)
+    for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+        members = [index for index, matrix in enumerate(matrices) if matrix.shape == shape]
+        for index, found in zip(members, orthogonal(torch.stack([matrices[i] for i in members])), strict=True):
+            results[index] = found
+    return results
+
+
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """(n, rows, columns) -> the nearest semi-orthogonal matrices, roughly: their singular values come near 1."""
-    a, b, c = QUINTIC
+    """(n, rows, columns) -> the nearest semi-orthogonal matrices, roughly: their singular values come near 1.
+
+    Every round is a polynomial in the Gram matrix of the shorter side, so that the long side is met only at both ends.
+    """
     upright = matrices.shape[-2] > matrices.shape[-1]
     found = matrices.mT if upright else matrices
     found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(ROUNDS):
-        gram = found @ found.mT
-        found = a * found + (b * gram + c * gram @ gram) @ found
+    gram = found @ found.mT
+    factor = step = _quintic(gram)
+    for _ in range(ROUNDS - 1):
+        gram = step @ gram @ step
+        step = _quintic(gram)
+        factor = step @ factor
+    found = factor @ found
     return found.mT if upright else found
+
+
+def _quintic(gram: torch.Tensor) -> torch.Tensor:
+    """What a matrix with this Gram matrix is multiplied with in one round."""
+    a, b, c = QUINTIC
+    step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    step.diagonal(dim1=-2, dim2=-1).add_(a)
+    return step
