@@ -29,7 +29,7 @@ from utils.engine.fit import Plan, Run
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
-from utils.engine.stepping import OptimizerSettings, Schedule
+from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scenes import (
     COLOURS,
     DIRECTIONS,
@@ -50,7 +50,7 @@ from utils.scripts import UserError, note, run_script
 
 WORDS_CONFIG, MASKS_CONFIG = str(ROOT / "configs" / "tiny_base.yaml"), str(ROOT / "configs" / "tiny.yaml")
 # Of the tower's stage: pictures a step over all ranks, learning rate, steps of warm-up.
-TOWER_BATCH, TOWER_RATE, TOWER_WARMUP = 32, 2e-3, 50
+TOWER_BATCH, TOWER_RATE, TOWER_WARMUP = 32, 5e-3, 50
 SHAPE = {field.name: field.default for field in fields(TinyShape) if isinstance(field.default, int)}
 
 
@@ -59,7 +59,7 @@ def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: 
     tower = built.model.vision_tower.requires_grad_(True)
     for part in tower.parts_without_loss():
         part.requires_grad_(False)
-    engine = PlainEngine(PatchReader(built, PATCH_WORDS), OptimizerSettings(), "fp32", runtime.device)
+    engine = PlainEngine(PatchReader(built, PATCH_WORDS), OptimizerSettings(name=MUON), "fp32", runtime.device)
     ranks = engine.world_size
     lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // ranks, engine.rank, ranks)
 
@@ -106,7 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--tower_steps", type=int, default=650)
+    parser.add_argument("--tower_steps", type=int, default=450)
     parser.add_argument("--samples", type=int, default=400, help="scenes whose questions are read where parts start")
     parser.add_argument("--seed", type=int, default=0)
     for name, default in SHAPE.items():
