@@ -230,3 +230,15 @@ def test_pictures_are_png_too(tmp_path: Path) -> None:
     (home(tmp_path) / "images" / "a.jpg").unlink()
     Image.new("RGB", (WIDTH, HEIGHT)).save(home(tmp_path) / "images" / "a.png")
     assert areas(reader(tmp_path))
+
+
+def test_the_example_in_the_repository_can_be_read() -> None:
+    """8 and 4 pictures with 3 conversations each; polygons and run lengths are masks of the picture's size."""
+    root = Path(__file__).parents[2] / "dataset"
+    for split, pictures in (("train", 8), ("val", 4)):
+        samples = list(build_eval_reader(f"custom|shapes|{split}", root))
+        turns = [turn for sample in samples for conversation in sample.conversations for turn in conversation]
+        assert (len({sample.image_path for sample in samples}), len(turns)) == (pictures, 3 * pictures)
+        for target in (target for turn in turns for target in turn.targets):
+            mask = target.decode()
+            assert mask.shape == (112, 112) and 200 < mask.sum() < 2000, "a shape of 20 to 41 pixels"
