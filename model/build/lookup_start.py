@@ -92,10 +92,11 @@ def start_looking_up(
     """Let heads of a model with a trained projector look for what words name, for its place, and for words said before.
 
     Args:
-        words: of colours, forms, sizes (from small to large), columns and rows, as `PatchReader` had them.
+        words: of colours, forms, sizes (from small to large), others that are said beside these, columns and rows, as
+            `PatchReader` had them.
         meant: which words say what to look for.
         examples: arguments of forward, of one conversation about each of B pictures.
-        labels: (B, 5, patches) what each patch bears, numbers of `words`.
+        labels: (B, kinds, patches) what each patch bears, numbers of `words`.
 
     Returns:
         For each layer that was started, how much of colours and forms its queries read in the text: the share of
@@ -118,7 +119,8 @@ def start_looking_up(
     for number in range(1, len(layers)):
         image, text = _normed_states(model, rows, number)
         reader = _Reader(image, text, shown, said, codes)
-        heads = list(_heads(reader, embeddings, torch.cat([away, not_found]), counting, len(names), len(words[2]) - 1))
+        beside = sum(len(kind) - 1 for kind in words[2:-2])
+        heads = list(_heads(reader, embeddings, torch.cat([away, not_found]), counting, len(names), beside))
         _check_room(model, len(heads), max(max(len(query), len(value)) for query, _, value, _ in heads))
         for head, (query, key, value, output) in enumerate(heads):
             _write_head(layers[number].self_attn, head, query, key, value, PASSED_ON * output)
@@ -164,13 +166,13 @@ class _Reader:
 
 
 def _heads(
-    reader: _Reader, embeddings: torch.Tensor, away: torch.Tensor, counting: torch.Tensor, names: int, sizes: int
+    reader: _Reader, embeddings: torch.Tensor, away: torch.Tensor, counting: torch.Tensor, names: int, beside: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Query, key and value (channels, H) and output (H, channels) of each head that is started.
 
     All heads that look at the picture have the same keys, so that training may turn any of them to anything.
     """
-    looks = names + sizes  # colour, form and size, which a head passes on together; places are another head's
+    looks = names + beside  # colour, form, size …, which a head passes on together; places are another head's
 
     def nothing(channels: int) -> torch.Tensor:
         return torch.zeros(channels, embeddings.shape[1])
@@ -258,13 +260,13 @@ def _shown(words: Sequence[Sequence[str]], labels: torch.Tensor) -> Shown:
         F.one_hot(numbers.flatten(), len(kind))[:, 1:].float()
         for kind, numbers in zip(words, labels.unbind(1), strict=True)
     ]
-    ordered = [kind @ torch.tensor(_spread(kind.shape[1])) for kind in kinds[2:]]
+    ordered = [kind @ torch.tensor(_spread(kind.shape[1])) for kind in (kinds[2], *kinds[-2:])]
     centre = kinds[2].sum(dim=1, keepdim=True)
     return Shown(torch.cat(kinds, dim=1), centre, ordered[0][:, None], torch.stack(ordered[1:], dim=1))
 
 
 def _said(built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows: ExpandedRows) -> Said:
-    colours, forms, _, *places = (kind[1:] for kind in words)
+    colours, forms, *places = (kind[1:] for kind in (*words[:2], *words[-2:]))
     names = [*colours, *forms]
     in_picture = _in_picture(built.model, rows)
     ids = rows.ids.masked_fill(in_picture, -1)

@@ -27,6 +27,8 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 # apart, in radians per patch, and how many times longer the longest is.
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 LOOK_STRENGTH, SHORTEST_WAVE, WAVE_RANGE = 2.0, 2.0, 10.0
+# From this layer on half of the heads look nowhere in particular: what is alike, and is to be counted, may be anywhere.
+FIRST_FREE_LAYER = 2
 # How strong embeddings are, how much is left of what the language model's MLPs add, and of a word's embedding in the
 # row that scores it.
 EMBEDDING_STRENGTH, MLP_SHARE, SCORING_SHARE = 8.0, 0.3, 0.06
@@ -213,7 +215,7 @@ def look_back(model: PixelLMForCausalLM, name_ids: Sequence[int] = ()) -> None:
 
 @torch.no_grad()
 def look_at_neighbours(tower: VisionTower) -> None:
-    """Start the tower's attention heads looking one patch to the left, right, above and below.
+    """Start the tower's attention heads looking one patch to the left, right, above and below, later ones in part.
 
     What form a patch belongs to is decided beside it, and finding the neighbours takes a head as long as all the rest
     of seeing. The last channels of a patch are given to waves of its column and row; query and key of each head read
@@ -231,9 +233,9 @@ def look_at_neighbours(tower: VisionTower) -> None:
     table = embeddings.position_embedding.weight
     table.zero_()
     table[tower.num_class_tokens :, first:] = torch.stack([phases.sin(), phases.cos()], dim=-1).flatten(1)
-    for layer in tower.model.encoder.layers:
-        attention = layer.self_attn
-        for head in range(config.num_attention_heads):
+    for number, layer in enumerate(tower.model.encoder.layers):
+        attention, heads = layer.self_attn, config.num_attention_heads
+        for head in range(heads if number < FIRST_FREE_LAYER else heads // 2):
             turn = torch.cat([step * frequencies for step in NEIGHBOURS[head % len(NEIGHBOURS)]])
             sine, cosine = 2 * torch.arange(len(turn)), 2 * torch.arange(len(turn)) + 1
             rotation = torch.zeros(2 * len(turn), 2 * len(turn))

@@ -218,8 +218,11 @@ def test_patches_bear_their_shape_and_its_centre_size_and_place(scenes: list[Sce
         words = patch_words(scene, 16)
         said = [[names[i] for names, i in zip(PATCH_WORDS.values(), patch, strict=True)] for patch in words.T]
         centres = [patch for patch in said if patch[2] != "nothing"]
+        colours, forms = Counter(s.colour for s in scene.shapes), Counter(s.form for s in scene.shapes)
         true = [
-            [s.colour, s.form, s.size, f"c{1 + int(s.centre_x // 8)}", f"r{1 + int(s.centre_y // 8)}"]
+            [s.colour, s.form, s.size]
+            + [f"k{min(colours[s.colour], 5)}", f"f{min(forms[s.form], 5)}", f"n{len(scene.shapes)}"]
+            + [f"c{1 + int(s.centre_x // 8)}", f"r{1 + int(s.centre_y // 8)}"]
             for s in scene.shapes
         ]
         assert sorted(centres) == sorted(true), "every shape is said once in full: 14 places of 8 pixels along 112"

@@ -18,7 +18,21 @@ from utils.data.templates import NUMBERS, pick_phrasing, target_name
 from .drawing import Scene, Shape
 from .questions import SIZE_RATIO, Ask, directly, find_asks, names_of, training_piles
 from .sampling import SceneSettings, sample_scene
-from .words import COLOURS, COLUMNS, DIRECTIONS, FORMS, ROWS, SIZES, TIMES, capital, category_names, join_list
+from .words import (
+    COLOURS,
+    COLUMNS,
+    DIRECTIONS,
+    FORMS,
+    OF_ALL,
+    OF_COLOUR,
+    OF_FORM,
+    ROWS,
+    SIZES,
+    TIMES,
+    capital,
+    category_names,
+    join_list,
+)
 
 # Two places differ clearly when they are this share of the picture's side apart; leaders must lead by half of it.
 _CLEARLY_APART = 1 / 14
@@ -292,6 +306,7 @@ def tokenizer_corpus(scenes: int = 500) -> list[str]:
     corpus = [*category_names(), *FORMS.values(), *SIZES, *NUMBERS, *TIMES.values()]
     corpus += [*_IS_WHERE.values(), *_OUTERMOST.values()]
     corpus += [f"at {place}" for place in (*COLUMNS, *ROWS)]
+    corpus += [f"so many: {number}" for number in (*OF_COLOUR, *OF_FORM, *OF_ALL)]
     rng = random.Random("tokenizer corpus")
     for number in range(scenes):
         scene = sample_scene(rng, SceneSettings())

@@ -27,6 +27,11 @@ TIMES = MappingProxyType({1: "once", 2: "twice", 3: "three times", 4: "four time
 # Places along the picture's width and height, from the top left.
 COLUMNS = tuple(f"c{number}" for number in range(1, 15))
 ROWS = tuple(f"r{number}" for number in range(1, 15))
+# How many shapes of a scene share a shape's colour, or its form, itself included, and how many there are; the last one
+# stands for more, too.
+OF_COLOUR = tuple(f"k{number}" for number in range(1, 6))
+OF_FORM = tuple(f"f{number}" for number in range(1, 6))
+OF_ALL = tuple(f"n{number}" for number in range(1, 7))
 # Word -> (to the right, down). What comes next in a list is to the right of what was named last.
 DIRECTIONS = MappingProxyType({"left": (-1.0, 0.0), "right": (1.0, 0.0), "above": (0.0, -1.0), "below": (0.0, 1.0)})
 LIST_WORDS = MappingProxyType({"and": (0.5, 0.0)})
