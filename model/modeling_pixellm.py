@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .beams import loop_class
 from .configuration_pixellm import PixelLMConfig
-from .generation import Decoding, GeneratedAnswer, Prefix, PrefixKey, generate_answers
+from .generation import Decoding, GeneratedAnswer, Prefix, PrefixKey
 from .geometry import restore_masks, valid_cells
 from .losses import IGNORE_TOKEN, LossTerm, bce_loss, count_masks, dice_loss, refinement_weights, text_loss
 from .pixel_decoder import PixelDecoder
@@ -454,7 +455,7 @@ class PixelLMForCausalLM(PreTrainedModel):
         decoding: Decoding | None = None,
         pictures: EncodedPictures | None = None,
     ) -> list[GeneratedAnswer]:
-        """Answer prompts; see `generation.generate_answers`.
+        """Answer prompts with a key-value cache; see `generation.DecodingLoop`, which is given the rest.
 
         pixel_values and resized_sizes are those of `forward`, or None where the pictures are given encoded. Those keep
         what is computed about them, so that later prompts need not compute it again.
@@ -463,4 +464,5 @@ class PixelLMForCausalLM(PreTrainedModel):
             if pixel_values is None or resized_sizes is None:
                 raise ValueError("no picture was given: give pixel_values and resized_sizes, or encoded pictures")
             pictures = self.encode_pictures(pixel_values, resized_sizes)
-        return generate_answers(self, pictures, prompts, image_index, end_token_id, max_new_tokens, decoding)
+        loop = loop_class(decoding)
+        return loop(self, pictures, prompts, image_index, end_token_id, max_new_tokens, decoding).run()

@@ -18,7 +18,7 @@ import torch
 
 from model.build import baselines as base
 from model.modeling_pixellm import PixelLMForCausalLM
-from utils.benchmark import Range, bandwidth, beside, forget_peak, interleaved, missed, peak_bytes, peaks, table
+from utils.benchmark import Range, bandwidth, beside, forget_peak, interleaved, missed, peak_bytes, peaks, rate, table
 from utils.engine.run_card import versions
 from utils.scoreboard import write_json
 from utils.scripts import run_script
@@ -52,12 +52,10 @@ def answering(model: PixelLMForCausalLM, full: bool) -> tuple[dict[str, Range], 
 
 def steps(model: PixelLMForCausalLM, full: bool) -> dict[str, float]:
     """Seconds of a decoding step of plain_cache and of transformers' own generate, at equal numbers of positions."""
-    found = {}
-    for name, way in (("plain_cache", base.decode_plainly), ("generate", base.decode_with_generate)):
-        ways = {str(length): partial(way, model, length) for length in (1, LENGTH)}
-        taken = interleaved(ways, dict.fromkeys(ways, 5 if full else 2))
-        found[name] = (taken[str(LENGTH)]["median"] - taken["1"]["median"]) / (LENGTH - 1)
-    return found
+    kinds = {"plain_cache": base.decode_plainly, "generate": base.decode_with_generate}
+    ways = {f"{name}_{length}": partial(way, model, length) for name, way in kinds.items() for length in (1, LENGTH)}
+    taken = interleaved(ways, dict.fromkeys(ways, 5 if full else 2))
+    return {name: (taken[f"{name}_{LENGTH}"]["median"] - taken[f"{name}_1"]["median"]) / (LENGTH - 1) for name in kinds}
 
 
 def training(size: str, full: bool) -> tuple[dict[str, Range], float]:
@@ -117,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds, differences = answering(model, full)
     step, (train, loss_difference) = steps(model, full), training(args.size, full)
     again = [sys.executable, __file__, "--size", args.size, "--threads", str(args.threads), "--peak_of"]
+    spent = costs(model, full)
     used, read = peaks(again, ("answer_ours", "answer_plain_cache", "train_ours", "train_release")), bandwidth()
     numbers = {
         "answer_speedup_without_cache": seconds["release_1"]["median"] / seconds["ours_1"]["median"],
@@ -125,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         "train_speedup": train["release"]["median"] / train["ours"]["median"],
         "train_memory_ratio": used["train_ours"]["over_loaded"] / used["train_release"]["over_loaded"],
         "plain_cache_step_over_generate": step["plain_cache"] / step["generate"],
-        "tokens_per_second": 1 / step["plain_cache"],
+        "tokens_per_second": rate(spent["tokens"]),
+        "plain_cache_tokens_per_second": 1 / step["plain_cache"],
         "tokens_per_second_memory_allows": read / base.bytes_read_per_token(model),
     }
     wrong = [name for name, one in differences.items() if not one["same_text"] or one["mask_logits"] > MASK_ATOL]
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = {"size": args.size, "threads": args.threads, "versions": versions(), "bytes_per_second": read}
     facts |= {"parameters": sum(one.numel() for one in model.parameters()), "differences": differences}
     measured = {"seconds": seconds, "train_seconds": train, "step_seconds": step, "memory": used}
-    facts |= measured | {"train_loss_difference": loss_difference, "costs": costs(model, full)}
+    facts |= measured | {"train_loss_difference": loss_difference, "costs": spent}
     write_json(args.out / "summary.json", numbers | {"missed": below, "wrong": wrong} | facts)
     print(table(numbers, AT_LEAST, AT_MOST))
     print(f"written to {args.out / 'summary.json'}")

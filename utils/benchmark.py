@@ -32,6 +32,12 @@ def beside(ways: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     return {name: one["median"] for name, one in interleaved(ways, dict.fromkeys(ways, 2)).items()}
 
 
+def rate(seconds: Mapping[str, float]) -> float:
+    """Pieces per second, from the seconds that so many pieces take: what the most take more than the fewest."""
+    counts = sorted(seconds, key=int)
+    return (int(counts[-1]) - int(counts[0])) / (seconds[counts[-1]] - seconds[counts[0]])
+
+
 def missed(numbers: Mapping[str, float], at_least: Mapping[str, float], at_most: Mapping[str, float]) -> list[str]:
     """Names of the numbers on the wrong side of their bars."""
     low = [name for name, bar in at_least.items() if numbers[name] < bar]

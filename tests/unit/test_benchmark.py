@@ -80,6 +80,8 @@ def test_ways_take_turns_and_the_middle_counts() -> None:
     assert found["a"]["runs"] == 3 and found["b"]["runs"] == 1 and found["b"]["median"] >= 0.01
     assert benchmark.spread([3.0, 1.0, 8.0]) == {"median": 3.0, "least": 1.0, "most": 8.0, "runs": 3.0}
     assert set(benchmark.beside({"x": lambda: None})) == {"x"}
+    # 240 more take 3 - 1 seconds more.
+    assert benchmark.rate({"16": 1.0, "256": 3.0, "64": 9.0}) == 120
 
 
 def test_bars() -> None:
