@@ -76,7 +76,7 @@ def test_a_person_at_a_terminal(command: Start, typing_env: dict[str, str], tmp_
     answers = [
         "It is the red circle {seg}.",
         f"the {ATTACK} blue {{seg}} é日本 {ATTACK}.",
-        "one two three " + "and so on " * 60,
+        "one two three " + "and so on " * 12,
         "It is small.",
         "the green star {seg}.",
     ]
@@ -141,7 +141,7 @@ def test_five_hundred_hostile_lines_in_a_terminal(
         f"--vis_save_path={tmp_path / 'vis'}",
         "--max_new_tokens=9",
     )
-    lines = hostile_lines(520, picture)
+    lines = hostile_lines(530, picture)
     assert len(lines) >= 500
     with Screen(start, typing_env, tmp_path, columns=40, rows=10) as screen:
         screen.wait_for("Question: ")
@@ -177,7 +177,7 @@ def test_a_batch_killed_without_warning_goes_on(
     said = ["the red circle {seg}."]
     done = subprocess.run(command(said, asked, f"--out={whole}"), cwd=repository, env=child_env, timeout=PATIENCE)
     assert done.returncode == 1 and len(records(whole)) == 20
-    with Screen(command(said, asked, f"--out={out}", pause=0.5), typing_env, repository) as screen:
+    with Screen(command(said, asked, f"--out={out}", pause=0.2), typing_env, repository) as screen:
         deadline = time.monotonic() + PATIENCE
         while not records(out):
             assert time.monotonic() < deadline and screen.program.poll() is None, screen.written[-2000:]
