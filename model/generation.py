@@ -19,6 +19,7 @@ import torch
 from transformers import Cache, DynamicCache, LogitsProcessorList, PretrainedConfig, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
+from .quick_linear import quick_linear
 from .seg_codebook import release_groups, whole_groups
 
 if TYPE_CHECKING:
@@ -370,13 +371,14 @@ class DecodingLoop:
         self, inputs: torch.Tensor, positions: torch.Tensor, cache: Cache, mask: torch.Tensor | None
     ) -> torch.Tensor:
         decoder = self.model.language_model.get_decoder()
-        return decoder(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **{cache_argument(decoder): cache},
-        ).last_hidden_state
+        with quick_linear(inputs.device):
+            return decoder(
+                inputs_embeds=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                **{cache_argument(decoder): cache},
+            ).last_hidden_state
 
     # --- choosing -------------------------------------------------------------------------------------------------
 
@@ -474,7 +476,8 @@ class DecodingLoop:
         """(Q, S, D) embeddings and (Q, h, w) mask logits of groups of the prompts `owners`."""
         owner_rows = torch.tensor(owners, dtype=torch.long, device=self.image_index.device)
         if groups:
-            return self.model.decode_masks(torch.stack(groups), self.pictures, self.image_index[owner_rows])
+            with quick_linear(owner_rows.device):
+                return self.model.decode_masks(torch.stack(groups), self.pictures, self.image_index[owner_rows])
         config, table = self.model.config, self.model.get_input_embeddings().weight
         return table.new_zeros((0, config.num_scales, config.embedding_dim)), table.new_zeros((0, 0, 0))
 
@@ -540,4 +543,5 @@ def next_logits(model: "PixelLMForCausalLM", states: torch.Tensor, places: list[
     """(K, H) states -> (K, V) logits of the next tokens. places: for each the prompt's number and the place in the
     answer that its token would take.
     """
-    return model.get_output_embeddings()(states)
+    with quick_linear(states.device):
+        return model.get_output_embeddings()(states)

@@ -211,7 +211,7 @@ class Session(Asked):
         """The picture as the model sees it; inside `inference` only."""
         if self._seen is None:
             inputs = self.predictor.picture_inputs([self.encoded])
-            self._seen = self.predictor.model.encode_pictures(**inputs)
+            self._seen = self.predictor.model.see(**inputs)
         return self._seen
 
     def _index(self, count: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ def answering(model: PixelLMForCausalLM, full: bool) -> tuple[dict[str, Range], 
 
     asked = [(name, count) for count in (1, 4) for name in WAYS if (name, count) != ("release", 4)]
     ways = {f"{name}_{count}": partial(keep, f"{name}_{count}", WAYS[name], count) for name, count in asked}
-    rounds = {name: 2 if name == "release_1" else 5 if full else 2 for name in ways}
+    rounds = {name: (5 if name.endswith("_1") else 3) if full and name != "release_1" else 2 for name in ways}
     seconds = interleaved(ways, rounds)
     pairs = [("ours_1", "plain_cache_1"), ("ours_1", "release_1"), ("ours_4", "plain_cache_4")]
     return seconds, {f"{one} and {other}": base.apart(kept[one], kept[other]) for one, other in pairs}
