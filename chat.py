@@ -25,7 +25,7 @@ from utils.chat.batch import BatchModel, answer_file
 from utils.chat.conversation import Conversation, Manner
 from utils.chat.files import check_picture_name, free_name, target_lines, write_answer
 from utils.chat.terminal import Terminal, one_line
-from utils.scripts import UserError, run_script
+from utils.scripts import UserError, note, run_script
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_ALL_DONE = 1
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     predictor = Predictor.from_pretrained(
         args.version, args.device, DTYPES[args.precision] if given else None, args.attn_implementation, args.bits
     )
+    if args.compile:
+        note(predictor.compile())
     try:
         if args.batch:
             return answer_batch(predictor, args)

@@ -371,7 +371,7 @@ class DecodingLoop:
         self, inputs: torch.Tensor, positions: torch.Tensor, cache: Cache, mask: torch.Tensor | None
     ) -> torch.Tensor:
         decoder = self.model.language_model.get_decoder()
-        with quick_linear(inputs.device):
+        with quick_linear(inputs.device, self.model.row_kernel):
             return decoder(
                 inputs_embeds=inputs,
                 attention_mask=mask,
@@ -543,5 +543,5 @@ def next_logits(model: "PixelLMForCausalLM", states: torch.Tensor, places: list[
     """(K, H) states -> (K, V) logits of the next tokens. places: for each the prompt's number and the place in the
     answer that its token would take.
     """
-    with quick_linear(states.device):
+    with quick_linear(states.device, model.row_kernel):
         return model.get_output_embeddings()(states)

@@ -21,7 +21,7 @@ from .losses import IGNORE_TOKEN, LossTerm, bce_loss, count_masks, dice_loss, re
 from .pixel_decoder import PixelDecoder
 from .prefix_sharing import BLOCK_MASK_ATTENTION, share_prefixes
 from .projector import Projector
-from .quick_linear import quick_linear
+from .quick_linear import RowKernel, quick_linear
 from .seg_codebook import SegCodebook, group_positions
 from .vision_tower import VisionTower, vision_model_from_config
 
@@ -96,6 +96,7 @@ class PixelLMForCausalLM(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     prefix_sharing = True
+    row_kernel: RowKernel | None = None  # compiled, where `compiling.compile_for_answers` could
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """Every way of decoding says and draws the same: cached or not, batched or single, in groups or token by token."""
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,8 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from model import PixelLMForCausalLM
 from model.build.builder import BuiltModel, build_model
 from model.generation import CHECKED, FORCED, STEPWISE, Decoding, GeneratedAnswer, GrowingLayer, remembers_everything
+from model.predictor import Predictor
+from model.session import Finished, MaskReady, TextPiece
 from tests.unit.tiny_bases import options, write_language_model, write_tower
-from tests.unit.tiny_pixellm import make_model, noise, saying, saying_ids
+from tests.unit.tiny_pixellm import make_model, noise, same, saying, saying_ids
 
 # Wide, tall and square pictures: at most 1 of 2 x 2 cells is left of the extreme ones.
 SIZES = [(1, 400), (400, 1), (32, 32), (20, 40)]
@@ -316,3 +320,37 @@ def test_a_limited_window_is_not_shared(tmp_path: Any) -> None:
     with saying(made, ["a {seg} b {seg}"]):
         (said,) = generate(made, prompts_of(made)[:1], [0], pictures=pictures)
     assert not pictures.prefixes and len(said.low_res_mask_logits) == 2
+
+
+def test_a_stream_is_the_whole_answer(built: BuiltModel) -> None:
+    """Of a head that leaves groups half way, too, for every kind of language model and attention."""
+    predictor = Predictor(built.model, built.processor)
+    for number, size in enumerate(SIZES):
+        predictor.set_image(noise(*size, seed=number))
+        for wanted in [*adversaries(built)][:: len(SIZES)]:
+            with saying_ids([wanted]):
+                whole, events = predictor.ask("Where?", LENGTH), list(predictor.stream("Where?", LENGTH))
+            assert isinstance(events[-1], Finished) and same(events[-1].answer, whole)
+            assert "".join(event.text for event in events if isinstance(event, TextPiece)) == whole.text
+            assert [event.number for event in events if isinstance(event, MaskReady)] == list(range(len(whole.masks)))
+
+
+def test_a_cache_in_bfloat16_within_its_tolerance(built: BuiltModel) -> None:
+    """8 bits of a number are kept: two layers and a decoder later masks are some hundredths of their size apart."""
+    half = copy.deepcopy(built.model).to(torch.bfloat16)
+    made = dataclasses.replace(built, model=half)
+    prompts, seg, end = prompts_of(made), made.processor.seg_token_ids, made.processor.end_token_id
+    wanted = [[5, *seg, 7, *seg, end], [5, end], [*seg, end], [5, *seg[:3], 5, *seg, end], [*seg, *seg[:2]]]
+    with saying_ids(wanted):
+        together = generate(made, prompts, INDEX)
+        stepwise = generate(made, prompts, INDEX, Decoding(groups=STEPWISE))
+        fine = generate(built, prompts, INDEX)
+    for number, (one, other, exact) in enumerate(zip(together, stepwise, fine, strict=True)):
+        with saying_ids([wanted[number]]):
+            (alone,) = generate(made, [prompts[number]], INDEX[number : number + 1])
+        assert one.ids.tolist() == other.ids.tolist() == alone.ids.tolist() == exact.ids.tolist()
+        if len(exact.low_res_mask_logits):
+            scale = float(exact.low_res_mask_logits.abs().max())
+            for found in (one, other, alone):
+                assert found.low_res_mask_logits.dtype == torch.bfloat16
+                assert float((found.low_res_mask_logits.float() - exact.low_res_mask_logits).abs().max()) < 0.1 * scale
