@@ -479,7 +479,8 @@ class DecodingLoop:
             with quick_linear(owner_rows.device):
                 return self.model.decode_masks(torch.stack(groups), self.pictures, self.image_index[owner_rows])
         config, table = self.model.config, self.model.get_input_embeddings().weight
-        return table.new_zeros((0, config.num_scales, config.embedding_dim)), table.new_zeros((0, 0, 0))
+        side = config.grid_size * 2**config.num_scales
+        return table.new_zeros((0, config.num_scales, config.embedding_dim)), table.new_zeros((0, side, side))
 
     def answers(self) -> list[GeneratedAnswer]:
         """What all rows said, the masks of all of them decoded together."""

@@ -33,6 +33,7 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++, which is not installed")
 def test_compiled_answers_are_the_same(repository: Path, child_env: dict[str, str]) -> None:
     """In a process of its own: the compiler starts others, in environments of its making."""

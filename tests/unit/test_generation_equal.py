@@ -1,8 +1,7 @@
 """Every way of decoding says and draws the same: cached or not, batched or single, in groups or token by token."""
 
-import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -335,22 +334,27 @@ def test_a_stream_is_the_whole_answer(built: BuiltModel) -> None:
             assert [event.number for event in events if isinstance(event, MaskReady)] == list(range(len(whole.masks)))
 
 
-def test_a_cache_in_bfloat16_within_its_tolerance(built: BuiltModel) -> None:
-    """8 bits of a number are kept: two layers and a decoder later masks are some hundredths of their size apart."""
-    half = copy.deepcopy(built.model).to(torch.bfloat16)
-    made = dataclasses.replace(built, model=half)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_all_ways_are_alike_in_bfloat16_too(kind: str, attention: str, tmp_path: Path) -> None:
+    """8 bits of a number are kept, so that another order of sums may move a mask by some hundredths of its size.
+
+    The decoder's last layer norm stands over an eighth of its width: over two channels it would be a step function.
+    """
+    torch.manual_seed(0)
+    base = write_language_model(tmp_path / "base", kind, initializer_range=0.1)
+    tower = write_tower(tmp_path / "tower", "siglip")
+    made = build_model(str(base), str(tower), options(embedding_dim=64), attn_implementation=attention)
+    made.model.to(torch.bfloat16)
     prompts, seg, end = prompts_of(made), made.processor.seg_token_ids, made.processor.end_token_id
-    wanted = [[5, *seg, 7, *seg, end], [5, end], [*seg, end], [5, *seg[:3], 5, *seg, end], [*seg, *seg[:2]]]
+    wanted = [[5, *seg, 7, *seg, end], [5, end], [*seg, end], [5, *seg[:3], 5, *seg, end], [*seg, *seg[:2], end]]
     with saying_ids(wanted):
         together = generate(made, prompts, INDEX)
         stepwise = generate(made, prompts, INDEX, Decoding(groups=STEPWISE))
-        fine = generate(built, prompts, INDEX)
-    for number, (one, other, exact) in enumerate(zip(together, stepwise, fine, strict=True)):
+    assert [len(one.low_res_mask_logits) for one in together] == [2, 0, 1, 1, 1]
+    for number, (one, other) in enumerate(zip(together, stepwise, strict=True)):
         with saying_ids([wanted[number]]):
             (alone,) = generate(made, [prompts[number]], INDEX[number : number + 1])
-        assert one.ids.tolist() == other.ids.tolist() == alone.ids.tolist() == exact.ids.tolist()
-        if len(exact.low_res_mask_logits):
-            scale = float(exact.low_res_mask_logits.abs().max())
-            for found in (one, other, alone):
-                assert found.low_res_mask_logits.dtype == torch.bfloat16
-                assert float((found.low_res_mask_logits.float() - exact.low_res_mask_logits).abs().max()) < 0.1 * scale
+        assert one.low_res_mask_logits.dtype == torch.bfloat16
+        for found in (other, alone):
+            assert_alike(found, one, atol=0.05)
