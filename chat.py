@@ -120,7 +120,7 @@ def answer_batch(predictor: Predictor, args: ChatArguments) -> int:
     model = BatchModel(
         open=predictor.processor.open_picture,
         check=predictor.prompt,
-        answer=lambda *asked: predictor.answer(*asked, args.max_new_tokens, options),
+        answer=lambda pictures, asked, index: predictor.answer(pictures, asked, index, args.max_new_tokens, options),
         draw=draw_overlay,
     )
     names = ("version", "max_new_tokens", "num_beams", "bits", "attn_implementation")

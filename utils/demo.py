@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.data.readers import build_eval_reader
-from utils.data.samples import NO_TARGET, SEVERAL
+from utils.data.samples import DIRECT, REASONING, SEVERAL
 from utils.scenes import HELD_OUT_SPEC, Difficulty, LeakReport, check_difficulty, check_no_leak
 from utils.scoreboard import Bar, Bars
 from utils.stages import Stage, launcher
@@ -148,12 +148,14 @@ class Demo:
 
     def talk(self) -> tuple[str, list[str]]:
         """A held-out picture with what is asked about it: first for several targets, then something else."""
+        asked: dict[str, dict[str, str]] = {}  # by picture and kind, over all sets: each knows some kinds only
         for sample in build_eval_reader(HELD_OUT_SPEC, self.dataset_dir):
-            turns = [turn for (turn,) in sample.conversations]
-            several = [turn for turn in turns if turn.kind == SEVERAL]
-            others = [turn for turn in turns if turn.kind not in (SEVERAL, NO_TARGET)]
-            if several and others:
-                return sample.image_path, [several[0].question, others[0].question]
+            for (turn,) in sample.conversations:
+                asked.setdefault(sample.image_path, {}).setdefault(turn.kind, turn.question)
+        for picture, by_kind in asked.items():
+            others = [by_kind[kind] for kind in (REASONING, DIRECT) if kind in by_kind]
+            if SEVERAL in by_kind and others:
+                return picture, [by_kind[SEVERAL], *others]
         raise LookupError("no held-out picture is asked about for several targets and for something else")
 
     def clear(self) -> None:
