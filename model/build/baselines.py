@@ -9,15 +9,18 @@ ours.
 Axes: C prompts, T tokens, H language width, Q targets, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+from ..compiling import compile_for_answers
 from ..configuration_pixellm import PixelLMConfig
 from ..generation import Decoding, GeneratedAnswer, cache_argument
 from ..losses import IGNORE_TOKEN, LossTerm, text_loss
@@ -194,6 +197,18 @@ def answered(
         **measured_pictures(num_pictures), prompts=prompts, end_token_id=END_TOKEN, max_new_tokens=length, says=says
     )
     return Answered(way(model, asked), says.wanted)
+
+
+def compiled_answer(model: PixelLMForCausalLM, length: int, targets: int) -> dict[str, Any]:
+    """What compiling costs and gives: what was said of it, its seconds, and the least of three answers' after it."""
+    start = time.perf_counter()
+    said = compile_for_answers(model)
+    compiled, seconds = time.perf_counter(), []
+    for _ in range(3):
+        before = time.perf_counter()
+        answered(model, ours, 1, length, targets)
+        seconds.append(time.perf_counter() - before)
+    return {"said": said, "compile_seconds": compiled - start, "answer_seconds": min(seconds)}
 
 
 def apart(one: Answered, other: Answered) -> dict[str, Any]:
@@ -386,3 +401,19 @@ def _as_released(model: PixelLMForCausalLM) -> Iterator[None]:
 
     with patch.object(model, "prefix_sharing", False), patch.object(model, "_text_loss", all_logits):
         yield
+
+
+WAYS: dict[str, Callable[..., Any]] = {"ours": ours, "plain_cache": plain_cache, "release": release_without_cache}
+STEPS: dict[str, Callable[..., Any]] = {"ours": training_loss, "release": release_training_loss}
+
+
+def work_of(kind: str, shape: Shape, length: int, targets: int) -> Callable[[], Any]:
+    """Load a model; what is returned answers four questions or trains a step with it.
+
+    kind: "answer_" and one of WAYS, or "train_" and one of STEPS.
+    """
+    what, name = kind.split("_", 1)
+    if what == "answer":
+        return partial(answered, measured_model(shape), WAYS[name], 4, length, targets)
+    model, batch = trainable_model(shape)
+    return lambda: STEPS[name](model, batch).backward()

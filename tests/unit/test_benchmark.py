@@ -84,6 +84,13 @@ def test_ways_take_turns_and_the_middle_counts() -> None:
     assert benchmark.rate({"16": 1.0, "256": 3.0, "64": 9.0}) == 120
 
 
+def test_parts_are_told_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    phases = benchmark.Phases()
+    assert phases.do("sleeping", lambda: time.sleep(0.01) or 7) == 7
+    assert 0.01 <= phases.seconds["sleeping"] < 60
+    assert capsys.readouterr().err == "sleeping took 0 s, 0 s since the start\n"
+
+
 def test_bars() -> None:
     numbers = {"speed": 2.0, "memory": 0.8, "other": 1.0}
     assert benchmark.missed(numbers, {"speed": 2.0}, {"memory": 0.8}) == []
@@ -121,3 +128,6 @@ def test_the_bench_walks_its_road(tmp_path: Path, repository: Path, child_env: d
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["wrong"] == [] and found["answer_speedup_without_cache"] > 1
     assert set(found["costs"]) == {"tokens", "targets", "questions", "pictures"}
+    assert found["compiled"]["answer_seconds"] > 0 and found["compiled"]["said"]
+    assert list(found["phases"]) == ["answering", "decoding steps", "training", "memory", "costs", "compiling"]
+    assert found["memory"]["train_release"]["over_loaded"] > 0
