@@ -110,10 +110,11 @@ def test_steps_of_true_data_in_rounds_equal_separate_rows(folder: Path, rounds: 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_two_ranks_equal_separate_rows(folder: Path, repository: Path, child_env: dict[str, str]) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*start, "-m", "tests.unit.sharing_ranks", str(folder)]
-    done = subprocess.run(command, cwd=repository, env=child_env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=repository, env=child_env, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(folder / "sharing.pt")
     assert_alike(found[True], found[False])
