@@ -19,13 +19,13 @@ import torch
 from model.answer_page import answer_page
 from model.overlay import draw_overlay, target_colour
 from model.predictor import Predictor
-from model.session import Finished, TargetStarted, TextPiece
+from model.session import AnswerOptions, Finished, TargetStarted, TextPiece
 from utils.arguments import ChatArguments, parse_chat
 from utils.chat.batch import BatchModel, answer_file
 from utils.chat.conversation import Conversation, Manner
 from utils.chat.files import check_picture_name, free_name, target_lines, write_answer
 from utils.chat.terminal import Terminal, one_line
-from utils.scripts import UserError, run_script
+from utils.scripts import UserError, note, run_script
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_ALL_DONE = 1
@@ -38,8 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     check(args, once)
     given = "precision" in args.given
     predictor = Predictor.from_pretrained(
-        args.version, args.device, DTYPES[args.precision] if given else None, args.attn_implementation
+        args.version, args.device, DTYPES[args.precision] if given else None, args.attn_implementation, args.bits
     )
+    if args.compile:
+        note(predictor.compile())
     try:
         if args.batch:
             return answer_batch(predictor, args)
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: ChatArguments, once: bool) -> None:
     """UserError when flags do not go together."""
+    if args.load_in_8bit and args.load_in_4bit:
+        raise UserError("--load_in_8bit and --load_in_4bit contradict each other: drop one")
     if args.batch and (once or args.image):
         raise UserError("--batch names pictures and questions in its lines: leave --image and --prompt out")
     if args.batch and not args.out:
@@ -70,7 +74,7 @@ def answer_once(predictor: Predictor, args: ChatArguments) -> int:
     """One picture, one question; errors pass through."""
     predictor.processor.check_user_text(args.prompt)
     session = predictor.session(args.image)
-    answer = session.ask(args.prompt, args.max_new_tokens)
+    answer = session.ask(args.prompt, args.max_new_tokens, AnswerOptions(num_beams=args.num_beams))
     target = Path(args.out) if args.out else free_name(Path(args.vis_save_path), args.image)
     write_answer(target, session.picture, answer, draw_overlay)
     terminal = Terminal()
@@ -83,20 +87,21 @@ def converse(predictor: Predictor, args: ChatArguments) -> int:
     """Questions until they end; a person has seen what went wrong, who reads a pipe is told by the status."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() a history and line editing)
-    terminal = Terminal()
-    conversation = Conversation(manner(predictor), terminal, Path(args.vis_save_path), args.max_new_tokens)
+    terminal = Terminal(echo=args.echo)
+    options = AnswerOptions(num_beams=args.num_beams)
+    conversation = Conversation(manner(predictor, options), terminal, Path(args.vis_save_path), args.max_new_tokens)
     if args.image:
         conversation.take(args.image)
     conversation.run()
     return NOT_ALL_DONE if conversation.num_failed and not terminal.interactive else 0
 
 
-def manner(predictor: Predictor) -> Manner:
+def manner(predictor: Predictor, options: AnswerOptions) -> Manner:
     """What a conversation asks of the model."""
 
     def open_talk(image: str) -> tuple:
         session = predictor.session(image)
-        return session.picture, session.chat()
+        return session.picture, session.chat(options)
 
     return Manner(
         open=open_talk,
@@ -111,13 +116,14 @@ def manner(predictor: Predictor) -> Manner:
 
 def answer_batch(predictor: Predictor, args: ChatArguments) -> int:
     """Every question of a file."""
+    options = AnswerOptions(num_beams=args.num_beams)
     model = BatchModel(
         open=predictor.processor.open_picture,
         check=predictor.prompt,
-        answer=lambda pictures, questions, index: predictor.answer(pictures, questions, index, args.max_new_tokens),
+        answer=lambda pictures, asked, index: predictor.answer(pictures, asked, index, args.max_new_tokens, options),
         draw=draw_overlay,
     )
-    names = ("version", "max_new_tokens", "attn_implementation")
+    names = ("version", "max_new_tokens", "num_beams", "bits", "attn_implementation")
     settings = {name: getattr(args, name) for name in names} | {"precision": str(predictor.model.dtype)}
     return NOT_ALL_DONE if answer_file(Path(args.batch), Path(args.out), model, settings) else 0
 

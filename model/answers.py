@@ -68,21 +68,8 @@ def mask_box(mask: np.ndarray) -> Box:
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """A bool mask (H, W) as COCO's compressed run lengths, {"size": [H, W], "counts": text}, which pycocotools reads.
+    """A bool mask (H, W) as COCO's compressed run lengths, {"size": [H, W], "counts": text}."""
+    from pycocotools import mask as coco  # here, because only what is written down needs it
 
-    Runs go down the columns and begin with one of zeros, which may be empty. From the third on, each is written as its
-    difference to the run two before it, in pieces of five bits, lowest first, a sixth bit saying that more follow.
-    """
-    flat = np.asarray(mask, dtype=bool).ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    first = [0] if flat.size and flat[0] else []
-    runs = np.diff([0, *first, *edges.tolist(), flat.size]).tolist()
-    letters = []
-    for number, run in enumerate(runs):
-        value = run - runs[number - 2] if number > 2 else run
-        more = True
-        while more:
-            piece, value = value & 0x1F, value >> 5
-            more = value != (-1 if piece & 0x10 else 0)
-            letters.append(chr((piece | 0x20 if more else piece) + 48))
-    return {"size": [int(mask.shape[0]), int(mask.shape[1])], "counts": "".join(letters)}
+    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}

@@ -19,6 +19,7 @@ import torch
 from transformers import Cache, DynamicCache, LogitsProcessorList, PretrainedConfig, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
+from .quick_linear import quick_linear
 from .seg_codebook import release_groups, whole_groups
 
 if TYPE_CHECKING:
@@ -40,16 +41,26 @@ class Decoding:
     seeds: one per prompt; tokens are then drawn from the softmax of the processed logits.
     groups: "checked" feeds a group in one pass and keeps what the model would have chosen itself. "forced" takes the
     rest of a group as said once its first token is chosen, whatever the model thinks. "stepwise" goes token by token.
+    num_beams: above 1 that many answers of a prompt are followed at once, token by token, and the best is kept; see
+    `beams.BeamLoop`.
     """
 
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     seeds: Sequence[int] | None = None
     groups: str = CHECKED
+    num_beams: int = 1
 
     def __post_init__(self) -> None:
         if self.groups not in GROUP_DECODINGS:
             raise ValueError(f"groups must be one of {', '.join(GROUP_DECODINGS)}, found {self.groups!r}")
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, found {self.num_beams}")
+        if self.num_beams > 1 and (self.seeds is not None or self.groups == FORCED):
+            wish = "seeds to draw with" if self.seeds is not None else f"{FORCED} groups"
+            raise ValueError(
+                f"{self.num_beams} beams and {wish} were asked for: beams follow the likeliest answers only"
+            )
 
 
 @dataclass
@@ -140,34 +151,6 @@ def cache_argument(decoder: torch.nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
-def generate_answers(
-    model: "PixelLMForCausalLM",
-    pictures: "EncodedPictures",
-    prompts: list[torch.Tensor],
-    image_index: torch.Tensor,
-    end_token_id: int,
-    max_new_tokens: int,
-    decoding: Decoding | None = None,
-) -> list[GeneratedAnswer]:
-    """Answers with a key-value cache.
-
-    Args:
-        pictures: encoded; prefixes met here are kept in it.
-        prompts: C rows of token ids, each with at most one picture placeholder. image_index: (C,) their pictures.
-        max_new_tokens: an answer stops there if the end token has not come.
-
-    Returns:
-        One answer per prompt, the same as if it had been asked alone. Which seg tokens get masks is the config's
-        `group_rule`; by that of the release the groups of a prompt come first.
-    """
-    if not prompts:
-        return []
-    loop = DecodingLoop(model, pictures, prompts, image_index, end_token_id, max_new_tokens, decoding)
-    for _ in loop.passes():
-        pass
-    return loop.answers()
-
-
 @dataclass
 class Row:
     """One prompt while it is answered.
@@ -175,7 +158,8 @@ class Row:
     answer: tokens chosen so far. states: the state that chose each seg token, by its place in the answer.
     prompt_states: the states before the prompt's seg tokens, by their place in the prompt, where the config's
     `group_rule` asks for them. run: how many seg tokens the answer ends with. waiting: tokens to feed next, chosen ones
-    first; those after the first chosen one are a guess. position: of the first of them.
+    first; those after the first chosen one are a guess. position: of the first of them. log_probability: of the answer
+    so far, where several are weighed against each other.
     """
 
     number: int
@@ -189,10 +173,16 @@ class Row:
     finished: bool = False
     done: bool = False
     generator: torch.Generator | None = None
+    log_probability: float = 0.0
 
 
 class DecodingLoop:
-    """One batch of prompts on its way; `passes` goes on, the rows say how far each is."""
+    """One batch of prompts on its way; `passes` goes on, the rows say how far each is.
+
+    settled: whether what a row has said stays said while the loop goes on.
+    """
+
+    settled = True
 
     def __init__(
         self,
@@ -204,7 +194,16 @@ class DecodingLoop:
         max_new_tokens: int,
         decoding: Decoding | None = None,
     ) -> None:
-        """See `generate_answers`; ValueError when a number is impossible or seeds and prompts differ in number."""
+        """Answers to begin.
+
+        Args:
+            pictures: encoded; prefixes met here are kept in it.
+            prompts: C rows of token ids, each with at most one picture placeholder. image_index: (C,) their pictures.
+            max_new_tokens: an answer stops there if the end token has not come.
+
+        Raises:
+            ValueError: a number is impossible, or seeds and prompts differ in number.
+        """
         decoding = decoding or Decoding()
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
@@ -232,8 +231,20 @@ class DecodingLoop:
 
     # --- going on -------------------------------------------------------------------------------------------------
 
+    def run(self) -> list[GeneratedAnswer]:
+        """One answer per prompt, the same as if it had been asked alone.
+
+        Which seg tokens get masks is the config's `group_rule`; by that of the release the groups of a prompt come
+        first.
+        """
+        for _ in self.passes():
+            pass
+        return self.answers() if self.rows else []
+
     def passes(self) -> Iterator[None]:
         """Run the language model until every row is done, pausing after each pass."""
+        if not self.rows:
+            return
         self._choose(self._read_prompts())
         yield
         while self._live:
@@ -360,13 +371,14 @@ class DecodingLoop:
         self, inputs: torch.Tensor, positions: torch.Tensor, cache: Cache, mask: torch.Tensor | None
     ) -> torch.Tensor:
         decoder = self.model.language_model.get_decoder()
-        return decoder(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **{cache_argument(decoder): cache},
-        ).last_hidden_state
+        with quick_linear(inputs.device, self.model.row_kernel):
+            return decoder(
+                inputs_embeds=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                **{cache_argument(decoder): cache},
+            ).last_hidden_state
 
     # --- choosing -------------------------------------------------------------------------------------------------
 
@@ -433,8 +445,12 @@ class DecodingLoop:
         if len(staying) == len(self._live):
             return
         self._live = [self._live[index] for index in staying]
-        if self._live:
-            kept = torch.tensor(staying, device=self._mask.device)
+        self._keep(staying)
+
+    def _keep(self, indices: list[int]) -> None:
+        """Let the cache hold these of its rows, in this order; one may be named more than once."""
+        if indices and indices != list(range(len(self._mask))):
+            kept = torch.tensor(indices, device=self._mask.device)
             self._cache.batch_select_indices(kept)
             self._mask = self._mask[kept]
             self._gaps = not bool(self._mask.all())
@@ -460,9 +476,11 @@ class DecodingLoop:
         """(Q, S, D) embeddings and (Q, h, w) mask logits of groups of the prompts `owners`."""
         owner_rows = torch.tensor(owners, dtype=torch.long, device=self.image_index.device)
         if groups:
-            return self.model.decode_masks(torch.stack(groups), self.pictures, self.image_index[owner_rows])
+            with quick_linear(owner_rows.device):
+                return self.model.decode_masks(torch.stack(groups), self.pictures, self.image_index[owner_rows])
         config, table = self.model.config, self.model.get_input_embeddings().weight
-        return table.new_zeros((0, config.num_scales, config.embedding_dim)), table.new_zeros((0, 0, 0))
+        side = config.grid_size * 2**config.num_scales
+        return table.new_zeros((0, config.num_scales, config.embedding_dim)), table.new_zeros((0, side, side))
 
     def answers(self) -> list[GeneratedAnswer]:
         """What all rows said, the masks of all of them decoded together."""
@@ -507,18 +525,24 @@ class _Chooser:
         number = self._number[index, column]
         if self._best is not None:
             return self._best[number]
-        row, decoding = self._loop._live[index], self._loop.decoding
-        logits = self._logits[number : number + 1]
-        if decoding.processors:
-            ids = torch.tensor([row.prompt + row.answer], device=logits.device)
-            logits = decoding.processors(ids, logits.float())
+        row = self._loop._live[index]
+        logits = processed(self._loop.decoding.processors, row, self._logits[number : number + 1])
         if row.generator is None:
             return int(logits.argmax(dim=-1))
         return int(torch.multinomial(logits.float().softmax(dim=-1), 1, generator=row.generator))
+
+
+def processed(processors: LogitsProcessorList, row: Row, logits: torch.Tensor) -> torch.Tensor:
+    """(1, V) logits of a row's next token after `processors`, float32 where there are any."""
+    if not processors:
+        return logits
+    ids = torch.tensor([row.prompt + row.answer], device=logits.device)
+    return processors(ids, logits.float())
 
 
 def next_logits(model: "PixelLMForCausalLM", states: torch.Tensor, places: list[tuple[int, int]]) -> torch.Tensor:
     """(K, H) states -> (K, V) logits of the next tokens. places: for each the prompt's number and the place in the
     answer that its token would take.
     """
-    return model.get_output_embeddings()(states)
+    with quick_linear(states.device, model.row_kernel):
+        return model.get_output_embeddings()(states)

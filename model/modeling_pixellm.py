@@ -13,13 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .beams import loop_class
 from .configuration_pixellm import PixelLMConfig
-from .generation import Decoding, GeneratedAnswer, Prefix, PrefixKey, generate_answers
+from .generation import Decoding, GeneratedAnswer, Prefix, PrefixKey
 from .geometry import restore_masks, valid_cells
 from .losses import IGNORE_TOKEN, LossTerm, bce_loss, count_masks, dice_loss, refinement_weights, text_loss
 from .pixel_decoder import PixelDecoder
 from .prefix_sharing import PACKING_ATTENTION, pack_rows
 from .projector import Projector
+from .quick_linear import RowKernel, quick_linear
 from .seg_codebook import SegCodebook, group_positions
 from .vision_tower import VisionTower, vision_model_from_config
 
@@ -94,6 +96,7 @@ class PixelLMForCausalLM(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     prefix_sharing = True
+    row_kernel: RowKernel | None = None  # compiled, where `compiling.compile_for_answers` could
 
     def __init__(
         self,
@@ -443,6 +446,12 @@ class PixelLMForCausalLM(PreTrainedModel):
         return {"bce": bce, "dice": dice}
 
     @torch.no_grad()
+    def see(self, pixel_values: dict[str, torch.Tensor], resized_sizes: torch.Tensor) -> EncodedPictures:
+        """`encode_pictures` for answers: without gradients, the quickest way."""
+        with quick_linear(self.device):
+            return self.encode_pictures(pixel_values=pixel_values, resized_sizes=resized_sizes)
+
+    @torch.no_grad()
     def generate_answers(
         self,
         pixel_values: dict[str, torch.Tensor] | None,
@@ -454,7 +463,7 @@ class PixelLMForCausalLM(PreTrainedModel):
         decoding: Decoding | None = None,
         pictures: EncodedPictures | None = None,
     ) -> list[GeneratedAnswer]:
-        """Answer prompts; see `generation.generate_answers`.
+        """Answer prompts with a key-value cache; see `generation.DecodingLoop`, which is given the rest.
 
         pixel_values and resized_sizes are those of `forward`, or None where the pictures are given encoded. Those keep
         what is computed about them, so that later prompts need not compute it again.
@@ -462,5 +471,6 @@ class PixelLMForCausalLM(PreTrainedModel):
         if pictures is None:
             if pixel_values is None or resized_sizes is None:
                 raise ValueError("no picture was given: give pixel_values and resized_sizes, or encoded pictures")
-            pictures = self.encode_pictures(pixel_values, resized_sizes)
-        return generate_answers(self, pictures, prompts, image_index, end_token_id, max_new_tokens, decoding)
+            pictures = self.see(pixel_values, resized_sizes)
+        loop = loop_class(decoding)
+        return loop(self, pictures, prompts, image_index, end_token_id, max_new_tokens, decoding).run()

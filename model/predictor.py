@@ -15,6 +15,7 @@ Axes: B pictures, C conversations, T tokens, Q targets of one answer, H W pixels
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -24,13 +25,15 @@ import torch
 from safetensors import SafetensorError
 
 from .answers import Answer, Box, mask_box, mask_scores
+from .compiling import compile_for_answers
 from .configuration_pixellm import PixelLMConfig
 from .generation import GeneratedAnswer
 from .geometry import restore_masks
 from .losses import IGNORE_TOKEN
+from .low_bits import bits_config
 from .modeling_pixellm import TOWER_KEY, PixelLMForCausalLM
 from .processing_pixellm import EncodedConversation, Picture, PixelLMProcessor, PromptError
-from .session import MAX_NEW_TOKENS, AnswerOptions, Chat, Event, MaskReady, Question, Session
+from .session import MAX_NEW_TOKENS, AnswerOptions, Asked, MaskReady, Question, Session
 
 __all__ = ["Answer", "AnswerOptions", "Box", "ModelFolderError", "Predictor", "mask_box", "mask_scores"]
 
@@ -50,7 +53,7 @@ def _model_type(config: Path) -> str | None:
     return content.get("model_type") if isinstance(content, dict) else None
 
 
-class Predictor:
+class Predictor(Asked):
     """A model and its processor, asked in words.
 
     Safe to share between threads, which take turns at the model; but `set_image` chooses one picture for all of them,
@@ -72,12 +75,14 @@ class Predictor:
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
         attn_implementation: str | None = None,
+        bits: int | None = None,
     ) -> "Predictor":
         """Load a folder this project saved.
 
         device: "auto" is CUDA where there is one, else Apple's GPU, else the CPU. dtype: None keeps the precision it
             was saved in.
         attn_implementation: None leaves the choice to transformers.
+        bits: 8 or 4 hold the language model's linear layers in so many (see `low_bits`); None in `dtype`.
         Raises ModelFolderError when `folder` does not hold a whole PixelLM, or `device` is not there.
         """
         if not (Path(folder) / "config.json").is_file():
@@ -96,13 +101,15 @@ class Predictor:
             device = next(name for name, there in found if there)
         try:
             processor = PixelLMProcessor.from_pretrained(str(folder))
+            how = {} if bits is None else {"quantization_config": bits_config(bits, dtype), "device_map": {"": device}}
             model, report = PixelLMForCausalLM.from_pretrained(
                 str(folder),
                 dtype="auto" if dtype is None else dtype,
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
+                **how,
             )
-            model = model.to(device)
+            model = model.to(device) if bits is None else model
         except (OSError, ValueError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
             # AssertionError is what torch raises for a device it was not compiled for.
             reason = " ".join(str(error).split())
@@ -114,6 +121,11 @@ class Predictor:
                 "export the model again"
             )
         return cls(model, processor)
+
+    def compile(self) -> str:
+        """Make answers quicker at the price of some seconds now; see `compiling.compile_for_answers`."""
+        with self.inference():
+            return compile_for_answers(self.model)
 
     # --- one picture ----------------------------------------------------------------------------------------------
 
@@ -137,31 +149,6 @@ class Predictor:
             raise RuntimeError("No picture is set; call set_image(picture) before asking about it.")
         return self._session
 
-    def ask(
-        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
-    ) -> Answer:
-        """Answer one question about the picture of `set_image`."""
-        return self.current.ask(question, max_new_tokens, options)
-
-    def ask_many(
-        self,
-        questions: Sequence[Question],
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        options: AnswerOptions | None = None,
-    ) -> list[Answer]:
-        """Answer several questions about the picture of `set_image` together."""
-        return self.current.ask_many(questions, max_new_tokens, options)
-
-    def stream(
-        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
-    ) -> Iterator[Event]:
-        """See `Session.stream`."""
-        return self.current.stream(question, max_new_tokens, options)
-
-    def chat(self, options: AnswerOptions | None = None) -> Chat:
-        """A conversation about the picture of `set_image`."""
-        return self.current.chat(options)
-
     # --- many pictures --------------------------------------------------------------------------------------------
 
     def answer(
@@ -170,6 +157,7 @@ class Predictor:
         questions: Sequence[Question],
         image_index: Sequence[int],
         max_new_tokens: int = MAX_NEW_TOKENS,
+        options: AnswerOptions | None = None,
     ) -> list[Answer]:
         """Answer a batch of questions, the model saying its seg groups itself.
 
@@ -180,12 +168,15 @@ class Predictor:
         order = _by_picture(image_index, len(questions), len(encoded))
         if not order:
             return []
+        decoding = (options or AnswerOptions()).decoding(self.processor.tokenizer, len(order))
+        seeds = decoding.seeds and [decoding.seeds[row] for row in order]
         with self.inference():
             generated = self.model.generate_answers(
                 prompts=[self.prompt(questions[row]) for row in order],
                 image_index=torch.tensor([image_index[row] for row in order], device=self.model.device),
                 end_token_id=self.processor.end_token_id,
                 max_new_tokens=max_new_tokens,
+                decoding=replace(decoding, seeds=seeds),
                 **self.picture_inputs(encoded),
             )
             answers = {

@@ -5,7 +5,7 @@ Axes: Q targets of one answer, H W pixels of the picture itself.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from .answers import Answer, Box
+from .beams import loop_class
 from .generation import CHECKED, Decoding, DecodingLoop, Row
 from .geometry import restore_masks
 from .processing_pixellm import ConversationTooLong
@@ -43,7 +44,7 @@ class AnswerOptions:
     temperature: above 0 tokens are drawn, the hotter the wilder. top_p: only from the likeliest tokens that together
     have this probability. seed: the same seed gives the same answer; question number n of several gets seed + n.
     repetition_penalty: above 1 makes words said before less likely. stop: an answer ends after any of these texts.
-    groups: see `generation.Decoding`.
+    groups, num_beams: see `generation.Decoding`.
     """
 
     temperature: float = 0.0
@@ -52,6 +53,7 @@ class AnswerOptions:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     groups: str = CHECKED
+    num_beams: int = 1
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -73,7 +75,7 @@ class AnswerOptions:
             processors.append(TopPLogitsWarper(self.top_p))
         stopping = StoppingCriteriaList([StopStringCriteria(tokenizer, list(self.stop))] if self.stop else [])
         seeds = [self.seed + number for number in range(count)] if self.temperature > 0 else None
-        return Decoding(processors, stopping, seeds, self.groups)
+        return Decoding(processors, stopping, seeds, self.groups, self.num_beams)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,44 @@ class Finished:
 Event = TextPiece | TargetStarted | MaskReady | Finished
 
 
-class Session:
+class Asked:
+    """What can be asked about a picture."""
+
+    @property
+    def current(self) -> "Session":
+        """The session whose picture is asked about."""
+        raise NotImplementedError
+
+    def ask(
+        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
+    ) -> Answer:
+        """Answer one question, or turns (question, answer) of which the last has the answer None."""
+        return self.current.answers([question], max_new_tokens, options)[0]
+
+    def ask_many(
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        options: AnswerOptions | None = None,
+    ) -> list[Answer]:
+        """Answer questions together, each as if it were asked alone; `QUESTIONS_AT_ONCE` share a pass."""
+        return self.current.answers(questions, max_new_tokens, options)
+
+    def stream(
+        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
+    ) -> Iterator[Event]:
+        """The same answer while it is made: pieces of text, targets as they begin, masks as soon as they can be had.
+
+        With beams everything comes at the end, when it is known which answer is the best.
+        """
+        return self.current.events(question, max_new_tokens, options)
+
+    def chat(self, options: AnswerOptions | None = None) -> "Chat":
+        """A conversation about the picture."""
+        return Chat(self.current, options)
+
+
+class Session(Asked):
     """Questions about one picture, which goes through the models once, at the first question.
 
     picture: uint8 RGB (H, W, 3), turned the way it is viewed. Sessions of one predictor may be used from different
@@ -126,26 +165,19 @@ class Session:
         self.encoded = predictor.processor.encode_picture(self.picture)
         self._seen: Any = None
 
-    def ask(
-        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
-    ) -> Answer:
-        """Answer one question, or turns (question, answer) of which the last has the answer None."""
-        return self.ask_many([question], max_new_tokens, options)[0]
+    @property
+    def current(self) -> "Session":
+        return self
 
-    def ask_many(
-        self,
-        questions: Sequence[Question],
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        options: AnswerOptions | None = None,
+    def answers(
+        self, questions: Sequence[Question], max_new_tokens: int, options: AnswerOptions | None
     ) -> list[Answer]:
-        """Answer questions together, each as if it were asked alone; `QUESTIONS_AT_ONCE` share a pass."""
-        options = options or AnswerOptions()
-        decoding = options.decoding(self.predictor.processor.tokenizer, len(questions))
+        """What `ask_many` gives."""
+        decoding = (options or AnswerOptions()).decoding(self.predictor.processor.tokenizer, len(questions))
         answers: list[Answer] = []
         for start in range(0, len(questions), QUESTIONS_AT_ONCE):
             some = questions[start : start + QUESTIONS_AT_ONCE]
             seeds = decoding.seeds and decoding.seeds[start : start + len(some)]
-            chunk = Decoding(decoding.processors, decoding.stopping, seeds, decoding.groups)
             with self.predictor.inference():
                 generated = self.predictor.model.generate_answers(
                     prompts=[self.predictor.prompt(question) for question in some],
@@ -155,18 +187,16 @@ class Session:
                     pixel_values=None,
                     resized_sizes=None,
                     pictures=self._pictures(),
-                    decoding=chunk,
+                    decoding=replace(decoding, seeds=seeds),
                 )
                 answers += [self.predictor.finish(one, self.encoded) for one in generated]
         return answers
 
-    def stream(
-        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
-    ) -> Iterator[Event]:
-        """The same answer while it is made: pieces of text, targets as they begin, masks as soon as they can be had."""
+    def events(self, question: Question, max_new_tokens: int, options: AnswerOptions | None) -> Iterator[Event]:
+        """What `stream` gives."""
         decoding = (options or AnswerOptions()).decoding(self.predictor.processor.tokenizer, 1)
         with self.predictor.inference():
-            loop = DecodingLoop(
+            loop = loop_class(decoding)(
                 self.predictor.model,
                 self._pictures(),
                 [self.predictor.prompt(question)],
@@ -177,15 +207,11 @@ class Session:
             )
         yield from _Stream(self, loop).events()
 
-    def chat(self, options: AnswerOptions | None = None) -> "Chat":
-        """A conversation about the picture."""
-        return Chat(self, options)
-
     def _pictures(self) -> Any:
         """The picture as the model sees it; inside `inference` only."""
         if self._seen is None:
             inputs = self.predictor.picture_inputs([self.encoded])
-            self._seen = self.predictor.model.encode_pictures(**inputs)
+            self._seen = self.predictor.model.see(**inputs)
         return self._seen
 
     def _index(self, count: int) -> torch.Tensor:
@@ -197,17 +223,21 @@ class _Stream:
 
     def __init__(self, session: Session, loop: DecodingLoop) -> None:
         self.session, self.predictor, self.loop = session, session.predictor, loop
-        self.row: Row = loop.rows[0]
         self.said = ""
         self.started = 0
         self.logits: list[torch.Tensor] = []
+
+    @property
+    def row(self) -> Row:
+        """The answer; another one at the end of a loop that is not settled before."""
+        return self.loop.rows[0]
 
     def events(self) -> Iterator[Event]:
         passes = self.loop.passes()
         while not self.row.done:
             with self.predictor.inference():
                 next(passes)
-                found = self._news()
+                found = self._news() if self.loop.settled else []
             yield from found
         with self.predictor.inference():
             found = [*self._masks(), *self._text(final=True), Finished(self._answer())]

@@ -18,7 +18,8 @@ import torch
 
 from model.build import baselines as base
 from model.modeling_pixellm import PixelLMForCausalLM
-from utils.benchmark import Range, bandwidth, beside, forget_peak, interleaved, missed, peak_bytes, peaks, table
+from utils import benchmark as measure
+from utils.benchmark import Range
 from utils.engine.run_card import versions
 from utils.scoreboard import write_json
 from utils.scripts import run_script
@@ -31,8 +32,6 @@ AT_LEAST = {
     "train_speedup": 2.5,
 }
 AT_MOST = {"train_memory_ratio": 0.75, "plain_cache_step_over_generate": 1.1}
-WAYS: dict[str, Callable] = {"ours": base.ours, "plain_cache": base.plain_cache, "release": base.release_without_cache}
-STEPS: dict[str, Callable] = {"ours": base.training_loss, "release": base.release_training_loss}
 
 
 def answering(model: PixelLMForCausalLM, full: bool) -> tuple[dict[str, Range], dict[str, Any]]:
@@ -42,22 +41,20 @@ def answering(model: PixelLMForCausalLM, full: bool) -> tuple[dict[str, Range], 
     def keep(name: str, way: Callable, count: int) -> None:
         kept[name] = base.answered(model, way, count, LENGTH, TARGETS)
 
-    asked = [(name, count) for count in (1, 4) for name in WAYS if (name, count) != ("release", 4)]
-    ways = {f"{name}_{count}": partial(keep, f"{name}_{count}", WAYS[name], count) for name, count in asked}
-    rounds = {name: 2 if name == "release_1" else 5 if full else 2 for name in ways}
-    seconds = interleaved(ways, rounds)
+    asked = [(name, count) for count in (1, 4) for name in base.WAYS if (name, count) != ("release", 4)]
+    ways = {f"{name}_{count}": partial(keep, f"{name}_{count}", base.WAYS[name], count) for name, count in asked}
+    rounds = {name: (5 if name.endswith("_1") else 3) if full and name != "release_1" else 2 for name in ways}
+    seconds = measure.interleaved(ways, rounds)
     pairs = [("ours_1", "plain_cache_1"), ("ours_1", "release_1"), ("ours_4", "plain_cache_4")]
     return seconds, {f"{one} and {other}": base.apart(kept[one], kept[other]) for one, other in pairs}
 
 
 def steps(model: PixelLMForCausalLM, full: bool) -> dict[str, float]:
     """Seconds of a decoding step of plain_cache and of transformers' own generate, at equal numbers of positions."""
-    found = {}
-    for name, way in (("plain_cache", base.decode_plainly), ("generate", base.decode_with_generate)):
-        ways = {str(length): partial(way, model, length) for length in (1, LENGTH)}
-        taken = interleaved(ways, dict.fromkeys(ways, 5 if full else 2))
-        found[name] = (taken[str(LENGTH)]["median"] - taken["1"]["median"]) / (LENGTH - 1)
-    return found
+    kinds = {"plain_cache": base.decode_plainly, "generate": base.decode_with_generate}
+    ways = {f"{name}_{length}": partial(way, model, length) for name, way in kinds.items() for length in (1, LENGTH)}
+    taken = measure.interleaved(ways, dict.fromkeys(ways, 5 if full else 2))
+    return {name: (taken[f"{name}_{LENGTH}"]["median"] - taken[f"{name}_1"]["median"]) / (LENGTH - 1) for name in kinds}
 
 
 def training(size: str, full: bool) -> tuple[dict[str, Range], float]:
@@ -67,11 +64,13 @@ def training(size: str, full: bool) -> tuple[dict[str, Range], float]:
 
     def step(name: str) -> None:
         model.zero_grad()
-        loss = STEPS[name](model, batch)
+        loss = base.STEPS[name](model, batch)
         loss.backward()
         losses[name] = float(loss.detach())
 
-    seconds = interleaved({name: partial(step, name) for name in STEPS}, dict.fromkeys(STEPS, 4 if full else 2))
+    seconds = measure.interleaved(
+        {name: partial(step, name) for name in base.STEPS}, dict.fromkeys(base.STEPS, 4 if full else 2)
+    )
     return seconds, abs(losses["ours"] / losses["release"] - 1)
 
 
@@ -84,21 +83,7 @@ def costs(model: PixelLMForCausalLM, full: bool) -> dict[str, dict[str, float]]:
         "pictures": {n: partial(base.answered, model, base.ours, n, LENGTH, TARGETS, n) for n in (1, 4, 8)},
     }
     kinds = runs if full else {kind: dict(list(ways.items())[:2]) for kind, ways in runs.items()}
-    return {kind: beside({str(n): way for n, way in ways.items()}) for kind, ways in kinds.items()}
-
-
-def peak(kind: str, size: str) -> dict[str, int]:
-    """Bytes that answering or training holds at most over the loaded model, in this process."""
-    what, name = kind.split("_", 1)
-    if what == "train":
-        model, batch = base.trainable_model(base.SHAPES[size])
-        loaded = forget_peak()
-        STEPS[name](model, batch).backward()
-    else:
-        model = base.measured_model(base.SHAPES[size])
-        loaded = forget_peak()
-        base.answered(model, WAYS[name], 4, LENGTH, TARGETS)
-    return {"loaded": loaded, "over_loaded": peak_bytes() - loaded}
+    return {kind: measure.beside({str(n): way for n, way in ways.items()}) for kind, ways in kinds.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,17 +92,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=list(base.SHAPES), default="full")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peak_of", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--peak_of", default="", help="bytes held at most over the loaded model, for one kind")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.peak_of:
-        print(json.dumps(peak(args.peak_of, args.size)))
+        work = base.work_of(args.peak_of, base.SHAPES[args.size], LENGTH, TARGETS)
+        loaded = measure.forget_peak()
+        work()
+        print(json.dumps({"loaded": loaded, "over_loaded": measure.peak_bytes() - loaded}))
         return 0
     full, model = args.size == "full", base.measured_model(base.SHAPES[args.size])
-    seconds, differences = answering(model, full)
-    step, (train, loss_difference) = steps(model, full), training(args.size, full)
+    phases = measure.Phases()
+    seconds, differences = phases.do("answering", lambda: answering(model, full))
+    step = phases.do("decoding steps", lambda: steps(model, full))
+    train, loss_difference = phases.do("training", lambda: training(args.size, full))
     again = [sys.executable, __file__, "--size", args.size, "--threads", str(args.threads), "--peak_of"]
-    used, read = peaks(again, ("answer_ours", "answer_plain_cache", "train_ours", "train_release")), bandwidth()
+    kinds = ("answer_ours", "answer_plain_cache", "train_ours", "train_release")
+    used, read = phases.do("memory", lambda: measure.peaks(again, kinds)), measure.bandwidth()
+    spent = phases.do("costs", lambda: costs(model, full))
+    compiled = phases.do("compiling", lambda: base.compiled_answer(model, LENGTH, TARGETS))
     numbers = {
         "answer_speedup_without_cache": seconds["release_1"]["median"] / seconds["ours_1"]["median"],
         "answer_speedup_with_cache": seconds["plain_cache_1"]["median"] / seconds["ours_1"]["median"],
@@ -125,18 +118,19 @@ def main(argv: list[str] | None = None) -> int:
         "train_speedup": train["release"]["median"] / train["ours"]["median"],
         "train_memory_ratio": used["train_ours"]["over_loaded"] / used["train_release"]["over_loaded"],
         "plain_cache_step_over_generate": step["plain_cache"] / step["generate"],
-        "tokens_per_second": 1 / step["plain_cache"],
+        "tokens_per_second": measure.rate(spent["tokens"]),
+        "plain_cache_tokens_per_second": 1 / step["plain_cache"],
         "tokens_per_second_memory_allows": read / base.bytes_read_per_token(model),
     }
     wrong = [name for name, one in differences.items() if not one["same_text"] or one["mask_logits"] > MASK_ATOL]
     wrong += ["training loss"] if loss_difference > 1e-5 else []
-    below = missed(numbers, AT_LEAST, AT_MOST) if full else []
+    below = measure.missed(numbers, AT_LEAST, AT_MOST) if full else []
     facts = {"size": args.size, "threads": args.threads, "versions": versions(), "bytes_per_second": read}
-    facts |= {"parameters": sum(one.numel() for one in model.parameters()), "differences": differences}
-    measured = {"seconds": seconds, "train_seconds": train, "step_seconds": step, "memory": used}
-    facts |= measured | {"train_loss_difference": loss_difference, "costs": costs(model, full)}
+    facts |= {"parameters": sum(one.numel() for one in model.parameters()), "phases": phases.seconds}
+    facts |= {"differences": differences, "train_loss_difference": loss_difference, "memory": used}
+    facts |= {"seconds": seconds, "train_seconds": train, "step_seconds": step, "costs": spent, "compiled": compiled}
     write_json(args.out / "summary.json", numbers | {"missed": below, "wrong": wrong} | facts)
-    print(table(numbers, AT_LEAST, AT_MOST))
+    print(measure.table(numbers, AT_LEAST, AT_MOST))
     print(f"written to {args.out / 'summary.json'}")
     for name in wrong:
         print(f"results differ: {name}")

@@ -405,19 +405,25 @@ class ChatArguments(BaseArguments, PictureArguments, CodebookArguments):
         **dict.fromkeys(_CARRIED, _WITH_MODEL),
         "lora_r": "a saved model has LoRA merged in",
         "local_rank": "chat runs in one process",
-        "load_in_8bit": "weights are held in --precision",
-        "load_in_4bit": "weights are held in --precision",
     }
 
     lora_r: int = option(8, "rank of LoRA", low=0)
-    load_in_8bit: bool = option(False, "hold the language model in 8 bits")
-    load_in_4bit: bool = option(False, "hold the language model in 4 bits")
+    load_in_8bit: bool = option(False, "hold the language model in 8 bits (needs bitsandbytes)")
+    load_in_4bit: bool = option(False, "hold the language model in 4 bits (needs bitsandbytes)")
     image: str = option("", "picture to ask about; without it chat asks for one")
     prompt: str = option("", "the question; without it chat asks")
     batch: str = option("", 'file of questions, a line {"image": ..., "question": ...} each; answers go to --out')
     out: str = option("", "write the overlay to this file (one answer), or all answers to this folder (--batch)")
     max_new_tokens: int = option(512, "longest answer in tokens", low=1)
+    num_beams: int = option(1, "answers followed at once, of which the best is kept", low=1)
+    compile: bool = option(False, "compile what decodes tokens and masks first: seconds now, quicker answers after")
+    echo: bool = option(False, "repeat each line that a pipe gives, as a terminal shows what is typed")
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:1")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight of the language model; None for --precision."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
 
 
 @dataclasses.dataclass

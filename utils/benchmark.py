@@ -6,11 +6,14 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from utils.scripts import note
+
 Range = dict[str, float]
+T = TypeVar("T")
 
 
 def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: Mapping[str, int]) -> dict[str, Range]:
@@ -30,6 +33,27 @@ def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: Mapping[str, int]
 def beside(ways: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """Median seconds of two runs of each way."""
     return {name: one["median"] for name, one in interleaved(ways, dict.fromkeys(ways, 2)).items()}
+
+
+class Phases:
+    """Does the parts of a bench one after the other, says how long each took, and keeps their seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def do(self, name: str, work: Callable[[], T]) -> T:
+        """The result of `work`."""
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = time.perf_counter() - start
+        note(f"{name} took {self.seconds[name]:.0f} s, {sum(self.seconds.values()):.0f} s since the start")
+        return result
+
+
+def rate(seconds: Mapping[str, float]) -> float:
+    """Pieces per second, from the seconds that so many pieces take: what the most take more than the fewest."""
+    counts = sorted(seconds, key=int)
+    return (int(counts[-1]) - int(counts[0])) / (seconds[counts[-1]] - seconds[counts[0]])
 
 
 def missed(numbers: Mapping[str, float], at_least: Mapping[str, float], at_most: Mapping[str, float]) -> list[str]:

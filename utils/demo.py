@@ -4,13 +4,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.data.readers import build_eval_reader
-from utils.data.samples import SEVERAL
+from utils.data.samples import DIRECT, REASONING, SEVERAL
 from utils.scenes import HELD_OUT_SPEC, Difficulty, LeakReport, check_difficulty, check_no_leak
-from utils.scoreboard import Bar
+from utils.scoreboard import Bar, Bars
 from utils.stages import Stage, launcher
 
 RANKS = 2
@@ -19,7 +19,7 @@ SCORES = (
     *("giou", "ciou", "giou_teacher_forced", "giou_by_kind", "giou_shuffled"),
     *("target_count_accuracy", "text_accuracy", "n"),
 )
-BARS: tuple[str | Bar, ...] = (
+BARS: Bars = (
     Bar("giou", ">=", 0.78),
     Bar("giou_by_kind.direct", ">=", 0.85),
     Bar("giou_by_kind.several", ">=", 0.75),
@@ -132,9 +132,10 @@ class Demo:
         ask = ("--version", model, "--max_new_tokens", str(size.longest_answer))
         evaluate = ("evaluate.py", *ask, *questions, "--batch_size", "32", "--out", str(self.evaluation))
         yield self.stage("evaluate", "ask about pictures it never saw", *evaluate)
-        picture, prompt = self.question()
-        chat = ("chat.py", *ask, "--image", picture, "--prompt", prompt)
-        yield self.stage("chat", "ask one question", *chat, "--out", str(self.out / "answer.png"))
+        picture, asked = self.talk()
+        chat = ("chat.py", *ask, "--image", picture, "--echo", "--vis_save_path", str(self.out / "chat"))
+        lines = [asked[0], f"/save {self.out / 'answer.png'}", *asked[1:]]
+        yield replace(self.stage("chat", "talk about one picture", *chat), typed="\n".join(lines) + "\n")
 
     def count(self) -> int:
         """How many stages there are."""
@@ -145,17 +146,21 @@ class Demo:
         samples = build_eval_reader(HELD_OUT_SPEC, self.dataset_dir)
         return check_no_leak(self.dataset_dir), check_difficulty(self.dataset_dir, samples, self.size.questions)
 
-    def question(self) -> tuple[str, str]:
-        """(picture, question) of the first held-out question with several targets."""
+    def talk(self) -> tuple[str, list[str]]:
+        """A held-out picture with what is asked about it: first for several targets, then something else."""
+        asked: dict[str, dict[str, str]] = {}  # by picture and kind, over all sets: each knows some kinds only
         for sample in build_eval_reader(HELD_OUT_SPEC, self.dataset_dir):
             for (turn,) in sample.conversations:
-                if turn.kind == SEVERAL:
-                    return sample.image_path, turn.question
-        raise LookupError("the held-out questions hold none with several targets")
+                asked.setdefault(sample.image_path, {}).setdefault(turn.kind, turn.question)
+        for picture, by_kind in asked.items():
+            others = [by_kind[kind] for kind in (REASONING, DIRECT) if kind in by_kind]
+            if SEVERAL in by_kind and others:
+                return picture, [by_kind[SEVERAL], *others]
+        raise LookupError("no held-out picture is asked about for several targets and for something else")
 
     def clear(self) -> None:
         """Remove what an earlier demo left, and nothing else."""
-        for name in ("dataset", "base", "base_work", "pixellm", "model", "evaluation"):
+        for name in ("dataset", "base", "base_work", "pixellm", "model", "evaluation", "chat"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         for name in ("summary.json", "gallery.png"):
             (self.out / name).unlink(missing_ok=True)

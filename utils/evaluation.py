@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import metrics, release_protocol
+from utils.answered import Answered
 from utils.data.readers import MUSE, REASON_SEG
 from utils.data.samples import IGNORE_LABEL, TEXT, Sample
 from utils.data.templates import REGION_ASKED_FOR
@@ -37,30 +38,12 @@ from utils.scores.protocols import FREE, RELEASE, TEACHER
 from utils.scores.questions import EvalQuestion, Plan, make_plan, questions_of, truths_of
 
 
-class Answered(Protocol):
-    """What is read of an answer: its words, and a bool mask (Q, H, W) for every group.
-
-    For the protocol `release` and for `Pairing` it also has `logits`, float (Q, H, W), from which the masks were made.
-    """
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def marked_text(self) -> str: ...
-    @property
-    def phrases(self) -> list[str]: ...
-    @property
-    def masks(self) -> np.ndarray: ...
-    @property
-    def scores(self) -> list[float]: ...
-    @property
-    def boxes(self) -> list[tuple[int, int, int, int]]: ...
-    @property
-    def num_broken(self) -> int: ...
-
-
 class Asked(Protocol):
-    """What evaluation needs of a predictor; pictures are paths."""
+    """What evaluation needs of a predictor; pictures are paths.
+
+    For the protocol `release` and for `Pairing` its answers also have `logits`, float (Q, H, W), from which the masks
+    were made.
+    """
 
     def answer(
         self, pictures: Sequence[Any], questions: Sequence[Any], image_index: Sequence[int], max_new_tokens: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.demo import RANKS
-from utils.scoreboard import Bar
+from utils.scoreboard import Bar, Bars
 from utils.scripts import UserError
 from utils.stages import Stage, launcher
 
@@ -16,7 +16,7 @@ VARIABLE = "PIXELLM_REALDATA"
 LEARNED_SPEC = "refcoco|unc|train||grefcoco|unc|train"
 # In tokens; the true answers have up to 60.
 LONGEST_ANSWER = 96
-BARS: tuple[str | Bar, ...] = (
+BARS: Bars = (
     Bar("giou", ">=", 0.70),
     Bar("giou_shuffled", "<=", 0.40),
     "giou_teacher_forced",

@@ -3,11 +3,12 @@
 import json
 import math
 import operator
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from utils.whole_files import write_whole
 
 RELATIONS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 
@@ -19,6 +20,10 @@ class Bar:
     path: str
     relation: str
     value: float
+
+
+Bars = tuple[str | Bar, ...]
+"""What a table shows in order: paths, and bars on them."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,4 @@ def _number(value: float, digits: int = 3) -> str:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write it whole or not at all: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, [json.dumps(content, indent=2) + "\n"])

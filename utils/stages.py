@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -30,6 +32,7 @@ class Stage:
         command: program and arguments; never goes through a shell.
         cwd: where it runs.
         env: variables set for it on top of the caller's.
+        typed: what it reads from its standard input.
     """
 
     name: str
@@ -37,11 +40,13 @@ class Stage:
     command: Sequence[str]
     cwd: Path
     env: Mapping[str, str] = field(default_factory=dict)
+    typed: str = ""
 
     def repeat(self) -> str:
         """The line that runs this stage again from any folder."""
         settings = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
-        return f"cd {shlex.quote(str(self.cwd))} && {' '.join([*settings, shlex.join(self.command)])}"
+        typed = f"printf %s {shlex.quote(self.typed)} | " if self.typed else ""
+        return f"cd {shlex.quote(str(self.cwd))} && {typed}{' '.join([*settings, shlex.join(self.command)])}"
 
 
 class StageFailed(RuntimeError):
@@ -82,13 +87,14 @@ def run_stage(stage: Stage) -> float:
     sys.stdout.flush()
     with _terminate_is_interrupt():
         try:
-            process = subprocess.Popen(
-                list(stage.command),
-                cwd=stage.cwd,
-                env={**os.environ, **stage.env},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            with _readable(stage.typed) as typed:
+                process = subprocess.Popen(
+                    list(stage.command),
+                    cwd=stage.cwd,
+                    env={**os.environ, **stage.env},
+                    stdin=typed,
+                    start_new_session=True,
+                )
         except OSError as error:
             print(f"cannot start {stage.command[0]}: {error}", file=sys.stderr)
             raise StageFailed(stage, 127) from error
@@ -100,6 +106,15 @@ def run_stage(stage: Stage) -> float:
     if status:
         raise StageFailed(stage, status)
     return time.perf_counter() - start
+
+
+@contextmanager
+def _readable(text: str) -> Iterator[IO[bytes]]:
+    """A file that is read as `text`, for a process to start with."""
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode("utf-8"))
+        file.seek(0)
+        yield file
 
 
 def _take_down(process: "subprocess.Popen[bytes]") -> None:

@@ -9,15 +9,18 @@ ours.
 Axes: C prompts, T tokens, H language width, Q targets, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+from ..compiling import compile_for_answers
 from ..configuration_pixellm import PixelLMConfig
 from ..generation import Decoding, GeneratedAnswer, cache_argument
 from ..losses import IGNORE_TOKEN, LossTerm, text_loss
@@ -154,6 +157,28 @@ class Says(LogitsProcessor):
 
 
 @dataclass(frozen=True)
+class Questions:
+    """Prompts about pictures, as `generate_answers` takes them; baselines take one picture. says: chooses the tokens,
+    or None for the likeliest.
+    """
+
+    pixel_values: dict[str, torch.Tensor]
+    resized_sizes: torch.Tensor
+    prompts: Sequence[torch.Tensor]
+    end_token_id: int
+    max_new_tokens: int
+    says: LogitsProcessor | None = None
+
+    def pictures(self, model: PixelLMForCausalLM) -> EncodedPictures:
+        """The pictures, encoded anew."""
+        return model.encode_pictures(self.pixel_values, self.resized_sizes)
+
+    def ends(self, answer: list[int]) -> bool:
+        """Whether nothing comes after the tokens of an answer."""
+        return len(answer) == self.max_new_tokens or answer[-1:] == [self.end_token_id]
+
+
+@dataclass(frozen=True)
 class Answered:
     """What came of `answered`. wanted: what the model would have said itself, by prompt and place."""
 
@@ -168,9 +193,22 @@ def answered(
     """Ask `count` questions about one picture, or about `num_pictures` in turn, in one of the ways of this file."""
     prompts = measured_prompts(model, count)
     says = Says(measured_answer(model, length, targets), len(prompts[0]))
-    pictures = measured_pictures(num_pictures)
-    said = way(model, pictures["pixel_values"], pictures["resized_sizes"], prompts, END_TOKEN, length, says)
-    return Answered(said, says.wanted)
+    asked = Questions(
+        **measured_pictures(num_pictures), prompts=prompts, end_token_id=END_TOKEN, max_new_tokens=length, says=says
+    )
+    return Answered(way(model, asked), says.wanted)
+
+
+def compiled_answer(model: PixelLMForCausalLM, length: int, targets: int) -> dict[str, Any]:
+    """What compiling costs and gives: what was said of it, its seconds, and the least of three answers' after it."""
+    start = time.perf_counter()
+    said = compile_for_answers(model)
+    compiled, seconds = time.perf_counter(), []
+    for _ in range(3):
+        before = time.perf_counter()
+        answered(model, ours, 1, length, targets)
+        seconds.append(time.perf_counter() - before)
+    return {"said": said, "compile_seconds": compiled - start, "answer_seconds": min(seconds)}
 
 
 def apart(one: Answered, other: Answered) -> dict[str, Any]:
@@ -181,41 +219,31 @@ def apart(one: Answered, other: Answered) -> dict[str, Any]:
     return {"same_text": same, "mask_logits": max(masks)}
 
 
-def ours(
-    model: PixelLMForCausalLM,
-    pixel_values: dict[str, torch.Tensor],
-    resized_sizes: torch.Tensor,
-    prompts: Sequence[torch.Tensor],
-    end_token_id: int,
-    max_new_tokens: int,
-    says: LogitsProcessor,
-) -> list[GeneratedAnswer]:
+def ours(model: PixelLMForCausalLM, asked: Questions) -> list[GeneratedAnswer]:
     """`generate_answers`, called as the baselines are; prompts are about the pictures in turn."""
-    index = torch.arange(len(prompts)) % len(resized_sizes)
-    decoding = Decoding(LogitsProcessorList([says]))
+    index = torch.arange(len(asked.prompts)) % len(asked.resized_sizes)
+    decoding = Decoding(LogitsProcessorList([asked.says] if asked.says else []))
     return model.generate_answers(
-        pixel_values, resized_sizes, list(prompts), index, end_token_id, max_new_tokens, decoding
+        asked.pixel_values,
+        asked.resized_sizes,
+        list(asked.prompts),
+        index,
+        asked.end_token_id,
+        asked.max_new_tokens,
+        decoding,
     )
 
 
 @torch.no_grad()
-def release_without_cache(
-    model: PixelLMForCausalLM,
-    pixel_values: dict[str, torch.Tensor],
-    resized_sizes: torch.Tensor,
-    prompts: Sequence[torch.Tensor],
-    end_token_id: int,
-    max_new_tokens: int,
-    says: LogitsProcessor | None = None,
-) -> list[GeneratedAnswer]:
+def release_without_cache(model: PixelLMForCausalLM, asked: Questions) -> list[GeneratedAnswer]:
     """Answers about one picture, question by question, everything encoded again for every token."""
     index = torch.zeros(1, dtype=torch.long)
     said: list[tuple[list[int], torch.Tensor]] = []
-    for prompt in prompts:
+    for prompt in asked.prompts:
         answer: list[int] = []
-        while True:
+        while not asked.ends(answer):
             ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])[None]
-            pictures = model.encode_pictures(pixel_values, resized_sizes)
+            pictures = asked.pictures(model)
             rows = model.expand_rows(ids, torch.ones_like(ids), pictures, index)
             hidden = model.language_model.get_decoder()(
                 inputs_embeds=rows.embeddings,
@@ -223,33 +251,27 @@ def release_without_cache(
                 position_ids=torch.arange(rows.ids.shape[1])[None],
                 use_cache=False,
             ).last_hidden_state
-            answer.append(_choose(model, ids, hidden[:, -1], says))
-            if answer[-1] == end_token_id or len(answer) == max_new_tokens:
-                break
+            answer.append(_choose(model, ids, hidden[:, -1], asked.says))
         said.append((answer, hidden[0, -len(answer) :]))
-    return _with_masks(model, model.encode_pictures(pixel_values, resized_sizes), said, end_token_id)
+    return _with_masks(model, asked, said)
 
 
 @torch.no_grad()
-def plain_cache(
-    model: PixelLMForCausalLM,
-    pixel_values: dict[str, torch.Tensor],
-    resized_sizes: torch.Tensor,
-    prompts: Sequence[torch.Tensor],
-    end_token_id: int,
-    max_new_tokens: int,
-    says: LogitsProcessor | None = None,
-) -> list[GeneratedAnswer]:
+def plain_cache(model: PixelLMForCausalLM, asked: Questions) -> list[GeneratedAnswer]:
     """Answers about one picture, question by question and token by token with a key-value cache of transformers."""
     decoder, index = model.language_model.get_decoder(), torch.zeros(1, dtype=torch.long)
     said: list[tuple[list[int], torch.Tensor]] = []
-    for prompt in prompts:
-        pictures = model.encode_pictures(pixel_values, resized_sizes)
+    for prompt in asked.prompts:
+        pictures = asked.pictures(model)
         rows = model.expand_rows(prompt[None], torch.ones_like(prompt)[None], pictures, index)
         inputs, mask = rows.embeddings, rows.attention_mask.long()
         positions = torch.arange(mask.shape[1])[None]
         cache, answer, states = DynamicCache(config=model.config.text_config), list[int](), []
-        while True:
+        while not asked.ends(answer):
+            if answer:
+                inputs = model.get_input_embeddings()(torch.tensor([[answer[-1]]]))
+                mask = torch.cat([mask, mask.new_ones((1, 1))], dim=1)
+                positions = positions[:, -1:] + 1
             state = decoder(
                 inputs_embeds=inputs,
                 attention_mask=mask,
@@ -258,15 +280,10 @@ def plain_cache(
                 **{cache_argument(decoder): cache},
             ).last_hidden_state[:, -1]
             ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])[None]
-            answer.append(_choose(model, ids, state, says))
+            answer.append(_choose(model, ids, state, asked.says))
             states.append(state[0])
-            if answer[-1] == end_token_id or len(answer) == max_new_tokens:
-                break
-            inputs = model.get_input_embeddings()(torch.tensor([[answer[-1]]]))
-            mask = torch.cat([mask, mask.new_ones((1, 1))], dim=1)
-            positions = positions[:, -1:] + 1
         said.append((answer, torch.stack(states)))
-    return _with_masks(model, model.encode_pictures(pixel_values, resized_sizes), said, end_token_id)
+    return _with_masks(model, asked, said)
 
 
 @torch.inference_mode()
@@ -307,9 +324,10 @@ def _choose(model: PixelLMForCausalLM, ids: torch.Tensor, state: torch.Tensor, s
 
 
 def _with_masks(
-    model: PixelLMForCausalLM, pictures: EncodedPictures, said: Sequence[tuple[list[int], torch.Tensor]], end: int
+    model: PixelLMForCausalLM, asked: Questions, said: Sequence[tuple[list[int], torch.Tensor]]
 ) -> list[GeneratedAnswer]:
     """All targets of all answers decoded together, with a copy of the maps for each."""
+    pictures = asked.pictures(model)
     group, states, counts, broken = model.config.seg_token_ids, [], [], []
     for answer, hidden in said:
         starts, num_broken = whole_groups(answer, group)
@@ -325,7 +343,7 @@ def _with_masks(
         logits = model.pixel_decoder.decode(embeddings, prepared, torch.zeros(len(states), dtype=torch.long))
     parts = zip(said, logits.split(counts), embeddings.split(counts), broken, strict=True)
     return [
-        GeneratedAnswer(torch.tensor(answer), row_logits, row_embeddings, num_broken, answer[-1] == end)
+        GeneratedAnswer(torch.tensor(answer), row_logits, row_embeddings, num_broken, answer[-1] == asked.end_token_id)
         for (answer, _), row_logits, row_embeddings, num_broken in parts
     ]
 
@@ -383,3 +401,19 @@ def _as_released(model: PixelLMForCausalLM) -> Iterator[None]:
 
     with patch.object(model, "prefix_sharing", False), patch.object(model, "_text_loss", all_logits):
         yield
+
+
+WAYS: dict[str, Callable[..., Any]] = {"ours": ours, "plain_cache": plain_cache, "release": release_without_cache}
+STEPS: dict[str, Callable[..., Any]] = {"ours": training_loss, "release": release_training_loss}
+
+
+def work_of(kind: str, shape: Shape, length: int, targets: int) -> Callable[[], Any]:
+    """Load a model; what is returned answers four questions or trains a step with it.
+
+    kind: "answer_" and one of WAYS, or "train_" and one of STEPS.
+    """
+    what, name = kind.split("_", 1)
+    if what == "answer":
+        return partial(answered, measured_model(shape), WAYS[name], 4, length, targets)
+    model, batch = trainable_model(shape)
+    return lambda: STEPS[name](model, batch).backward()

@@ -80,6 +80,15 @@ def test_ways_take_turns_and_the_middle_counts() -> None:
     assert found["a"]["runs"] == 3 and found["b"]["runs"] == 1 and found["b"]["median"] >= 0.01
     assert benchmark.spread([3.0, 1.0, 8.0]) == {"median": 3.0, "least": 1.0, "most": 8.0, "runs": 3.0}
     assert set(benchmark.beside({"x": lambda: None})) == {"x"}
+    # 240 more take 3 - 1 seconds more.
+    assert benchmark.rate({"16": 1.0, "256": 3.0, "64": 9.0}) == 120
+
+
+def test_parts_are_told_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    phases = benchmark.Phases()
+    assert phases.do("sleeping", lambda: time.sleep(0.01) or 7) == 7
+    assert 0.01 <= phases.seconds["sleeping"] < 60
+    assert capsys.readouterr().err == "sleeping took 0 s, 0 s since the start\n"
 
 
 def test_bars() -> None:
@@ -119,3 +128,6 @@ def test_the_bench_walks_its_road(tmp_path: Path, repository: Path, child_env: d
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["wrong"] == [] and found["answer_speedup_without_cache"] > 1
     assert set(found["costs"]) == {"tokens", "targets", "questions", "pictures"}
+    assert found["compiled"]["answer_seconds"] > 0 and found["compiled"]["said"]
+    assert list(found["phases"]) == ["answering", "decoding steps", "training", "memory", "costs", "compiling"]
+    assert found["memory"]["train_release"]["over_loaded"] > 0

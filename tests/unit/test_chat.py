@@ -127,6 +127,7 @@ def test_without_out_answers_gather_in_a_folder(picture: Path, tmp_path: Path) -
         (["--image={picture}", "--prompt=<image> what"], "reserved token"),
         (["--image={picture}", "--prompt=where is {{seg}}"], "reserved token"),
         (["--image={picture}", "--prompt=Where?", "--precision=int8"], "--precision must be one of"),
+        (["--image={picture}", "--prompt=Where?", "--load_in_8bit", "--load_in_4bit"], "contradict each other"),
         (["--image={picture}", "--prompt=" + "word " * 300], "model_max_length"),
     ],
 )
@@ -222,14 +223,19 @@ def test_the_folder_says_the_precision_unless_a_flag_does(
     asked = (f"--image={picture}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}")
     assert run(*asked) == 0
     assert run(*asked, "--precision=fp32", "--device=cpu", "--attn_implementation=eager") == 0
-    assert loaded == [("model", "auto", None, "sdpa"), ("model", "cpu", torch.float32, "eager")]
+    assert run(*asked, "--load_in_4bit") == 0
+    assert loaded == [
+        ("model", "auto", None, "sdpa", None),
+        ("model", "cpu", torch.float32, "eager", None),
+        ("model", "auto", None, "sdpa", 4),
+    ]
 
 
 def test_flags_without_effect_are_named(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     asked = (f"--image={picture}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}")
-    assert run(*asked, "--seg_token_num=3", "--vision-tower=openai/clip", "--load_in_8bit", "--image_size=1024") == 0
+    assert run(*asked, "--seg_token_num=3", "--vision-tower=openai/clip", "--image_size=1024") == 0
     said = capsys.readouterr().err
-    for flag in ("--seg_token_num", "--vision_tower", "--load_in_8bit", "--image_size"):
+    for flag in ("--seg_token_num", "--vision_tower", "--image_size"):
         assert flag in said
     assert "no effect" in said
 
@@ -293,6 +299,10 @@ def test_a_pipe_gets_answers_alone_and_a_status(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "Answer: It is the red circle and the blue square."
     assert len(said) == 8 and not [line for line in said if "Question" in line or "/help" in line]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where?\x1b[2J\n/undo\n"))
+    assert run(f"--image={picture}", where, "--echo") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "Question: Where? [2J" and shown[1].startswith("Answer: ") and shown[5] == "Question: /undo"
     monkeypatch.setattr("sys.stdin", io.StringIO("the [SEG0]\nWhere?\n"))
     assert run(f"--image={picture}", where) == 1
     said = capsys.readouterr().out.splitlines()

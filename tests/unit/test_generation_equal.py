@@ -1,6 +1,7 @@
 """Every way of decoding says and draws the same: cached or not, batched or single, in groups or token by token."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from model import PixelLMForCausalLM
 from model.build.builder import BuiltModel, build_model
 from model.generation import CHECKED, FORCED, STEPWISE, Decoding, GeneratedAnswer, GrowingLayer, remembers_everything
+from model.predictor import Predictor
+from model.session import Finished, MaskReady, TextPiece
 from tests.unit.tiny_bases import options, write_language_model, write_tower
-from tests.unit.tiny_pixellm import make_model, noise, saying, saying_ids
+from tests.unit.tiny_pixellm import make_model, noise, same, saying, saying_ids
 
 # Wide, tall and square pictures: at most 1 of 2 x 2 cells is left of the extreme ones.
 SIZES = [(1, 400), (400, 1), (32, 32), (20, 40)]
@@ -316,3 +319,42 @@ def test_a_limited_window_is_not_shared(tmp_path: Any) -> None:
     with saying(made, ["a {seg} b {seg}"]):
         (said,) = generate(made, prompts_of(made)[:1], [0], pictures=pictures)
     assert not pictures.prefixes and len(said.low_res_mask_logits) == 2
+
+
+def test_a_stream_is_the_whole_answer(built: BuiltModel) -> None:
+    """Of a head that leaves groups half way, too, for every kind of language model and attention."""
+    predictor = Predictor(built.model, built.processor)
+    for number, size in enumerate(SIZES):
+        predictor.set_image(noise(*size, seed=number))
+        for wanted in [*adversaries(built)][:: len(SIZES)]:
+            with saying_ids([wanted]):
+                whole, events = predictor.ask("Where?", LENGTH), list(predictor.stream("Where?", LENGTH))
+            assert isinstance(events[-1], Finished) and same(events[-1].answer, whole)
+            assert "".join(event.text for event in events if isinstance(event, TextPiece)) == whole.text
+            assert [event.number for event in events if isinstance(event, MaskReady)] == list(range(len(whole.masks)))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_all_ways_are_alike_in_bfloat16_too(kind: str, attention: str, tmp_path: Path) -> None:
+    """8 bits of a number are kept, so that another order of sums may move a mask by some hundredths of its size.
+
+    The decoder's last layer norm stands over an eighth of its width: over two channels it would be a step function.
+    """
+    torch.manual_seed(0)
+    base = write_language_model(tmp_path / "base", kind, initializer_range=0.1)
+    tower = write_tower(tmp_path / "tower", "siglip")
+    made = build_model(str(base), str(tower), options(embedding_dim=64), attn_implementation=attention)
+    made.model.to(torch.bfloat16)
+    prompts, seg, end = prompts_of(made), made.processor.seg_token_ids, made.processor.end_token_id
+    wanted = [[5, *seg, 7, *seg, end], [5, end], [*seg, end], [5, *seg[:3], 5, *seg, end], [*seg, *seg[:2], end]]
+    with saying_ids(wanted):
+        together = generate(made, prompts, INDEX)
+        stepwise = generate(made, prompts, INDEX, Decoding(groups=STEPWISE))
+    assert [len(one.low_res_mask_logits) for one in together] == [2, 0, 1, 1, 1]
+    for number, (one, other) in enumerate(zip(together, stepwise, strict=True)):
+        with saying_ids([wanted[number]]):
+            (alone,) = generate(made, [prompts[number]], INDEX[number : number + 1])
+        assert one.low_res_mask_logits.dtype == torch.bfloat16
+        for found in (other, alone):
+            assert_alike(found, one, atol=0.05)

@@ -11,7 +11,7 @@ from PIL import Image
 from model.build.builder import BuiltModel, save_model
 from model.geometry import restore_masks
 from model.predictor import Answer, ModelFolderError, Predictor, mask_box, mask_scores
-from tests.unit.tiny_pixellm import make_model, noise, saying
+from tests.unit.tiny_pixellm import make_model, noise, same, saying
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +22,6 @@ def built() -> BuiltModel:
 @pytest.fixture
 def predictor(built: BuiltModel) -> Predictor:
     return Predictor(built.model, built.processor)
-
-
-def same(one: Answer, other: Answer) -> bool:
-    return (
-        (one.text, one.marked_text, one.phrases, one.boxes, one.areas, one.num_broken)
-        == (other.text, other.marked_text, other.phrases, other.boxes, other.areas, other.num_broken)
-        and np.array_equal(one.masks, other.masks)
-        and np.allclose(one.scores, other.scores, atol=1e-5)
-    )
 
 
 def test_score_is_the_mean_probability_inside_the_mask() -> None:

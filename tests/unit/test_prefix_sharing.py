@@ -1,5 +1,10 @@
 """Shared rows: every state, loss and gradient is that of rows of their own."""
 
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +12,9 @@ import torch.nn.functional as F
 from model.build.tiny import TinyShape, make_tiny
 from model.modeling_pixellm import PixelLMForCausalLM
 from model.prefix_sharing import Beginning, pack_rows
+from tests.unit.engine_real import write_real
+from tests.unit.sharing_ranks import step_of
+from utils.engine.runtime import Runtime
 
 SHAPE = TinyShape(image_size=32, vision_width=16, vision_layers=4, width=32, layers=2, mlp_width=48, embedding_dim=32)
 
@@ -106,3 +114,55 @@ def test_losses_and_gradients_equal_those_of_separate_rows(attention: str, monke
     apart, gradient_apart = run()
     assert together == pytest.approx(apart, rel=1e-5)
     assert (gradient_together - gradient_apart).norm() <= 1e-4 * gradient_apart.norm()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("real")
+    write_real(place)
+    return place
+
+
+def assert_alike(together: Any, apart: Any) -> None:
+    """(losses, gradients, number of shared rows) of two ways."""
+    losses, gradient, shared = together
+    assert shared > 0, "the step holds no two conversations about one picture"
+    assert losses == pytest.approx(apart[0], rel=1e-5)
+    assert (gradient - apart[1]).norm() <= 1e-3 * apart[1].norm()
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+def test_steps_of_true_data_in_rounds_equal_separate_rows(folder: Path, rounds: int) -> None:
+    """Uneven conversations about drawn scenes, accumulated over micro-batches."""
+    alone = Runtime("plain", 0, 0, 1, torch.device("cpu"))
+    assert_alike(*(step_of(folder, alone, sharing, rounds) for sharing in (True, False)))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_ranks_equal_separate_rows(folder: Path, repository: Path, child_env: dict[str, str]) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*start, "-m", "tests.unit.sharing_ranks", str(folder)]
+    done = subprocess.run(command, cwd=repository, env=child_env, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(folder / "sharing.pt")
+    assert_alike(found[True], found[False])
+    # Two ranks of two rounds have the pictures of four rounds of one.
+    alone = step_of(folder, Runtime("plain", 0, 0, 1, torch.device("cpu")), False, 4)
+    assert_alike(found[True], alone)
+
+
+@pytest.mark.parametrize(
+    ("attention", "settings"),
+    [("flash_attention_2", {}), ("flex_attention", {}), ("sdpa", {"sliding_window": 12})],
+)
+def test_attention_that_takes_no_mask_of_ours_gets_rows_of_their_own(
+    attention: str, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = make_tiny(["the red circle and the blue square"], SHAPE, seed=0)
+    text = built.model.config.text_config
+    assert built.model.shares_prefixes
+    monkeypatch.setattr(text, "_attn_implementation_internal", attention)
+    for name, value in settings.items():
+        monkeypatch.setattr(text, name, value, raising=False)
+    assert not built.model.shares_prefixes

@@ -28,7 +28,7 @@ from model.session import (
     TargetStarted,
     TextPiece,
 )
-from tests.unit.tiny_pixellm import make_model, noise, saying, saying_ids
+from tests.unit.tiny_pixellm import make_model, noise, same, saying, saying_ids
 
 SAID = "It is the red circle {seg} and, to the left (of it), the blue square {seg}. Two in all!"
 
@@ -41,15 +41,6 @@ def built() -> BuiltModel:
 @pytest.fixture
 def predictor(built: BuiltModel) -> Predictor:
     return Predictor(built.model, built.processor)
-
-
-def same(one: Answer, other: Answer) -> bool:
-    return (
-        (one.text, one.marked_text, one.phrases, one.boxes, one.areas, one.num_broken)
-        == (other.text, other.marked_text, other.phrases, other.boxes, other.areas, other.num_broken)
-        and np.array_equal(one.masks, other.masks)
-        and np.allclose(one.scores, other.scores, atol=1e-5)
-    )
 
 
 def whole_text(events: Sequence[Event]) -> str:

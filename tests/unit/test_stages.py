@@ -26,6 +26,16 @@ def test_a_stage_runs_where_and_with_what_it_was_told(tmp_path: Path, capfd: pyt
     assert 0 < stages.seconds["probe"] <= stages.total()
 
 
+def test_a_stage_reads_what_is_typed_also_when_repeated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    echo = [sys.executable, "-c", "import sys; print(sys.stdin.buffer.read())"]
+    typed = Stage("probe", "reads", echo, tmp_path, typed="é 'a' \\n\nb\n")
+    run_stage(typed)
+    wanted = str(typed.typed.encode("utf-8"))
+    assert capfd.readouterr().out.strip() == wanted
+    repeated = subprocess.run(["bash", "-c", typed.repeat()], capture_output=True, text=True)
+    assert repeated.stdout.strip() == wanted
+
+
 def test_a_failing_stage_gives_its_status_and_a_command_that_repeats_it(tmp_path: Path) -> None:
     broken = stage(tmp_path, "import os, sys; print('asked for', os.environ['PROBE']); sys.exit(3)", PROBE="a b")
     with pytest.raises(StageFailed, match="exit status 3") as failed:

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from model.answers import Answer
 from model.build.builder import BuiltModel
 from model.build.tiny import TinyShape, make_tiny
 
@@ -44,11 +45,21 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def same(one: Answer, other: Answer) -> bool:
+    """Whether two answers say and draw the same; their scores may differ in the last digits."""
+    return (
+        (one.text, one.marked_text, one.phrases, one.boxes, one.areas, one.num_broken)
+        == (other.text, other.marked_text, other.phrases, other.boxes, other.areas, other.num_broken)
+        and np.array_equal(one.masks, other.masks)
+        and np.allclose(one.scores, other.scores, atol=1e-5)
+    )
+
+
 @contextmanager
 def saying(built: BuiltModel, answers: Sequence[str]) -> Iterator[None]:
     """Inside, the language model chooses the tokens of `answers` ("{seg}" for a group), prompt by prompt of a batch,
     at every call anew, whatever it sees; masks still come from the model's own states."""
-    with saying_ids([_answer_ids(built.processor, answer) for answer in answers]):
+    with saying_ids([answer_ids(built.processor, answer) for answer in answers]):
         yield
 
 
@@ -66,6 +77,7 @@ def saying_ids(rows: Sequence[Sequence[int]]) -> Iterator[None]:
         yield
 
 
-def _answer_ids(processor: Any, answer: str) -> list[int]:
+def answer_ids(processor: Any, answer: str) -> list[int]:
+    """The tokens of an answer ("{seg}" for a group), its end token included."""
     encoded = processor.encode_conversation([("?", answer)])
     return encoded.input_ids[encoded.labels != -100].tolist()

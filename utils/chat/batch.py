@@ -1,7 +1,6 @@
 """Questions from a file: answers as JSON lines with run-length masks, and an overlay each; goes on where it stopped."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from utils.chat.files import AnswerLike, Draw, write_answer
 from utils.chat.terminal import one_line
 from utils.scripts import UserError, explain, note
+from utils.whole_files import write_whole
 
 RESULTS, OVERLAYS = "results.jsonl", "overlays"
 QUESTIONS_AT_ONCE = 8
@@ -52,18 +52,18 @@ def answer_file(questions: Path, out: Path, model: BatchModel, settings: dict[st
         (out / OVERLAYS).mkdir(parents=True, exist_ok=True)
         done = _earlier(path, settings)
         kept = [done[one] for one in asked if one in done]
-        _write(path, kept)
+        write_whole(path, map(_text, kept))
         if kept:
             note(f"{len(kept)} of {len(asked)} questions were answered before: going on behind them")
         waiting = [one for one in asked if one not in done]
         with path.open("a", encoding="utf-8") as file, tqdm(total=len(waiting), unit="question") as bar:
             for some in _chunks(waiting):
                 for one, answer in _answered(some, questions.parent, model, bad, out):
-                    file.write(json.dumps(_record(one, answer, settings), ensure_ascii=False) + "\n")
+                    file.write(_text(_record(one, answer, settings)))
                     file.flush()
                 bar.update(len(some))
         done = _earlier(path, settings)
-        _write(path, [done[one] for one in asked if one in done])
+        write_whole(path, [_text(done[one]) for one in asked if one in done])
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; choose another folder") from error
     for line in sorted(bad):
@@ -154,8 +154,5 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[Asked, dict[str, Any]
     return found
 
 
-def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """All records at once or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records), encoding="utf-8")
-    os.replace(partial, path)
+def _text(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

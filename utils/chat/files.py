@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from utils.answered import Answered
 from utils.chat.terminal import one_line
 from utils.scripts import UserError
 
@@ -16,23 +17,11 @@ Draw = Callable[[np.ndarray, np.ndarray, list[str]], np.ndarray]
 """(picture uint8 (H, W, 3), masks bool (Q, H, W), phrases) -> overlay uint8."""
 
 
-class AnswerLike(Protocol):
-    """What is read of an answer: bool masks (Q, H, W), and for each its phrase, score, box and area in pixels."""
+class AnswerLike(Answered, Protocol):
+    """What is written down of an answer: the area of each mask in pixels besides, and all of it in plain numbers."""
 
     @property
-    def text(self) -> str: ...
-    @property
-    def phrases(self) -> list[str]: ...
-    @property
-    def masks(self) -> np.ndarray: ...
-    @property
-    def scores(self) -> list[float]: ...
-    @property
-    def boxes(self) -> list[tuple[int, int, int, int]]: ...
-    @property
     def areas(self) -> list[int]: ...
-    @property
-    def num_broken(self) -> int: ...
     def to_dict(self) -> dict[str, Any]: ...
 
 

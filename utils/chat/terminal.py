@@ -31,16 +31,22 @@ class Terminal:
     """Where a conversation is written.
 
     colours: whether 24-bit colours may be used: the stream is a terminal whose COLORTERM says so, and NO_COLOR is not
-    set. interactive: whether a person types.
+    set. interactive: whether a person types. echo: whether lines of a pipe are repeated, as a terminal shows what is
+    typed.
     """
 
     def __init__(
-        self, out: TextIO | None = None, typed: TextIO | None = None, environment: Mapping[str, str] | None = None
+        self,
+        out: TextIO | None = None,
+        typed: TextIO | None = None,
+        environment: Mapping[str, str] | None = None,
+        echo: bool = False,
     ) -> None:
         self.out, typed = out or sys.stdout, typed or sys.stdin
         environment = os.environ if environment is None else environment
         able = environment.get("COLORTERM", "") in ("truecolor", "24bit") and environment.get("TERM") != "dumb"
         self.interactive = typed.isatty()
+        self.echo = echo and not self.interactive
         self.colours = able and "NO_COLOR" not in environment and self.out.isatty()
         for stream in (self.out, typed):
             if hasattr(stream, "reconfigure"):
@@ -70,13 +76,16 @@ class Terminal:
         self.out.flush()
 
     def read(self, invitation: str) -> str | None:
-        """A line without blanks around it, None at the end of input. The invitation is for a person only."""
+        """A line without blanks around it, None at the end of input. The invitation is for a person or an echo."""
         try:
-            return input(invitation if self.interactive else "").strip()
+            line = input(invitation if self.interactive else "").strip()
         except EOFError:
             if self.interactive:
                 self.say("")
             return None
+        if self.echo:
+            self.say(f"{invitation}{line}")
+        return line
 
     def _coloured(self, text: str, colour: Colour | None) -> str:
         if colour is None or not self.colours:

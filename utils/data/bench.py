@@ -23,9 +23,9 @@ from utils.data.dataset import Processor, TrainingDataset, build_loader
 from utils.data.mixture import Mixture
 from utils.data.reader import ReaderOptions
 from utils.data.readers import MUSE, build_reader
-from utils.scoreboard import Bar
+from utils.scoreboard import Bar, Bars
 
-BARS: tuple[str | Bar, ...] = (
+BARS: Bars = (
     Bar("loader_vs_imread", ">=", 0.35),
     Bar("loader_fast_vs_imread", ">=", 0.60),
     Bar("muse_second_open_s", "<=", 1.0),

@@ -4,8 +4,7 @@ Lines are sorted by data set, sample and place of the question in its sample: eq
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from utils.scores.questions import EvalQuestion
 from utils.scores.ranks import Ranks
 from utils.scores.resume import PART, Record, key_of, parts_of, read_records, record_of
 from utils.scripts import UserError
+from utils.whole_files import write_whole
 
 SAMPLES = "samples.jsonl"
 
@@ -147,7 +147,7 @@ class Lines:
         self._ranks.wait()  # all have read what is there
         if self._ranks.rank == 0:
             # The earlier part is replaced in one go: being ended now must not cost it.
-            self._replace(self._part, map(_text, [self._run, *self._earlier.values()]))
+            write_whole(self._part, map(_text, [self._run, *self._earlier.values()]))
             for path in parts_of(self._folder):
                 if path != self._part:
                     path.unlink()
@@ -174,15 +174,10 @@ class Lines:
             return []
         records = read_records(self._folder, self._run)
         lines = [_text(record["line"]) for _, record in sorted(records.items())]
-        self._replace(self._folder / SAMPLES, lines)
+        write_whole(self._folder / SAMPLES, lines)
         for path in parts_of(self._folder):
             path.unlink()
         return [records[key_of(question)] for question in order]
-
-    def _replace(self, path: Path, texts: Iterable[str]) -> None:
-        draft = path.with_name(f"{SAMPLES}.draft")
-        draft.write_text("".join(texts), encoding="utf-8")
-        os.replace(draft, path)
 
 
 def _text(content: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ and its intersection too.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from utils.scores import bootstrap
 from utils.scores.judge.asking import Judge, Replies, ReplyCache, ask_all
 from utils.scores.judge.prompts import HIGHEST, LOWEST, JudgePrompt, read_verdict, texts_for_judge
 from utils.scripts import UserError
+from utils.whole_files import write_whole
 
 VERDICTS, CACHE = "verdicts.jsonl", "judge_cache.jsonl"
 
@@ -122,10 +122,9 @@ def _write_verdicts(
     replies: Replies,
     verdicts: Sequence[float | None],
 ) -> None:
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("w", encoding="utf-8") as file:
-        for line, (answer, truth), reply, verdict in zip(lines, texts, replies.replies, verdicts, strict=True):
-            told = {"id": line["id"], "dataset": line["dataset"], "question": line["question"], "answer": answer}
-            told |= {"true_answer": truth, "iou": line["muse"]["iou"], "verdict": verdict, "reply": reply}
-            file.write(json.dumps(told, ensure_ascii=False) + "\n")
-    os.replace(draft, path)
+    told = []
+    for line, (answer, truth), reply, verdict in zip(lines, texts, replies.replies, verdicts, strict=True):
+        one = {"id": line["id"], "dataset": line["dataset"], "question": line["question"], "answer": answer}
+        one |= {"true_answer": truth, "iou": line["muse"]["iou"], "verdict": verdict, "reply": reply}
+        told.append(json.dumps(one, ensure_ascii=False) + "\n")
+    write_whole(path, told)

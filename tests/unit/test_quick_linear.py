@@ -1,0 +1,64 @@
+"""Linear layers through oneDNN: the same numbers, where they may go there, and nowhere else."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.quick_linear import AVAILABLE, quick_linear
+
+CPU = torch.device("cpu")
+
+needs_one_dnn = pytest.mark.skipif(not AVAILABLE, reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def through(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what went through oneDNN."""
+    seen: list[tuple[int, ...]] = []
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def watched(inputs: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.append(tuple(inputs.shape))
+        return real(inputs, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
+    return seen
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("shape", [(1, 48), (7, 48), (1, 1, 48), (2, 3, 48), (1, 5, 48), (2, 1, 3, 48), (300, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_same_numbers(shape: tuple[int, ...], bias: bool, through: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(48, 40, bias=bias), torch.randn(*shape)
+    turned = inputs.transpose(0, -2).contiguous().transpose(0, -2)  # the same values in another order in memory
+    with torch.no_grad():
+        expected = layer(inputs)
+        for given in (inputs, turned):
+            with quick_linear(CPU):
+                found = layer(given)
+            assert found.shape == expected.shape
+            assert torch.allclose(found, expected, atol=1e-5)
+    assert through == [shape, shape]
+
+
+@needs_one_dnn
+def test_what_does_not_suit_goes_its_own_way(through: list[tuple[int, ...]]) -> None:
+    weight = torch.randn(40, 48)
+    with torch.no_grad(), quick_linear(CPU):
+        F.linear(torch.randn(48), weight)
+        F.linear(torch.randn(3, 40), weight.t())
+        F.linear(torch.randn(3, 48).double(), weight.double())
+        F.linear(torch.randn(3, 48).bfloat16(), weight.bfloat16())
+        assert F.linear(torch.randn(0, 48), weight).shape == (0, 40)
+    assert through == []
+    with quick_linear(CPU):  # gradients are wanted
+        F.linear(torch.randn(3, 48), weight)
+    with torch.no_grad(), quick_linear(torch.device("meta")):
+        F.linear(torch.randn(3, 48), weight)
+    with torch.no_grad():
+        F.linear(torch.randn(3, 48), weight)
+    assert through == []
