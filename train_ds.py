@@ -8,8 +8,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 from model.build.builder import (
     MASK_PARTS,
     BuiltModel,
@@ -26,6 +24,7 @@ from model.processing_pixellm import ConversationTooLong
 from utils.arguments import TrainArguments, model_options, parse_train
 from utils.data.readers import build_eval_reader
 from utils.engine.fit import Run
+from utils.engine.lock import lock_folder
 from utils.engine.probe import find_probe_batch, probe_gradients
 from utils.engine.protocol import Engine
 from utils.engine.run_card import write_run_card
@@ -38,6 +37,7 @@ from utils.engine.setup import (
     make_mixture,
     make_plan,
     refuse_missing_data,
+    run_facts,
     seed_everything,
 )
 from utils.engine.stepping import to_precision
@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_train(argv)
     refuse_missing_data(args)
     runtime = open_runtime(args.engine, args.local_rank, args.precision)
+    if runtime.rank == 0 and not args.eval_only:
+        lock_folder(args.run_folder)
     seed_everything(args.seed)
     built, trained = build(args)
     seed_everything(args.seed + runtime.rank)
@@ -111,7 +113,7 @@ def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: li
 def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: object | None) -> Run:
     """The run in its folder, with validation on `samples`."""
     if samples is None or not can_validate(args, engine):
-        return Run(engine, make_plan(args), args.run_folder)
+        return Run(engine, make_plan(args, engine.world_size), args.run_folder)
     validation = Validation(
         engine,
         Predictor(built.model, built.processor),
@@ -122,24 +124,14 @@ def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: o
         open_picture=built.processor.open_picture,
         overlay=draw_overlay,
     )
-    return Run(engine, make_plan(args), args.run_folder, validation.scores, validation.pictures)
+    return Run(engine, make_plan(args, engine.world_size), args.run_folder, validation.scores, validation.pictures)
 
 
 def write_card(
     args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches, step: int
 ) -> None:
     """Leave run.json beside the checkpoints."""
-    facts = {
-        "engine": runtime.engine,
-        "world_size": runtime.world_size,
-        "device": str(runtime.device),
-        "first_step": step,
-        "samples_per_step": batches.samples_per_step,
-        "data": batches.dataset.mixture.fingerprint,
-        "loaded": built.report.as_dict(),
-        "trained": trained,
-        "threads": torch.get_num_threads(),
-    }
+    facts = run_facts(runtime, batches, step) | {"loaded": built.report.as_dict(), "trained": trained}
     repository = Path(__file__).resolve().parent
     write_run_card(args.run_folder, arguments=args.as_dict(), repository=repository, facts=facts)
 

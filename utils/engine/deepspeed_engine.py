@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import socket
 import warnings
@@ -17,7 +18,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from utils.engine.checkpoints import point_to, require_tag, writing
+from utils.engine.peers import Peers, peers
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.stepping import (
     DTYPES,
@@ -38,8 +39,6 @@ from utils.scripts import UserError
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping") + (
     "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "steps_per_print",
 )  # fmt: skip
-# How gloo and NCCL word that a peer is gone.
-BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's own default
 
 
@@ -54,21 +53,6 @@ def connect() -> None:
         )
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(verbose=False)
-
-
-class PeerLost(UserError):
-    """Another process of the run ended; it has said why itself."""
-
-
-@contextmanager
-def _peers() -> Iterator[None]:
-    """Around collective calls: a connection that breaks means that another rank ended; no mistake of this one."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in BROKEN_CONNECTION):
-            raise
-        raise PeerLost("another process of this run ended, so this one ends too: its own message says why") from error
 
 
 def _free_port() -> int:
@@ -137,7 +121,7 @@ def full_config(
     return config
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Peers):
     """A model under ZeRO. See `protocol.Engine`."""
 
     name = "deepspeed"
@@ -155,8 +139,8 @@ class DeepSpeedEngine:
         user_config: dict[str, Any] | None = None,
     ) -> None:
         connect()
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device, self.precision, self.rounds = device, precision, rounds
+        super().__init__(device)
+        self.precision, self.rounds = precision, rounds
         self.loss_normalisation = settings.loss_normalisation
         if precision != "fp16":  # DeepSpeed itself halves everything then
             to_precision(model, precision)
@@ -185,13 +169,14 @@ class DeepSpeedEngine:
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        with _peers():
+        with peers():
             losses, counts, norm = self._rounds(micro_batches)
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
-        applied = self.deepspeed.was_step_applied()
-        return StepReport(losses, total, counts, learning_rate, float(norm or 0.0), applied)
+        norm = float(norm or 0.0)
+        applied = self.deepspeed.was_step_applied() and math.isfinite(norm)
+        return StepReport(losses, total, counts, learning_rate, norm, applied)
 
     def _rounds(self, micro_batches: list[TrainingBatch]) -> tuple[dict[str, float], dict[str, float], float | None]:
         """Every round of a step, the update included.
@@ -201,7 +186,7 @@ class DeepSpeedEngine:
         if len(micro_batches) != self.rounds:
             raise ValueError(f"a step has {self.rounds} rounds, found {len(micro_batches)} micro-batches")
         weights = self.model.loss_weights
-        counts = count_step(self.model, micro_batches, self._add)
+        counts = count_step(self.model, micro_batches, self.add)
         sums, norm = LossSums(list(counts), self.device), None
         everywhere = self.world_size * self.rounds
         dtype = DTYPES["fp16"] if self.precision == "fp16" else None
@@ -214,17 +199,11 @@ class DeepSpeedEngine:
             if number == self.rounds and self.zero_stage == 0 and self.precision != "fp16":
                 gradients = [p.grad for p in trainable_parameters(self.model).values() if p.grad is not None]
                 norm = float(torch.nn.utils.get_total_norm(gradients))
+                if not math.isfinite(norm):
+                    self.model.zero_grad(set_to_none=True)  # the other stages leave such a step out by themselves
             self.deepspeed.step()
-        self._sum(sums.values)
+        self.sum(sums.values)
         return sums.means(counts), counts, norm
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def _add(self, numbers: list[float]) -> list[float]:
-        return self._sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -232,45 +211,24 @@ class DeepSpeedEngine:
         with evaluation_mode(self.model, self.device, self.precision):
             yield
 
-    def gather(self, value: Any) -> list[Any]:
-        """See `protocol.Engine.gather`."""
-        gathered: list[Any] = [None] * self.world_size
-        with _peers():
-            dist.all_gather_object(gathered, value)
-        return gathered
+    def save(self, place: Path, client_state: dict[str, Any]) -> None:
+        """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
+        with peers():
+            # DeepSpeed would name the tag before it is sealed.
+            self.deepspeed.save_checkpoint(
+                str(place.parent), tag=place.name, client_state=client_state, save_latest=False
+            )
 
-    def barrier(self) -> None:
-        """See `protocol.Engine.barrier`."""
-        if self.world_size > 1:
-            with _peers():
-                dist.barrier()
-
-    def close(self) -> None:
-        """See `protocol.Engine.close`."""
-        if dist.is_initialized():
-            self.barrier()
-            dist.destroy_process_group()
-
-    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside it."""
-        with writing(folder / tag), _peers():
-            # DeepSpeed would name the tag before every rank has written its part.
-            self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
-            self.barrier()
-            if self.rank == 0:
-                point_to(folder, tag)
-
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(self, place: Path) -> dict[str, Any]:
         """See `protocol.Engine.load`."""
-        tag = require_tag(folder)
-        self._check_ranks(folder / tag)
+        self._check_ranks(place)
         try:
-            _, client_state = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+            _, client_state = self.deepspeed.load_checkpoint(str(place.parent), tag=place.name)
         except (ZeRORuntimeException, RuntimeError, KeyError, ValueError) as error:
             first = " ".join(" ".join(str(error).splitlines()[:2]).split())
             raise UserError(
-                f"the checkpoint {folder / tag} does not fit this run ({first}): use the flags and the number of "
-                "processes it was trained with, or another --exp_name"
+                f"the checkpoint {place} does not fit this run ({first}): use the flags and the number of processes it "
+                "was trained with, or another --exp_name"
             ) from error
         return client_state
 

@@ -1,10 +1,12 @@
 """From a run's arguments to its engine, its schedule and the steps' batches."""
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.errors import DataError, without_traceback
 from utils.data.mixture import Mixture, build_mixture
 from utils.data.reader import ReaderOptions
-from utils.engine.checkpoints import latest_tag
+from utils.engine.checkpoints import tags
 from utils.engine.fit import CHECKPOINT, Plan
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.protocol import Engine
@@ -25,8 +27,8 @@ from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scripts import UserError, note
 
 
-def make_plan(args: TrainArguments) -> Plan:
-    """When a run steps, saves and validates."""
+def make_plan(args: TrainArguments, world_size: int) -> Plan:
+    """When a run of `world_size` processes steps, saves and validates."""
     total = args.total_steps()
     if args.warmup_steps >= total:
         note(f"--warmup_steps {args.warmup_steps} outlasts the run of {total} steps: the full --lr is never reached")
@@ -36,6 +38,10 @@ def make_plan(args: TrainArguments) -> Plan:
         save_every=args.save_every or args.steps_per_epoch,
         validate_every=args.validate_every or args.steps_per_epoch,
         print_every=args.print_freq,
+        save_minutes=args.save_minutes,
+        keep_last=args.keep_last,
+        most_bad_steps=args.max_bad_steps,
+        samples_per_step=world_size * args.batch_size * args.grad_accumulation_steps,
     )
 
 
@@ -89,7 +95,7 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
     if args.resume:
         return Path(args.resume)
     own = args.run_folder / CHECKPOINT
-    if args.auto_resume and latest_tag(own) is not None:
+    if args.auto_resume and tags(own):
         return own
     return None
 
@@ -194,6 +200,19 @@ class StepBatches:
             note(f"on this rank {self.bad.table()}")
 
 
+def run_facts(runtime: Runtime, batches: StepBatches, first_step: int) -> dict[str, Any]:
+    """What a run card keeps about the processes and the data."""
+    return {
+        "engine": runtime.engine,
+        "world_size": runtime.world_size,
+        "device": str(runtime.device),
+        "first_step": first_step,
+        "samples_per_step": batches.samples_per_step,
+        "data": batches.dataset.mixture.fingerprint,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _sentences_only(loader: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of `loader`; what is wrong with the data is told without a worker's traceback."""
     try:
@@ -203,5 +222,7 @@ def _sentences_only(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def seed_everything(seed: int) -> None:
-    """The random state of weights to come, dropout included."""
+    """The random state of weights to come, dropout included, and of libraries that draw in ways of their own."""
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
