@@ -87,7 +87,8 @@ def train_words(built: BuiltModel, runtime: Runtime, flags: list[str]) -> None:
     args = parse_train(["--config", WORDS_CONFIG, "--version", ".", "--engine", "plain", *flags])
     choose_trainable(built.model, TrainingRecipe(**{f.name: getattr(args, f.name) for f in fields(TrainingRecipe)}))
     batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
-    Run(make_engine(args, runtime, built.model), make_plan(args), args.run_folder).fit(batches)
+    engine = make_engine(args, runtime, built.model)
+    Run(engine, make_plan(args, engine.world_size), args.run_folder).fit(batches)
     built.model.cpu().eval()
     batches.report_losses()
 

@@ -20,8 +20,8 @@ from utils.engine.protocol import Engine, StepReport
 from utils.engine.random_state import random_state, restore_random_state
 from utils.engine.saving import load_checkpoint, newest, save_checkpoint
 from utils.engine.stepping import Schedule
-from utils.engine.stopping import StopRequest
-from utils.scripts import UserError, note
+from utils.engine.stopping import StopRequest, under_launcher
+from utils.scripts import Stopped, UserError, note
 
 CHECKPOINT, BEST = "ckpt_model", "ckpt_model_best"
 VALIDATION = "validation.json"
@@ -91,7 +91,7 @@ class Run:
         """
         self.engine, self.plan, self.folder = engine, plan, folder
         self.validate, self.draw = validate, draw
-        self.stop = stop or StopRequest(launched=engine.world_size > 1)
+        self.stop = stop or StopRequest(under_launcher())
         self.progress = Progress(samples_per_step=plan.samples_per_step)
         self.guard = Guard(folder, engine, plan.most_bad_steps)
         self.journal = Journal(folder, engine.rank)
@@ -127,7 +127,7 @@ class Run:
             self.progress = Progress.from_dict({**self.progress.as_dict(), **saved})
 
     def fit(self, batches: Callable[[int], Iterator[list[Any]]]) -> Progress:
-        """Train to the plan's end, or until asked to stop: then a checkpoint is made and said how to go on.
+        """Train to the plan's end. Asked to stop, makes a checkpoint, leaves the other ranks and raises Stopped.
 
         `batches(step)` yields each step's micro-batches from optimizer step `step` on.
         """
@@ -168,8 +168,7 @@ class Run:
         with tqdm(
             total=plan.total_steps, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True
         ) as bar:
-            stopped = False
-            while progress.step < plan.total_steps and not stopped:
+            while progress.step < plan.total_steps:
                 micro_batches = next(batches)
                 report = self.engine.train_step(micro_batches, plan.schedule.rate(progress.step))
                 progress.step += 1
@@ -180,23 +179,23 @@ class Run:
                 if progress.step % plan.print_every == 0:
                     bar.set_postfix_str(describe(report), refresh=False)
                 bar.update()
-                stopped = self._after_step(curves)
+                self._after_step(curves)
 
     def _say(self, sentence: str) -> None:
         if self.engine.rank == 0:
             tqdm.write(sentence)
 
-    def _after_step(self, curves: Curves) -> bool:
-        """Save and validate where that is due; whether the run was asked to stop."""
+    def _after_step(self, curves: Curves) -> None:
+        """Save and validate where that is due, and stop where that was asked for."""
         stop, late = self._agree()
         last, validation = self.progress.step == self.plan.total_steps, self._validation_is_due()
         if last or validation or stop or late or _due(self.progress.step, self.plan.save_every):
             self._save()
         if stop:
-            self._say(self._stopped(self.stop.why or "another of its processes"))
-        elif validation:
+            self.engine.close()
+            raise Stopped(self._stopped(self.stop.why or "another of its processes"))
+        if validation:
             self._validate(curves)
-        return stop
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether any rank was asked to stop, and whether a checkpoint is late by rank 0's clock; the same on all."""

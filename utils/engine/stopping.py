@@ -16,8 +16,7 @@ ECHO_SECONDS = 2.0
 class StopRequest:
     """Remembers that this process was asked to stop; asked again, ends it at once.
 
-    why: what asked, None as long as nothing did.
-    at_once: how to end at a repeated request, and during what need not be finished; called with an exit status.
+    why: what asked, None as long as nothing did. launched: whether another process started this one and others like it.
     """
 
     def __init__(self, launched: bool) -> None:
@@ -71,6 +70,11 @@ class StopRequest:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def under_launcher() -> bool:
+    """Whether torchrun or DeepSpeed's launcher started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
 
 
 def _ancestors() -> list[int]:
