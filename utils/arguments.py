@@ -259,7 +259,9 @@ class OptimizationArguments(Arguments):
     mask_lr_multiplier: float = option(1.0, "times --lr for what predicts masks", low=0.0)
     lr_schedule: str = option("linear", "after warm-up", choices=("linear", "cosine", "constant"))
     warmup_steps: int = option(100, "optimizer steps of linear warm-up", low=0)
-    optimizer: str = option("adamw", "adamw, or muon for hidden matrices (plain engine)", choices=("adamw", "muon"))
+    optimizer: str = option(
+        "adamw", "adamw, muon for hidden matrices (plain engine), or sgd", choices=("adamw", "muon", "sgd")
+    )
     beta1: float = option(0.9, "AdamW", low=0.0, high=1.0)
     beta2: float = option(0.95, "AdamW", low=0.0, high=1.0)
     weight_decay: float = option(0.0, "AdamW, on matrices only", low=0.0)

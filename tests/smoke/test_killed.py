@@ -1,58 +1,19 @@
 """Runs that are killed anywhere and started again, against the run that nothing happened to."""
 
-import json
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import asdict
-from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.smoke.conftest import ROOT, training_flags
-from tests.smoke.killing import Job, Outcome
+from tests.smoke.conftest import Trainer
+from tests.smoke.killing import Outcome
 from utils.engine.checkpoints import latest_tag
 from utils.engine.journal import consumed, losses
 
 STEPS, SAMPLES = 6, 4
-
-
-class Trainer:
-    """A process that trains as told, and keeps what it has imported."""
-
-    def __init__(self, base: Path, data: Path, out: Path) -> None:
-        self.base, self.data, self.out, self.numbers = base, data, out, count()
-        command = [sys.executable, "-m", "tests.smoke.killing"]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(self, name: str, *flags: str, ranks: int = 1, kill: tuple[int, int] | None = None) -> Outcome:
-        """One start of the run called `name`; what its ranks said is in `said`."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        every = training_flags(self.base, self.data, self.out, name)
-        every += [f"--max_steps={STEPS}", "--save_every=2", "--lora_dropout=0.1", "--no_eval"]
-        every += [f"--grad_accumulation_steps={2 // ranks}", *flags]
-        log = str(self.out / f"{name}.{next(self.numbers)}")
-        self.process.stdin.write(json.dumps(asdict(Job(every, log, ranks, kill))) + "\n")
-        self.process.stdin.flush()
-        outcome = Outcome(**json.loads(self.process.stdout.readline()))
-        self.said = [Path(f"{log}.rank{rank}").read_text() for rank in range(ranks)]
-        return outcome
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def trainer(smoke_base: Path, smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    trainer = Trainer(smoke_base, smoke_data, tmp_path_factory.mktemp("killed"))
-    yield trainer
-    trainer.close()
+FLAGS = (f"--max_steps={STEPS}", "--save_every=2", "--lora_dropout=0.1")
+DEEPSPEED = (*FLAGS, "--engine=deepspeed")
 
 
 def same(one: Any, other: Any) -> bool:
@@ -107,30 +68,39 @@ def killed_and_resumed(trainer: Trainer, name: str, kills: list[tuple[int, int]]
 
 
 def test_a_killed_run_ends_as_if_nothing_had_been(trainer: Trainer) -> None:
-    straight = trainer.run("plain")
+    straight = trainer.run("plain", *FLAGS)
     assert straight.statuses == [0], trainer.said
     assert consumed(trainer.out / "plain") == list(range(STEPS * SAMPLES))
-    killed_and_resumed(trainer, "plain", places(straight, seed=1, number=2), 1)
+    killed_and_resumed(trainer, "plain", places(straight, seed=1, number=2), 1, *FLAGS)
 
 
 def test_killed_ranks_under_deepspeed_end_as_if_nothing_had_been(trainer: Trainer) -> None:
-    straight = trainer.run("zero2", "--engine=deepspeed", ranks=2)
+    """And what they left goes on under another stage in one process."""
+    flags = (*DEEPSPEED, "--lora_dropout=0")
+    straight = trainer.run("zero2", *flags, ranks=2)
     assert straight.statuses == [0, 0], trainer.said
     assert consumed(trainer.out / "zero2") == list(range(STEPS * SAMPLES))
-    killed_and_resumed(trainer, "zero2", places(straight, seed=2, number=1), 2, "--engine=deepspeed")
+    killed_and_resumed(trainer, "zero2", places(straight, seed=2, number=1), 2, *flags)
+    half_way = trainer.out / "zero2" / "ckpt_model" / "step4"
+    reshaped = trainer.run("alone", *flags, "--zero_stage=3", f"--resume={half_way}")
+    assert reshaped.statuses == [0], trainer.said
+    assert "each process takes its part of the whole" in trainer.said[0]
+    wanted, found = losses(trainer.out / "zero2"), losses(trainer.out / "alone")
+    assert found == pytest.approx({step: wanted[step] for step in (5, 6)}, rel=1e-3)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_run_killed_in_a_dozen_places(trainer: Trainer) -> None:
-    flags = ["--workers=1"]
+    flags = (*FLAGS, "--workers=1")
     straight = trainer.run("dozen", *flags)
     killed_and_resumed(trainer, "dozen", places(straight, seed=3, number=12), 1, *flags)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_ranks_killed_in_two_places_under_every_stage(trainer: Trainer, stage: int) -> None:
-    flags = ["--engine=deepspeed", f"--zero_stage={stage}"]
+    flags = (*DEEPSPEED, f"--zero_stage={stage}")
     straight = trainer.run(f"stage{stage}", *flags, ranks=2)
     killed_and_resumed(trainer, f"stage{stage}", places(straight, seed=10 + stage, number=2), 2, *flags)

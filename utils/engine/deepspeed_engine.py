@@ -1,4 +1,6 @@
-"""The DeepSpeed engine: ZeRO 0 to 3, one process or many. The only file that imports deepspeed."""
+"""The DeepSpeed engine: ZeRO 0 to 3, one process or many. Beside resharding.py the only file that imports
+deepspeed.
+"""
 
 import json
 import logging
@@ -20,6 +22,7 @@ from torch import nn
 
 from utils.engine.peers import Peers, peers
 from utils.engine.protocol import StepReport, TrainingBatch
+from utils.engine.resharding import layout_of, put_whole, read_whole
 from utils.engine.stepping import (
     DTYPES,
     LossSums,
@@ -33,12 +36,13 @@ from utils.engine.stepping import (
     trainable_parameters,
     weighted_loss,
 )
-from utils.scripts import UserError
+from utils.scripts import UserError, note
 
 # What the loop decides; a --deepspeed_config may not say otherwise.
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping") + (
     "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "steps_per_print",
 )  # fmt: skip
+GROUP_NAMES = "parameters_by_optimizer_group"
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's own default
 
 
@@ -113,6 +117,7 @@ def full_config(
         "gradient_accumulation_steps": rounds,
         "gradient_clipping": clip,
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # SGD, whose state is kept and cut up as AdamW's is
     }
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -155,6 +160,8 @@ class DeepSpeedEngine(Peers):
             numel=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
         )
         optimizer = make_optimizer(model, settings)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.group_names = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model: Any = self.deepspeed.module
 
@@ -213,31 +220,40 @@ class DeepSpeedEngine(Peers):
 
     def save(self, place: Path, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
+        state = {"client": client_state, GROUP_NAMES: self.group_names}
         with peers():
             # DeepSpeed would name the tag before it is sealed.
-            self.deepspeed.save_checkpoint(
-                str(place.parent), tag=place.name, client_state=client_state, save_latest=False
-            )
+            self.deepspeed.save_checkpoint(str(place.parent), tag=place.name, client_state=state, save_latest=False)
 
     def load(self, place: Path) -> dict[str, Any]:
-        """See `protocol.Engine.load`."""
-        self._check_ranks(place)
-        try:
-            _, client_state = self.deepspeed.load_checkpoint(str(place.parent), tag=place.name)
-        except (ZeRORuntimeException, RuntimeError, KeyError, ValueError) as error:
-            first = " ".join(" ".join(str(error).splitlines()[:2]).split())
-            raise UserError(
-                f"the checkpoint {place} does not fit this run ({first}): use the flags and the number of processes it "
-                "was trained with, or another --exp_name"
-            ) from error
-        return client_state
-
-    def _check_ranks(self, place: Path) -> None:
+        """See `protocol.Engine.load`. Another stage or number of ranks takes its parts of the whole."""
         if not list(place.glob("*model_states.pt")):
             raise UserError(f"{place} was not written by DeepSpeed: go on with --engine plain, or leave --resume out")
-        ranks = len(list(place.glob("*optim_states.pt")))
-        if self.zero_stage > 0 and ranks and ranks != self.world_size:
+        written = layout_of(place)
+        try:
+            if written == ((self.zero_stage, self.world_size) if self.zero_stage else (0, 0)):
+                _, state = self.deepspeed.load_checkpoint(str(place.parent), tag=place.name)
+            else:
+                state = self._load_reshaped(place, written)
+        except (ZeRORuntimeException, RuntimeError, KeyError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            first = " ".join(" ".join(str(error).splitlines()[:2]).split())
             raise UserError(
-                f"the checkpoint {place} was written by {ranks} processes, and this run has {self.world_size}: "
-                "start as many"
-            )
+                f"the checkpoint {place} does not fit this model ({first}): use the flags it was trained with, or "
+                "another --exp_name"
+            ) from error
+        return state["client"]
+
+    def _load_reshaped(self, place: Path, written: tuple[int, int]) -> dict[str, Any]:
+        stage, ranks = written
+        note(
+            f"{place} was written under ZeRO stage {stage}{f' by {ranks} processes' if ranks else ''}, this run has "
+            f"stage {self.zero_stage} and {self.world_size}: each process takes its part of the whole"
+        )
+        first = next(iter(sorted(place.glob("*model_states.pt"))))
+        state = torch.load(first, map_location="cpu", weights_only=False)
+        whole = read_whole(place, state[GROUP_NAMES])
+        with peers():
+            put_whole(self.deepspeed, whole, self.rank)
+        return state

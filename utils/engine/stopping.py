@@ -3,49 +3,65 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from utils.scripts import rank
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Under a launcher one request arrives more than once: from whoever sent it to the whole group, and from the launcher.
-ECHO_SECONDS = 2.0
+# One request may arrive more than once: sent to the whole group, and passed on by the launcher.
+ECHO_SECONDS, LAUNCHED_ECHO_SECONDS = 0.2, 2.0
 
 
 class StopRequest:
     """Remembers that this process was asked to stop; asked again, ends it at once.
 
     why: what asked, None as long as nothing did. launched: whether another process started this one and others like it.
+
+    Signals are read by a thread: the main one may be waiting for a peer, where Python's handlers do not run.
     """
 
     def __init__(self, launched: bool) -> None:
         self.why: str | None = None
-        self._echo = ECHO_SECONDS if launched else 0.0
+        self._echo = LAUNCHED_ECHO_SECONDS if launched else ECHO_SECONDS
         self._asked = 0.0
         self._ancestors = _ancestors() if launched else []
-        self._saved: str | None = None
+        self._nothing_is_lost: str | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, signals are requests; afterwards they do what they did before."""
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        old_wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        before = {number: signal.signal(number, _leave_to_the_thread) for number in SIGNALS}
+        listener = threading.Thread(target=self._listen, args=(reading,), daemon=True)
+        listener.start()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(old_wakeup)
+            os.close(writing)
+            listener.join(timeout=1.0)
 
     @contextmanager
     def may_be_left(self, line: str) -> Iterator[None]:
-        """Inside, nothing is lost by stopping: the first request already ends the process, with status 0 and `line`."""
-        self._saved = line
+        """Inside, nothing is lost by stopping: the first request already ends the process, with status 0.
+
+        line: what rank 0 says then, "{why}" in it standing for what asked.
+        """
+        self._nothing_is_lost = line
         try:
             if self.why is not None:
                 self._leave()
             yield
         finally:
-            self._saved = None
+            self._nothing_is_lost = None
 
     def asked(self) -> bool:
         """Whether to stop, because of a signal or because nobody is left who could send one."""
@@ -53,23 +69,34 @@ class StopRequest:
             self.why = "the end of its launcher"
         return self.why is not None
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
+    def _listen(self, reading: int) -> None:
+        while received := os.read(reading, 64):
+            for number in received:
+                if number in SIGNALS:
+                    self._hear(signal.Signals(number))
+        os.close(reading)
+
+    def _hear(self, number: signal.Signals) -> None:
+        now = time.monotonic()
         if self.why is None:
-            self.why, self._asked = name, now
-            if self._saved is not None:
+            self.why, self._asked = number.name, now
+            if self._nothing_is_lost is not None:
                 self._leave()
         elif now - self._asked >= self._echo:
-            sys.stderr.write(f"\n{name} again: leaving at once\n")
+            sys.stderr.write(f"\n{number.name} again: leaving at once\n")
             sys.stderr.flush()
             os._exit(128 + number)
 
     def _leave(self) -> None:
-        if self._saved:
-            sys.stderr.write(f"\n{self._saved.format(why=self.why)}\n")
+        if self._nothing_is_lost and rank() == 0:
+            sys.stderr.write("\n" + self._nothing_is_lost.replace("{why}", str(self.why)) + "\n")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """Python's own handler; the signal's number has already been written to the pipe."""
 
 
 def under_launcher() -> bool:
