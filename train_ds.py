@@ -25,6 +25,7 @@ from utils.arguments import TrainArguments, model_options, parse_train
 from utils.data.readers import build_eval_reader
 from utils.engine.fit import Run
 from utils.engine.lock import lock_folder
+from utils.engine.preflight import preflight
 from utils.engine.probe import find_probe_batch, probe_gradients
 from utils.engine.protocol import Engine
 from utils.engine.run_card import write_run_card
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = None
     if not args.eval_only:
         batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
-        note(batches.dataset.mixture.describe())
+        preflight(args, runtime, built.model, len(built.processor.tokenizer), batches.dataset.mixture)
         probe(args, runtime, built, trained, batches)
     held_out = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir, index_dir=args.index_dir)
     engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))

@@ -347,6 +347,8 @@ class TrainArguments(
         self.feature_layers()
         if Path(self.exp_name).name != self.exp_name or self.exp_name in {"", ".", ".."}:
             raise UserError(f"--exp_name must be a plain folder name, found {self.exp_name!r}")
+        if self.resume and self.weight:
+            raise UserError("--resume and --weight both say which weights to start from: drop one")
         if self.eval_only and self.no_eval:
             raise UserError("--eval_only and --no_eval contradict each other: drop one")
         if self.start_epoch * self.steps_per_epoch >= self.total_steps():

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,13 +30,16 @@ PATIENCE = 280.0  # seconds
 
 @dataclass
 class Job:
-    """One start of train_ds.py. kill: (rank, number of the event), or None to run to the end."""
+    """One start of train_ds.py. kill: (rank, number of the event), or None to run to the end.
+
+    fails: the rank raises an error at that event instead of being killed, and all ranks write into the log of rank 0.
+    """
 
     flags: list[str]
     log: str
     ranks: int = 1
     kill: tuple[int, int] | None = None
-    env: dict[str, str] = field(default_factory=dict)
+    fails: bool = False
 
 
 @dataclass
@@ -53,10 +56,10 @@ class Outcome:
 
 
 class Events:
-    """Counts them, and ends this process at the one it was told."""
+    """Counts them, and ends this process, or its work, at the one it was told."""
 
-    def __init__(self, at: int | None) -> None:
-        self.at, self.count, self.saves = at, 0, list[int]()
+    def __init__(self, at: int | None, fails: bool) -> None:
+        self.at, self.fails, self.count, self.saves = at, fails, 0, list[int]()
         save = saving.save_checkpoint
 
         def marked(*args: Any, **kwargs: Any) -> Path:
@@ -74,6 +77,8 @@ class Events:
         if "call" not in event or not watched:
             return
         self.count += 1
+        if self.count == self.at and self.fails:
+            raise ArithmeticError(f"an error at event {self.count}")
         if self.count == self.at:
             called = getattr(argument, "__qualname__", code.co_qualname)
             sys.stderr.write(f"\nkilled at event {self.count}: {called}, {code.co_qualname}:{frame.f_lineno}\n")
@@ -83,15 +88,15 @@ class Events:
 
 def rank_of(job: Job, rank: int, port: int) -> int:
     """One rank, in a process of its own; returns its status."""
-    handle = os.open(f"{job.log}.rank{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    log = f"{job.log}.rank{0 if job.fails else rank}"
+    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    os.environ.update(job.env)
     if job.ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), LOCAL_WORLD_SIZE="2")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     at = job.kill[1] if job.kill is not None and job.kill[0] == rank else None
-    events = Events(at)
+    events = Events(at, job.fails)
     sys.setprofile(events)
     try:
         status = run_script(train_ds.main, job.flags)

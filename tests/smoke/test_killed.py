@@ -81,12 +81,22 @@ def test_killed_ranks_under_deepspeed_end_as_if_nothing_had_been(trainer: Traine
     assert straight.statuses == [0, 0], trainer.said
     assert consumed(trainer.out / "zero2") == list(range(STEPS * SAMPLES))
     killed_and_resumed(trainer, "zero2", places(straight, seed=2, number=1), 2, *flags)
+    failing_rank(trainer, straight.events[1], *flags)
     half_way = trainer.out / "zero2" / "ckpt_model" / "step4"
     reshaped = trainer.run("alone", *flags, "--zero_stage=3", f"--resume={half_way}")
     assert reshaped.statuses == [0], trainer.said
     assert "each process takes its part of the whole" in trainer.said[0]
     wanted, found = losses(trainer.out / "zero2"), losses(trainer.out / "alone")
     assert found == pytest.approx({step: wanted[step] for step in (5, 6)}, rel=1e-3)
+
+
+def failing_rank(trainer: Trainer, events: int, *flags: str) -> None:
+    """An error on one rank takes the other down, and its traceback comes first."""
+    outcome = trainer.run("failing", *flags, ranks=2, kill=(1, events // 2), fails=True)
+    assert outcome.statuses == [2, 1] and outcome.apart < 30, trainer.said
+    (said,) = trainer.said
+    error, follower = "ArithmeticError: an error at event", "so this one ends too: its own message says why"
+    assert -1 < said.find("rank 1 failed:\nTraceback") < said.find(error) < said.find(follower), said
 
 
 @pytest.mark.long

@@ -1,6 +1,8 @@
 """train_ds.py on a tiny model and drawn scenes: what a run leaves, how it goes on, what it says about bad input."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,8 +24,9 @@ from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
 from tests.unit import data_sets
 from utils import scripts
 from utils.arguments import parse_train
-from utils.engine.checkpoints import latest_tag
+from utils.engine.checkpoints import latest_tag, problem, step_of
 from utils.scripts import run_script
+from utils.stages import launcher
 
 
 @pytest.fixture(autouse=True)
@@ -253,16 +257,64 @@ def write_own(folder: Path, masks: bool) -> None:
         data_sets.write_json(folder / "annotations.json", found)
 
 
-def test_ctrl_c_leaves_a_message(smoke_base: Path, smoke_data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_in_good_order(smoke_base: Path, smoke_data: Path, tmp_path: Path) -> None:
     flags = [*training_flags(smoke_base, smoke_data, tmp_path, "stopped"), "--max_steps=100000", "--no_eval"]
-    flags += ["--grad_accumulation_steps=1", "--save_every=2"]
+    flags += ["--grad_accumulation_steps=1", "--save_every=2", "--workers=1"]
     started = subprocess.Popen(
         [sys.executable, "train_ds.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    pointer, deadline = tmp_path / "stopped" / "ckpt_model" / "latest", time.monotonic() + 120
-    while not pointer.exists() and started.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    folder = tmp_path / "stopped" / "ckpt_model"
+    wait_for(folder / "latest", started)
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=60)
-    assert started.returncode == 130, said[-2000:]
-    assert "interrupted after step" in said and "is kept" in said and "Traceback" not in said
+    assert started.returncode == 0, said[-2000:]
+    assert "stopped by SIGINT after step" in said and "the same command goes on" in said and "Traceback" not in said
+    tag = latest_tag(folder)
+    assert tag is not None and problem(folder / tag) is None and f"after step {step_of(tag)} of" in said
+
+
+def wait_for(path: Path, started: subprocess.Popen[str]) -> None:
+    """Until a file is there or the process has ended, which would be too early."""
+    deadline = time.monotonic() + 240
+    while not path.exists() and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "whom",
+    ["deepspeed", pytest.param("its launcher", marks=pytest.mark.long), pytest.param("all", marks=pytest.mark.long)],
+)
+def test_sigterm_under_deepspeed_ends_in_good_order(
+    whom: str, smoke_base: Path, smoke_data: Path, tmp_path: Path, child_env: dict[str, str]
+) -> None:
+    """Whichever of the processes hears it: the one in front, the one that started the ranks, or every one."""
+    flags = [*training_flags(smoke_base, smoke_data, tmp_path, "stopped"), "--max_steps=100000", "--no_eval"]
+    flags += ["--grad_accumulation_steps=1", "--save_every=1", "--keep_last=3"]
+    said = tmp_path / "said.txt"
+    with said.open("w") as file:
+        command = [*launcher("deepspeed", 2), "train_ds.py", *flags]
+        started = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=file, text=True, start_new_session=True, env=child_env
+        )
+    folder = tmp_path / "stopped" / "ckpt_model"
+    wait_for(folder / "latest", started)
+    everyone = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+    ranks = [process for process in everyone if process.cmdline()[-1:] == flags[-1:] and "-u" in process.cmdline()]
+    ranks = [process for process in ranks if "train_ds.py" in process.cmdline()[2]]
+    assert len(ranks) == 2
+    asked = time.monotonic()
+    if whom == "all":
+        os.killpg(started.pid, signal.SIGTERM)
+    else:
+        (started if whom == "deepspeed" else ranks[0].parent()).send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    seconds = time.monotonic() - asked
+    text = said.read_text()
+    assert not alive and seconds < 10, f"{seconds:.1f} s: {text[-2000:]}"
+    started.wait(timeout=60)
+    tag = latest_tag(folder)
+    assert tag is not None and problem(folder / tag) is None
+    why = "the end of its launcher" if whom == "deepspeed" else "(SIGTERM|another of its processes)"
+    assert re.search(rf"stopped by {why} after step {step_of(tag)} of", text), text[-2000:]
+    assert "Traceback" not in text

@@ -16,6 +16,7 @@ from utils.engine.curves import Curves
 from utils.engine.guard import Guard
 from utils.engine.journal import Journal, forget_after, sample_numbers
 from utils.engine.lock import require_shared
+from utils.engine.preflight import under_chance
 from utils.engine.protocol import Engine, StepReport
 from utils.engine.random_state import random_state, restore_random_state
 from utils.engine.saving import load_checkpoint, newest, save_checkpoint
@@ -239,6 +240,8 @@ class Run:
         curves.pictures(progress.step, pictures)
         self._say(f"step {progress.step}: " + ", ".join(f"{n} {v:.4f}" for n, v in progress.scores.items()))
         score = progress.scores.get(self.plan.best_by)
+        if score is not None and progress.best is None and (warning := under_chance(score)):
+            self._say(warning)
         if score is None or (progress.best is not None and score <= progress.best):
             return False
         progress.best, progress.best_step = score, progress.step
