@@ -22,6 +22,7 @@ from model.overlay import draw_overlay
 from model.predictor import Predictor
 from model.processing_pixellm import ConversationTooLong
 from utils.arguments import TrainArguments, model_options, parse_train
+from utils.data.collate import Batch
 from utils.data.readers import build_eval_reader
 from utils.engine.fit import Run
 from utils.engine.lock import lock_folder
@@ -56,14 +57,15 @@ def main(argv: list[str] | None = None) -> None:
     seed_everything(args.seed)
     built, trained = build(args)
     seed_everything(args.seed + runtime.rank)
-    batches = None
+    batches, flops = None, 0.0
     if not args.eval_only:
         batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
         preflight(args, runtime, built.model, len(built.processor.tokenizer), batches.dataset.mixture)
-        probe(args, runtime, built, trained, batches)
+        flops = probe(args, runtime, built, trained, batches)
     held_out = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir, index_dir=args.index_dir)
     engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
     run = make_run(args, engine, built, held_out)
+    run.costs.flops_per_picture = flops
     if (checkpoint := checkpoint_to_resume(args)) is not None:
         run.resume(checkpoint)
     else:
@@ -101,14 +103,15 @@ def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
     return built, trained
 
 
-def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> None:
-    """Stop, by name, where gradients do not reach what trains, or reach what does not."""
+def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> float:
+    """Stop, by name, where gradients do not reach what trains, or reach what does not; operations per picture."""
     wanted = ["ce", "bce"] if args.train_mask_decoder else ["ce"]
-    batch = find_probe_batch(built.model, batches.probes(), wanted)
-    probe_gradients(built.model.to(runtime.device), batch, trained, args.precision, runtime.device)
+    batch: Batch = find_probe_batch(built.model, batches.probes(), wanted)
+    flops = probe_gradients(built.model.to(runtime.device), batch, trained, args.precision, runtime.device)
     total = sum(parameter.numel() for parameter in built.model.parameters())
     share = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     note(f"gradients reach all of the {len(trained)} tensors that train ({share:,} of {total:,} numbers), and no other")
+    return flops / len(batch.info)
 
 
 def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: object | None) -> Run:

@@ -303,6 +303,7 @@ class EngineArguments(Arguments):
     save_minutes: float = option(0.0, "minutes after which a checkpoint is due in any case; 0: never", low=0.0)
     keep_last: int = option(2, "checkpoints kept, the newest; ckpt_model_best is kept beside them", low=1)
     max_bad_steps: int = option(5, "steps in a row without a finite gradient that stop the run; 0: never", low=0)
+    profile: int = option(0, "steps to record in a trace, in the run's folder; 0: none", low=0)
     print_freq: int = option(1, "optimizer steps between updates of the console line", low=1)
     load_in_8bit: bool = option(False, "hold the language model in 8 bits")
     load_in_4bit: bool = option(False, "hold the language model in 4 bits")

@@ -195,7 +195,7 @@ def test_the_readme_command_builds_a_new_pixellm(
         (["--resume=nowhere"], "there is no checkpoint in nowhere"),
         (["--weight=nowhere"], "--weight nowhere does not exist"),
         (["--lora_target_modules=q_prj"], "--lora_target_modules names q_prj"),
-        (["--log_base_dir=/dev/null"], "cannot write /dev/null/bad/run.json"),
+        (["--log_base_dir=/dev/null"], "cannot write /dev/null/bad/run.lock"),
         (["--precision=fp16"], "fp16 needs a GPU"),
         (["--attn_implementation=flash_attention_2"], "lash"),
         (["--dataset=vqa", "--sample_rates=1", "--batch_size=4"], "something to learn for the loss of bce"),
@@ -281,6 +281,12 @@ def wait_for(path: Path, started: subprocess.Popen[str]) -> None:
     assert path.exists()
 
 
+def slowness(process: psutil.Process) -> float:
+    """How much longer than by itself a process takes that others keep from the processor; 1 where they do not."""
+    used = process.cpu_times()
+    return max(1.0, (time.time() - process.create_time()) / (used.user + used.system) / 1.5)
+
+
 @pytest.mark.parametrize(
     "whom",
     ["deepspeed", pytest.param("its launcher", marks=pytest.mark.long), pytest.param("all", marks=pytest.mark.long)],
@@ -303,6 +309,7 @@ def test_sigterm_under_deepspeed_ends_in_good_order(
     ranks = [process for process in everyone if process.cmdline()[-1:] == flags[-1:] and "-u" in process.cmdline()]
     ranks = [process for process in ranks if "train_ds.py" in process.cmdline()[2]]
     assert len(ranks) == 2
+    limit = 10 * slowness(ranks[0])
     asked = time.monotonic()
     if whom == "all":
         os.killpg(started.pid, signal.SIGTERM)
@@ -311,7 +318,7 @@ def test_sigterm_under_deepspeed_ends_in_good_order(
     _, alive = psutil.wait_procs(ranks, timeout=60)
     seconds = time.monotonic() - asked
     text = said.read_text()
-    assert not alive and seconds < 10, f"{seconds:.1f} s: {text[-2000:]}"
+    assert not alive and seconds < limit, f"{seconds:.1f} s, not {limit:.1f}: {text[-2000:]}"
     started.wait(timeout=60)
     tag = latest_tag(folder)
     assert tag is not None and problem(folder / tag) is None

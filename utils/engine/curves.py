@@ -28,6 +28,12 @@ class Curves:
         self.writer.add_scalar("train/learning_rate", report.learning_rate, number)
         self.writer.add_scalar("train/gradient_norm", report.gradient_norm, number)
 
+    def costs(self, number: int, figures: dict[str, float]) -> None:
+        """Speed, memory, and the seconds of a step, by the names of their curves."""
+        if self.writer is not None:
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, number)
+
     def scores(self, number: int, scores: dict[str, float]) -> None:
         """Validation scores."""
         if self.writer is not None:

@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
+from utils.engine.costs import StepClock
 from utils.engine.peers import Peers, peers
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.resharding import layout_of, put_whole, read_whole
@@ -145,7 +146,7 @@ class DeepSpeedEngine(Peers):
     ) -> None:
         connect()
         super().__init__(device)
-        self.precision, self.rounds = precision, rounds
+        self.precision, self.rounds, self.clock = precision, rounds, StepClock(device)
         self.loss_normalisation = settings.loss_normalisation
         if precision != "fp16":  # DeepSpeed itself halves everything then
             to_precision(model, precision)
@@ -183,7 +184,7 @@ class DeepSpeedEngine(Peers):
         total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
         norm = float(norm or 0.0)
         applied = self.deepspeed.was_step_applied() and math.isfinite(norm)
-        return StepReport(losses, total, counts, learning_rate, norm, applied)
+        return StepReport(losses, total, counts, learning_rate, norm, applied, self.clock.read())
 
     def _rounds(self, micro_batches: list[TrainingBatch]) -> tuple[dict[str, float], dict[str, float], float | None]:
         """Every round of a step, the update included.
@@ -193,22 +194,26 @@ class DeepSpeedEngine(Peers):
         if len(micro_batches) != self.rounds:
             raise ValueError(f"a step has {self.rounds} rounds, found {len(micro_batches)} micro-batches")
         weights = self.model.loss_weights
-        counts = count_step(self.model, micro_batches, self.add)
+        with self.clock("communication"):
+            counts = count_step(self.model, micro_batches, self.add)
         sums, norm = LossSums(list(counts), self.device), None
         everywhere = self.world_size * self.rounds
         dtype = DTYPES["fp16"] if self.precision == "fp16" else None
         for number, batch in enumerate(micro_batches, start=1):
-            losses = self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
+            with self.clock("forward"):
+                losses = self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
             # DeepSpeed divides by the number of rounds and averages over ranks; the counts have already done both.
             divisors = shared_counts(losses, counts, everywhere, self.loss_normalisation)
-            self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
+            with self.clock("backward"):  # DeepSpeed sends gradients while it makes them
+                self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
             sums.add(losses)
             if number == self.rounds and self.zero_stage == 0 and self.precision != "fp16":
                 gradients = [p.grad for p in trainable_parameters(self.model).values() if p.grad is not None]
                 norm = float(torch.nn.utils.get_total_norm(gradients))
                 if not math.isfinite(norm):
                     self.model.zero_grad(set_to_none=True)  # the other stages leave such a step out by themselves
-            self.deepspeed.step()
+            with self.clock("optimizer"):
+                self.deepspeed.step()
         self.sum(sums.values)
         return sums.means(counts), counts, norm
 

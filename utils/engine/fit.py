@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.engine.checkpoints import keep_as, latest_tag, write_safely
+from utils.engine.costs import Costs, profiler
 from utils.engine.curves import Curves
 from utils.engine.guard import Guard
 from utils.engine.journal import Journal, forget_after, sample_numbers
@@ -36,6 +37,7 @@ class Plan:
     save_minutes: a checkpoint is due so long after the last one, too. keep_last: how many of them are kept.
     most_bad_steps: so many steps in a row may be left out because they are not finite; the run stops after them.
     samples_per_step: over all ranks and rounds; 0 where nobody says. A checkpoint is only gone on from with the same.
+    profile: so many steps, after the first two, are recorded in a trace.
     """
 
     schedule: Schedule
@@ -48,6 +50,7 @@ class Plan:
     keep_last: int = 1
     most_bad_steps: int = 5
     samples_per_step: int = 0
+    profile: int = 0
 
 
 @dataclass
@@ -96,6 +99,7 @@ class Run:
         self.progress = Progress(samples_per_step=plan.samples_per_step)
         self.guard = Guard(folder, engine, plan.most_bad_steps)
         self.journal = Journal(folder, engine.rank)
+        self.costs = Costs(engine.device, engine.world_size)
         self._saved_at = time.monotonic()
         self._saved_step = 0
 
@@ -147,6 +151,7 @@ class Run:
                     note(f"this run of {total} steps is complete: raise --max_steps or --epochs to go on")
                 else:
                     self._steps(batches(first), curves)
+                    note(self.costs.summary())
         finally:
             curves.close()
             self.journal.close()
@@ -166,20 +171,26 @@ class Run:
         self.engine.model.train()
         hidden = self.engine.rank != 0
         self._saved_at = time.monotonic()
-        with tqdm(
-            total=plan.total_steps, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True
-        ) as bar:
+        bar = tqdm(total=plan.total_steps, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True)
+        with bar, profiler(self.folder, 0 if hidden else plan.profile) as profile:
             while progress.step < plan.total_steps:
+                began = time.perf_counter()
                 micro_batches = next(batches)
+                waited = time.perf_counter() - began
                 report = self.engine.train_step(micro_batches, plan.schedule.rate(progress.step))
+                spent = {"data": waited, **report.seconds}
+                self.costs.add(time.perf_counter() - began, micro_batches, spent)
                 progress.step += 1
                 self.journal.write(progress.step, sample_numbers(micro_batches), report)
                 for sentence in self.guard.look(progress.step, report, micro_batches):
                     self._say(sentence)
                 curves.step(progress.step, report)
                 if progress.step % plan.print_every == 0:
-                    bar.set_postfix_str(describe(report), refresh=False)
+                    bar.set_postfix_str(f"{describe(report)} {self.costs.line()}", refresh=False)
+                    curves.costs(progress.step, self.costs.figures())
                 bar.update()
+                if profile is not None:
+                    profile.step()
                 self._after_step(curves)
 
     def _say(self, sentence: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from utils.engine.costs import StepClock
 from utils.engine.peers import Peers
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.stepping import (
@@ -44,7 +45,7 @@ class PlainEngine(Peers):
         super().__init__(device)
         to_precision(model, precision)
         self.model: Any = model.to(device)
-        self.precision, self.settings = precision, settings
+        self.precision, self.settings, self.clock = precision, settings, StepClock(device)
         self.optimizer = make_optimizer(model, settings)
         self.parameters = list(trainable_parameters(model).values())
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -55,24 +56,28 @@ class PlainEngine(Peers):
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
         losses, counts = self.accumulate(micro_batches)
-        norm, applied = self._apply(learning_rate)
+        with self.clock("optimizer"):
+            norm, applied = self._apply(learning_rate)
         total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
-        return StepReport(losses, total, counts, learning_rate, norm, applied)
+        return StepReport(losses, total, counts, learning_rate, norm, applied, self.clock.read())
 
     def accumulate(self, micro_batches: list[TrainingBatch]) -> tuple[dict[str, float], dict[str, float]]:
         """Add the whole step's gradient to the parameters; returns the means and counts of the losses."""
         weights = self.model.loss_weights
-        counts = count_step(self.model, micro_batches, self.add)
+        with self.clock("communication"):
+            counts = count_step(self.model, micro_batches, self.add)
         sums = LossSums(list(counts), self.device)
         for batch in micro_batches:
-            with autocast(self.device, self.precision):
+            with self.clock("forward"), autocast(self.device, self.precision):
                 losses = self.model(**batch.to(self.device).as_kwargs()).losses
             everywhere = self.world_size * len(micro_batches)
             divisors = shared_counts(losses, counts, everywhere, self.settings.loss_normalisation)
-            self.scaler.scale(weighted_loss(losses, weights, divisors)).backward()
+            with self.clock("backward"):
+                self.scaler.scale(weighted_loss(losses, weights, divisors)).backward()
             sums.add(losses)
-        self.sum(sums.values)
-        self._sum_gradients()
+        with self.clock("communication"):
+            self.sum(sums.values)
+            self._sum_gradients()
         return sums.means(counts), counts
 
     def _sum_gradients(self) -> None:

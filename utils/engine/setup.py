@@ -41,7 +41,8 @@ def make_plan(args: TrainArguments, world_size: int) -> Plan:
         save_minutes=args.save_minutes,
         keep_last=args.keep_last,
         most_bad_steps=args.max_bad_steps,
-        samples_per_step=world_size * args.batch_size * args.grad_accumulation_steps,
+        profile=args.profile,
+        samples_per_step=0 if args.eval_only else world_size * args.batch_size * args.grad_accumulation_steps,
     )
 
 
