@@ -280,6 +280,9 @@ class OptimizationArguments(Arguments):
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
     train_language_model: bool = option(False, "train all of the language model instead of LoRA")
     train_vision_tower: bool = option(False, "train the vision tower too")
+    train_new_tokens_only: bool = option(
+        False, "of the embedding table and lm_head train only the rows of new tokens: less memory than all of them"
+    )
     seed: int = option(0, "of data order, initial weights and dropout", low=0)
 
     def total_steps(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from utils.engine.muon import Muon
 from utils.engine.protocol import TrainingBatch
@@ -175,7 +176,8 @@ def evaluation_mode(model: nn.Module, device: torch.device, precision: str) -> I
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(device, precision):
+        # Tables that are in parts are put together once, not for every token.
+        with torch.no_grad(), parametrize.cached(), autocast(device, precision):
             yield
     finally:
         model.train(was_training)
