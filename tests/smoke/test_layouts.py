@@ -2,11 +2,14 @@
 on under another layout than the one that was killed."""
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.smoke.conftest import Trainer
+from tests.smoke.conftest import ROOT, Trainer, training_flags
 from utils.engine.journal import consumed, losses
 
 STEPS, SAMPLES = 10, 4
@@ -89,6 +92,33 @@ MOVES = {
     "stage 3 on 2 ranks to 1": ((2, zero(3)), (1, zero(3))),
     "stage 2 to 3 on 1 to 2 ranks": ((1, zero(2)), (2, zero(3))),
 }
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+def test_two_nodes_with_different_numbers_of_ranks(
+    trainer: Trainer, engine: str, tmp_path: Path, child_env: dict[str, str]
+) -> None:
+    """Two launchers on loopback, one with one rank and one with two, against one process."""
+    data = (*FLAGS, "--batch_size=1", "--max_steps=4", "--precision=fp32", "--no_eval")
+    alone = trainer.run("one node", *data, "--grad_accumulation_steps=3", "--engine=plain")
+    assert alone.statuses == [0], trainer.said
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    flags = [*training_flags(trainer.base, trainer.data, tmp_path, "nodes"), *data, "--grad_accumulation_steps=1"]
+    nodes = []
+    for number, ranks in enumerate((1, 2)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={number}"]
+        command += [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        command += ["train_ds.py", *flags, f"--engine={engine}"]
+        nodes.append(subprocess.Popen(command, cwd=ROOT, env=child_env, stderr=subprocess.PIPE, text=True))
+    said = [node.communicate(timeout=600)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "1 pictures x 3 ranks x 1 rounds = 3 samples" in said[0]
+    assert losses(tmp_path / "nodes") == pytest.approx(losses(trainer.out / "one node"), rel=1e-3)
+    assert consumed(tmp_path / "nodes") == list(range(4 * 3))
 
 
 @pytest.mark.long

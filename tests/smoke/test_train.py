@@ -20,11 +20,13 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Llama
 import train_ds
 from model.build.builder import load_weights_into
 from model.build.export import read_trained_weights
-from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
+from tests.smoke.conftest import ROOT, STEPS, SmokeRun, Trainer, training_flags
 from tests.unit import data_sets
 from utils import scripts
 from utils.arguments import parse_train
 from utils.engine.checkpoints import latest_tag, problem, step_of
+from utils.engine.fit import Run
+from utils.engine.journal import consumed, losses
 from utils.scripts import run_script
 from utils.stages import launcher
 
@@ -115,6 +117,17 @@ def test_engines_do_not_read_each_others_checkpoints(deepspeed_run: SmokeRun, tm
     flags = training_flags(deepspeed_run.base, deepspeed_run.data, tmp_path, "other")
     sentence = refusal(capsys, [*flags, f"--resume={deepspeed_run.folder / 'ckpt_model'}"])
     assert "was not written by the plain engine" in sentence
+
+
+@pytest.mark.long
+def test_stage_3_validates_though_no_rank_has_all_weights(trainer: Trainer) -> None:
+    """Ranks whose answers differ in length do not wait for each other, and training goes on as without validation."""
+    flags = ("--engine=deepspeed", "--zero_stage=3", "--validate_every=1")
+    for name, more in (("scored", ()), ("unscored", ("--no_eval",))):
+        outcome = trainer.run(name, "--no-no_eval", *flags, *more, ranks=2)
+        assert outcome.statuses == [0, 0], trainer.said
+    assert len(scalars(trainer.out / "scored", "validation/giou")) == STEPS
+    assert losses(trainer.out / "scored") == losses(trainer.out / "unscored")
 
 
 def test_eval_only_scores_a_checkpoint(plain_run: SmokeRun, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -223,6 +236,37 @@ def test_damaged_pictures_are_passed_over_until_they_are_too_many(
     assert "more than --max_bad_samples 0 allows" in sentence and "first: " in caplog.text
     sentence = refusal(capsys, [*flags, "--strict_data"])
     assert "train2014" in sentence and "Traceback" not in sentence
+
+
+@pytest.mark.parametrize("fault", ["the data root vanishes", "a worker is killed"])
+def test_what_breaks_under_a_run_ends_it_in_a_sentence(
+    fault: str, smoke_base: Path, smoke_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
+    """And once it is put right the same command goes on."""
+    data = shutil.copytree(smoke_data, tmp_path / "data")
+    flags = [*training_flags(smoke_base, data, tmp_path, "broken"), "--no_eval", "--grad_accumulation_steps=1"]
+    flags += ["--save_every=1", "--max_steps=8"]
+    after_step = Run._after_step
+
+    def fail(run: Run, *args: object) -> None:
+        after_step(run, *args)
+        if run.progress.step == 2 and fault == "the data root vanishes":
+            data.rename(tmp_path / "elsewhere")
+        elif run.progress.step == 2:
+            for worker in psutil.Process().children():
+                worker.kill()
+
+    monkeypatch.setattr(Run, "_after_step", fail)
+    vanishes = fault == "the data root vanishes"
+    sentence = refusal(capsys, [*flags, "--workers=0" if vanishes else "--workers=1"])
+    assert ("9 samples in a row" if vanishes else "a data worker ended") in sentence, sentence
+    monkeypatch.undo()
+    if vanishes:
+        (tmp_path / "elsewhere").rename(data)
+    scripts._said.clear()
+    assert run_script(train_ds.main, [*flags, "--workers=0"]) == 0
+    assert "going on from step" in capsys.readouterr().err
+    assert consumed(tmp_path / "broken") == list(range(8 * 2))
 
 
 def test_ones_own_pictures_are_trained_on(smoke_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 
 from utils.engine.costs import StepClock
 from utils.engine.peers import Peers, peers
+from utils.engine.plain_engine import WEIGHTS
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.resharding import layout_of, put_whole, read_whole
 from utils.engine.stepping import (
@@ -170,10 +171,6 @@ class DeepSpeedEngine(Peers):
     def zero_stage(self) -> int:
         return self.deepspeed.zero_optimization_stage()
 
-    @property
-    def shards_weights(self) -> bool:
-        return self.zero_stage == 3
-
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
@@ -219,9 +216,25 @@ class DeepSpeedEngine(Peers):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """See `protocol.Engine.inference`."""
-        with evaluation_mode(self.model, self.device, self.precision):
+        """See `protocol.Engine.inference`. Under stage 3 every rank has the whole weights inside."""
+        with self._whole_weights(), evaluation_mode(self.model, self.device, self.precision):
             yield
+
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Gather what stage 3 spreads out, and keep DeepSpeed from taking it away again after every layer: ranks whose
+        answers differ in length would wait for each other's layers for ever."""
+        if self.zero_stage < 3:
+            yield
+            return
+        hooks = self.deepspeed.optimizer.parameter_offload
+        with peers(), deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            hooks._remove_module_hooks()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                hooks.setup_zero_stage3_hooks()
 
     def save(self, place: Path, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
@@ -229,6 +242,9 @@ class DeepSpeedEngine(Peers):
         with peers():
             # DeepSpeed would name the tag before it is sealed.
             self.deepspeed.save_checkpoint(str(place.parent), tag=place.name, client_state=state, save_latest=False)
+        if self.zero_stage == 0 and self.rank == 0:
+            # zero_to_fp32.py has nothing to put together then; merging reads this file as it is.
+            torch.save(self.model.state_dict(), place / WEIGHTS)
 
     def load(self, place: Path) -> dict[str, Any]:
         """See `protocol.Engine.load`. Another stage or number of ranks takes its parts of the whole."""
