@@ -1,5 +1,6 @@
 """train_ds.py on a tiny model and drawn scenes: what a run leaves, how it goes on, what it says about bad input."""
 
+import contextlib
 import json
 import os
 import re
@@ -20,13 +21,13 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Llama
 import train_ds
 from model.build.builder import load_weights_into
 from model.build.export import read_trained_weights
-from tests.smoke.conftest import ROOT, STEPS, SmokeRun, Trainer, training_flags
+from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
 from tests.unit import data_sets
 from utils import scripts
 from utils.arguments import parse_train
 from utils.engine.checkpoints import latest_tag, problem, step_of
 from utils.engine.fit import Run
-from utils.engine.journal import consumed, losses
+from utils.engine.journal import consumed
 from utils.scripts import run_script
 from utils.stages import launcher
 
@@ -117,17 +118,6 @@ def test_engines_do_not_read_each_others_checkpoints(deepspeed_run: SmokeRun, tm
     flags = training_flags(deepspeed_run.base, deepspeed_run.data, tmp_path, "other")
     sentence = refusal(capsys, [*flags, f"--resume={deepspeed_run.folder / 'ckpt_model'}"])
     assert "was not written by the plain engine" in sentence
-
-
-@pytest.mark.long
-def test_stage_3_validates_though_no_rank_has_all_weights(trainer: Trainer) -> None:
-    """Ranks whose answers differ in length do not wait for each other, and training goes on as without validation."""
-    flags = ("--engine=deepspeed", "--zero_stage=3", "--validate_every=1")
-    for name, more in (("scored", ()), ("unscored", ("--no_eval",))):
-        outcome = trainer.run(name, "--no-no_eval", *flags, *more, ranks=2)
-        assert outcome.statuses == [0, 0], trainer.said
-    assert len(scalars(trainer.out / "scored", "validation/giou")) == STEPS
-    assert losses(trainer.out / "scored") == losses(trainer.out / "unscored")
 
 
 def test_eval_only_scores_a_checkpoint(plain_run: SmokeRun, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -347,7 +337,17 @@ def test_sigterm_under_deepspeed_ends_in_good_order(
         started = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=file, text=True, start_new_session=True, env=child_env
         )
-    folder = tmp_path / "stopped" / "ckpt_model"
+    try:
+        stopped_in_good_order(started, whom, flags, said, tmp_path / "stopped" / "ckpt_model")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+
+
+def stopped_in_good_order(
+    started: subprocess.Popen[str], whom: str, flags: list[str], said: Path, folder: Path
+) -> None:
+    """Send the signal once there is a checkpoint, and look at what the ranks do."""
     wait_for(folder / "latest", started)
     everyone = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
     ranks = [process for process in everyone if process.cmdline()[-1:] == flags[-1:] and "-u" in process.cmdline()]

@@ -26,6 +26,9 @@ from utils.engine.runtime import Runtime
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scripts import UserError, note
 
+# Steps that float16 may overflow in a row until its loss scale has come down far enough; that is as it should be.
+FP16_SEARCH = 40
+
 
 def make_plan(args: TrainArguments, world_size: int) -> Plan:
     """When a run of `world_size` processes steps, saves and validates."""
@@ -40,7 +43,7 @@ def make_plan(args: TrainArguments, world_size: int) -> Plan:
         print_every=args.print_freq,
         save_minutes=args.save_minutes,
         keep_last=args.keep_last,
-        most_bad_steps=args.max_bad_steps,
+        most_bad_steps=max(args.max_bad_steps, FP16_SEARCH) if args.precision == "fp16" else args.max_bad_steps,
         profile=args.profile,
         samples_per_step=0 if args.eval_only else world_size * args.batch_size * args.grad_accumulation_steps,
     )
@@ -78,6 +81,17 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         zero_stage=user_config.get("zero_optimization", {}).get("stage", args.zero_stage),
         user_config=user_config,
     )
+
+
+def can_validate(args: TrainArguments, engine: Engine) -> bool:
+    """Whether scores can be had during training; where not, says why, as UserError when only scores were asked for."""
+    if not engine.shards_weights:
+        return True
+    why = "ZeRO stage 3 spreads the weights over the ranks, so that none can answer questions by itself"
+    if args.eval_only:
+        raise UserError(f"{why}: score with --zero_stage 2, or export the model and use evaluate.py")
+    note(f"no validation during training: {why}; export the model and use evaluate.py")
+    return False
 
 
 def checkpoint_to_resume(args: TrainArguments) -> Path | None:
