@@ -8,8 +8,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 from model.build.builder import (
     MASK_PARTS,
     BuiltModel,
@@ -24,8 +22,11 @@ from model.overlay import draw_overlay
 from model.predictor import Predictor
 from model.processing_pixellm import ConversationTooLong
 from utils.arguments import TrainArguments, model_options, parse_train
+from utils.data.collate import Batch
 from utils.data.readers import build_eval_reader
 from utils.engine.fit import Run
+from utils.engine.lock import lock_folder
+from utils.engine.preflight import preflight
 from utils.engine.probe import find_probe_batch, probe_gradients
 from utils.engine.protocol import Engine
 from utils.engine.run_card import write_run_card
@@ -38,6 +39,7 @@ from utils.engine.setup import (
     make_mixture,
     make_plan,
     refuse_missing_data,
+    run_facts,
     seed_everything,
 )
 from utils.engine.stepping import to_precision
@@ -50,17 +52,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_train(argv)
     refuse_missing_data(args)
     runtime = open_runtime(args.engine, args.local_rank, args.precision)
+    if runtime.rank == 0 and not args.eval_only:
+        lock_folder(args.run_folder)
     seed_everything(args.seed)
     built, trained = build(args)
     seed_everything(args.seed + runtime.rank)
-    batches = None
+    batches, flops = None, 0.0
     if not args.eval_only:
         batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
-        note(batches.dataset.mixture.describe())
-        probe(args, runtime, built, trained, batches)
+        preflight(args, runtime, built.model, len(built.processor.tokenizer), batches.dataset.mixture)
+        flops = probe(args, runtime, built, trained, batches)
     held_out = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir, index_dir=args.index_dir)
     engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
     run = make_run(args, engine, built, held_out)
+    run.costs.flops_per_picture = flops
     if (checkpoint := checkpoint_to_resume(args)) is not None:
         run.resume(checkpoint)
     else:
@@ -98,20 +103,21 @@ def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
     return built, trained
 
 
-def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> None:
-    """Stop, by name, where gradients do not reach what trains, or reach what does not."""
+def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> float:
+    """Stop, by name, where gradients do not reach what trains, or reach what does not; operations per picture."""
     wanted = ["ce", "bce"] if args.train_mask_decoder else ["ce"]
-    batch = find_probe_batch(built.model, batches.probes(), wanted)
-    probe_gradients(built.model.to(runtime.device), batch, trained, args.precision, runtime.device)
+    batch: Batch = find_probe_batch(built.model, batches.probes(), wanted)
+    flops = probe_gradients(built.model.to(runtime.device), batch, trained, args.precision, runtime.device)
     total = sum(parameter.numel() for parameter in built.model.parameters())
     share = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     note(f"gradients reach all of the {len(trained)} tensors that train ({share:,} of {total:,} numbers), and no other")
+    return flops / len(batch.info)
 
 
 def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: object | None) -> Run:
     """The run in its folder, with validation on `samples`."""
     if samples is None or not can_validate(args, engine):
-        return Run(engine, make_plan(args), args.run_folder)
+        return Run(engine, make_plan(args, engine.world_size), args.run_folder)
     validation = Validation(
         engine,
         Predictor(built.model, built.processor),
@@ -122,24 +128,14 @@ def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: o
         open_picture=built.processor.open_picture,
         overlay=draw_overlay,
     )
-    return Run(engine, make_plan(args), args.run_folder, validation.scores, validation.pictures)
+    return Run(engine, make_plan(args, engine.world_size), args.run_folder, validation.scores, validation.pictures)
 
 
 def write_card(
     args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches, step: int
 ) -> None:
     """Leave run.json beside the checkpoints."""
-    facts = {
-        "engine": runtime.engine,
-        "world_size": runtime.world_size,
-        "device": str(runtime.device),
-        "first_step": step,
-        "samples_per_step": batches.samples_per_step,
-        "data": batches.dataset.mixture.fingerprint,
-        "loaded": built.report.as_dict(),
-        "trained": trained,
-        "threads": torch.get_num_threads(),
-    }
+    facts = run_facts(runtime, batches, step) | {"loaded": built.report.as_dict(), "trained": trained}
     repository = Path(__file__).resolve().parent
     write_run_card(args.run_folder, arguments=args.as_dict(), repository=repository, facts=facts)
 

@@ -46,7 +46,7 @@ from utils.scenes import (
     word_lessons,
     words_of_patches,
 )
-from utils.scripts import UserError, note, run_script
+from utils.scripts import Stopped, UserError, note, run_script
 
 WORDS_CONFIG, MASKS_CONFIG = str(ROOT / "configs" / "tiny_base.yaml"), str(ROOT / "configs" / "tiny.yaml")
 # Of the tower's stage: pictures a step over all ranks, learning rate, steps of warm-up.
@@ -87,7 +87,11 @@ def train_words(built: BuiltModel, runtime: Runtime, flags: list[str]) -> None:
     args = parse_train(["--config", WORDS_CONFIG, "--version", ".", "--engine", "plain", *flags])
     choose_trainable(built.model, TrainingRecipe(**{f.name: getattr(args, f.name) for f in fields(TrainingRecipe)}))
     batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
-    Run(make_engine(args, runtime, built.model), make_plan(args), args.run_folder).fit(batches)
+    engine = make_engine(args, runtime, built.model)
+    try:
+        Run(engine, make_plan(args, engine.world_size), args.run_folder).fit(batches)
+    except Stopped:
+        raise KeyboardInterrupt("interrupted while learning words; the next start begins anew") from None
     built.model.cpu().eval()
     batches.report_losses()
 

@@ -259,7 +259,9 @@ class OptimizationArguments(Arguments):
     mask_lr_multiplier: float = option(1.0, "times --lr for what predicts masks", low=0.0)
     lr_schedule: str = option("linear", "after warm-up", choices=("linear", "cosine", "constant"))
     warmup_steps: int = option(100, "optimizer steps of linear warm-up", low=0)
-    optimizer: str = option("adamw", "adamw, or muon for hidden matrices (plain engine)", choices=("adamw", "muon"))
+    optimizer: str = option(
+        "adamw", "adamw, muon for hidden matrices (plain engine), or sgd", choices=("adamw", "muon", "sgd")
+    )
     beta1: float = option(0.9, "AdamW", low=0.0, high=1.0)
     beta2: float = option(0.95, "AdamW", low=0.0, high=1.0)
     weight_decay: float = option(0.0, "AdamW, on matrices only", low=0.0)
@@ -278,6 +280,9 @@ class OptimizationArguments(Arguments):
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
     train_language_model: bool = option(False, "train all of the language model instead of LoRA")
     train_vision_tower: bool = option(False, "train the vision tower too")
+    train_new_tokens_only: bool = option(
+        False, "of the embedding table and lm_head train only the rows of new tokens: less memory than all of them"
+    )
     seed: int = option(0, "of data order, initial weights and dropout", low=0)
 
     def total_steps(self) -> int:
@@ -298,6 +303,10 @@ class EngineArguments(Arguments):
     resume: str = option("", "checkpoint folder to go on from")
     auto_resume: bool = option(True, "go on from the run's own ckpt_model when there is one")
     save_every: int = option(0, "optimizer steps between checkpoints; 0: --steps_per_epoch", low=0)
+    save_minutes: float = option(0.0, "minutes after which a checkpoint is due in any case; 0: never", low=0.0)
+    keep_last: int = option(2, "checkpoints kept, the newest; ckpt_model_best is kept beside them", low=1)
+    max_bad_steps: int = option(5, "steps in a row without a finite gradient that stop the run; 0: never", low=0)
+    profile: int = option(0, "steps to record in a trace, in the run's folder; 0: none", low=0)
     print_freq: int = option(1, "optimizer steps between updates of the console line", low=1)
     load_in_8bit: bool = option(False, "hold the language model in 8 bits")
     load_in_4bit: bool = option(False, "hold the language model in 4 bits")
@@ -342,6 +351,8 @@ class TrainArguments(
         self.feature_layers()
         if Path(self.exp_name).name != self.exp_name or self.exp_name in {"", ".", ".."}:
             raise UserError(f"--exp_name must be a plain folder name, found {self.exp_name!r}")
+        if self.resume and self.weight:
+            raise UserError("--resume and --weight both say which weights to start from: drop one")
         if self.eval_only and self.no_eval:
             raise UserError("--eval_only and --no_eval contradict each other: drop one")
         if self.start_epoch * self.steps_per_epoch >= self.total_steps():

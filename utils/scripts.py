@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 _said: set[str] = set()
@@ -15,6 +16,10 @@ class UserError(ValueError):
     """
 
     user_message = True
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has kept everything; its message says how to go on. Not a failure."""
 
 
 def rank() -> int:
@@ -45,16 +50,26 @@ def explain(error: BaseException) -> str | None:
 def run_script(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """Run `main(argv)` and return the exit status: its own (None counts as 0), 2 for a user's error, 130 for Ctrl-C.
 
-    An error that is not a user's passes through with its traceback.
+    An error that is not a user's passes through with its traceback; one rank of several ends at once after it, so that
+    the others, which wait for it, notice.
     """
     try:
         return main(argv) or 0
+    except Stopped as stopped:
+        if rank() == 0:
+            sys.stderr.write(f"\n{stopped}\n")
+        return 0
     except KeyboardInterrupt as interrupt:
         if rank() == 0:
             sys.stderr.write(f"\n{str(interrupt) or 'interrupted'}\n")
         return 130
     except Exception as error:
         sentence = explain(error)
+        if sentence is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            sys.stderr.write(f"\nrank {rank()} failed:\n{traceback.format_exc()}")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # threads of the others' connections may keep the interpreter from ending by itself
         if sentence is None:
             raise
         start = "\n" if rank() else ""  # rank 0's progress bar may be in the middle of its line

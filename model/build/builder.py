@@ -21,6 +21,7 @@ from .from_bases import from_language_model, from_llava
 from .from_released import build_training_state, is_released_training_state, released
 from .layouts import LLAVAS, OURS, PUBLISHED_PIXELLM, recognise
 from .load_report import LoadReport
+from .new_rows import train_rows_from
 from .published import PublishedRest, lora_alpha_in, rows_needed
 from .tensor_files import Stored, StoredTensor, stored_in
 
@@ -187,6 +188,7 @@ class TrainingRecipe:
     lora_target_modules: comma-separated names of linear layers of the language model, or "all-linear".
     train_map_entry: whether what stands between the decoder's feature maps and its transformers trains, the neck and
         the no-mask embedding. False is the release, which left them at their random start (golden fact M10).
+    train_new_tokens_only: of the embedding table and lm_head only the rows of seg tokens and those after them train.
     """
 
     lora_r: int = 8
@@ -198,6 +200,7 @@ class TrainingRecipe:
     train_map_entry: bool = True
     train_vision_tower: bool = False
     train_language_model: bool = False
+    train_new_tokens_only: bool = False
 
 
 def choose_trainable(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> list[str]:
@@ -227,6 +230,8 @@ def choose_trainable(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> list[
         part.requires_grad_(True)
     for part in kept_frozen:
         part.requires_grad_(False)
+    if recipe.train_new_tokens_only:
+        train_rows_from([model.get_input_embeddings(), model.get_output_embeddings()], min(model.config.seg_token_ids))
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

@@ -17,6 +17,7 @@ from ..configuration_pixellm import PixelLMConfig
 from ..modeling_pixellm import PixelLMForCausalLM
 from .folders import BuildError
 from .load_report import LoadReport
+from .new_rows import parted_tables, whole_tables
 from .tensor_files import Stored, StoredTensor, all_finite
 
 MISMATCH = "the checkpoint and the flags that shape the model do not match"
@@ -119,6 +120,7 @@ def load_weights_into(
     Raises:
         BuildError: a tensor is missing, superfluous, of another shape, or not finite; the sentence names it.
     """
+    weights = parted_tables(model, whole_tables(weights))
     own = model.state_dict()
     optional = tuple(f"{part}." for part in new_parts)
     lacking = [name for name in own if name not in weights]

@@ -2,15 +2,19 @@
 
 import contextlib
 import io
+import json
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from model.build.builder import save_model
+from tests.smoke.killing import Job, Outcome
 from tests.unit.tiny_pixellm import make_model
 from utils.scenes import SceneSettings, write_scene_data
 from utils.scenes.planning import SceneDataSettings
@@ -82,3 +86,38 @@ def deepspeed_run(smoke_base: Path, smoke_data: Path, tmp_path_factory: pytest.T
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return SmokeRun(out / "two-ranks", smoke_base, smoke_data, done.stdout + done.stderr)
+
+
+class Trainer:
+    """A process that trains as told, and keeps what it has imported."""
+
+    def __init__(self, base: Path, data: Path, out: Path) -> None:
+        self.base, self.data, self.out, self.numbers = base, data, out, count()
+        command = [sys.executable, "-m", "tests.smoke.killing"]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(
+        self, name: str, *flags: str, ranks: int = 1, kill: tuple[int, int] | None = None, fails: bool = False
+    ) -> Outcome:
+        """One start of the run called `name`; what its ranks said is in `said`."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        every = training_flags(self.base, self.data, self.out, name)
+        every += [f"--grad_accumulation_steps={2 // ranks}", "--no_eval", *flags]
+        log = str(self.out / f"{name}.{next(self.numbers)}")
+        self.process.stdin.write(json.dumps(asdict(Job(every, log, ranks, kill, fails))) + "\n")
+        self.process.stdin.flush()
+        outcome = Outcome(**json.loads(self.process.stdout.readline()))
+        self.said = [Path(f"{log}.rank{rank}").read_text() for rank in range(1 if fails else ranks)]
+        return outcome
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def trainer(smoke_base: Path, smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    trainer = Trainer(smoke_base, smoke_data, tmp_path_factory.mktemp("trained"))
+    yield trainer
+    trainer.close()

@@ -1,6 +1,9 @@
 """train_ds.py on a tiny model and drawn scenes: what a run leaves, how it goes on, what it says about bad input."""
 
+import contextlib
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,8 +25,11 @@ from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
 from tests.unit import data_sets
 from utils import scripts
 from utils.arguments import parse_train
-from utils.engine.checkpoints import latest_tag
+from utils.engine.checkpoints import latest_tag, problem, step_of
+from utils.engine.fit import Run
+from utils.engine.journal import consumed
 from utils.scripts import run_script
+from utils.stages import launcher
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +198,7 @@ def test_the_readme_command_builds_a_new_pixellm(
         (["--resume=nowhere"], "there is no checkpoint in nowhere"),
         (["--weight=nowhere"], "--weight nowhere does not exist"),
         (["--lora_target_modules=q_prj"], "--lora_target_modules names q_prj"),
-        (["--log_base_dir=/dev/null"], "cannot write /dev/null/bad/run.json"),
+        (["--log_base_dir=/dev/null"], "cannot write /dev/null/bad/run.lock"),
         (["--precision=fp16"], "fp16 needs a GPU"),
         (["--attn_implementation=flash_attention_2"], "lash"),
         (["--dataset=vqa", "--sample_rates=1", "--batch_size=4"], "something to learn for the loss of bce"),
@@ -219,6 +226,37 @@ def test_damaged_pictures_are_passed_over_until_they_are_too_many(
     assert "more than --max_bad_samples 0 allows" in sentence and "first: " in caplog.text
     sentence = refusal(capsys, [*flags, "--strict_data"])
     assert "train2014" in sentence and "Traceback" not in sentence
+
+
+@pytest.mark.parametrize("fault", ["the data root vanishes", "a worker is killed"])
+def test_what_breaks_under_a_run_ends_it_in_a_sentence(
+    fault: str, smoke_base: Path, smoke_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
+    """And once it is put right the same command goes on."""
+    data = shutil.copytree(smoke_data, tmp_path / "data")
+    flags = [*training_flags(smoke_base, data, tmp_path, "broken"), "--no_eval", "--grad_accumulation_steps=1"]
+    flags += ["--save_every=1", "--max_steps=8"]
+    after_step = Run._after_step
+
+    def fail(run: Run, *args: object) -> None:
+        after_step(run, *args)
+        if run.progress.step == 2 and fault == "the data root vanishes":
+            data.rename(tmp_path / "elsewhere")
+        elif run.progress.step == 2:
+            for worker in psutil.Process().children():
+                worker.kill()
+
+    monkeypatch.setattr(Run, "_after_step", fail)
+    vanishes = fault == "the data root vanishes"
+    sentence = refusal(capsys, [*flags, "--workers=0" if vanishes else "--workers=1"])
+    assert ("9 samples in a row" if vanishes else "a data worker ended") in sentence, sentence
+    monkeypatch.undo()
+    if vanishes:
+        (tmp_path / "elsewhere").rename(data)
+    scripts._said.clear()
+    assert run_script(train_ds.main, [*flags, "--workers=0"]) == 0
+    assert "going on from step" in capsys.readouterr().err
+    assert consumed(tmp_path / "broken") == list(range(8 * 2))
 
 
 def test_ones_own_pictures_are_trained_on(smoke_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -253,16 +291,81 @@ def write_own(folder: Path, masks: bool) -> None:
         data_sets.write_json(folder / "annotations.json", found)
 
 
-def test_ctrl_c_leaves_a_message(smoke_base: Path, smoke_data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_in_good_order(smoke_base: Path, smoke_data: Path, tmp_path: Path) -> None:
     flags = [*training_flags(smoke_base, smoke_data, tmp_path, "stopped"), "--max_steps=100000", "--no_eval"]
-    flags += ["--grad_accumulation_steps=1", "--save_every=2"]
+    flags += ["--grad_accumulation_steps=1", "--save_every=2", "--workers=1"]
     started = subprocess.Popen(
         [sys.executable, "train_ds.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    pointer, deadline = tmp_path / "stopped" / "ckpt_model" / "latest", time.monotonic() + 120
-    while not pointer.exists() and started.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    folder = tmp_path / "stopped" / "ckpt_model"
+    wait_for(folder / "latest", started)
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=60)
-    assert started.returncode == 130, said[-2000:]
-    assert "interrupted after step" in said and "is kept" in said and "Traceback" not in said
+    assert started.returncode == 0, said[-2000:]
+    assert "stopped by SIGINT after step" in said and "the same command goes on" in said and "Traceback" not in said
+    tag = latest_tag(folder)
+    assert tag is not None and problem(folder / tag) is None and f"after step {step_of(tag)} of" in said
+
+
+def wait_for(path: Path, started: subprocess.Popen[str]) -> None:
+    """Until a file is there or the process has ended, which would be too early."""
+    deadline = time.monotonic() + 240
+    while not path.exists() and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert path.exists()
+
+
+def slowness(process: psutil.Process) -> float:
+    """How much longer than by itself a process takes that others keep from the processor; 1 where they do not."""
+    used = process.cpu_times()
+    return max(1.0, (time.time() - process.create_time()) / (used.user + used.system) / 1.5)
+
+
+@pytest.mark.parametrize(
+    "whom",
+    ["deepspeed", pytest.param("its launcher", marks=pytest.mark.long), pytest.param("all", marks=pytest.mark.long)],
+)
+def test_sigterm_under_deepspeed_ends_in_good_order(
+    whom: str, smoke_base: Path, smoke_data: Path, tmp_path: Path, child_env: dict[str, str]
+) -> None:
+    """Whichever of the processes hears it: the one in front, the one that started the ranks, or every one."""
+    flags = [*training_flags(smoke_base, smoke_data, tmp_path, "stopped"), "--max_steps=100000", "--no_eval"]
+    flags += ["--grad_accumulation_steps=1", "--save_every=1", "--keep_last=3"]
+    said = tmp_path / "said.txt"
+    with said.open("w") as file:
+        command = [*launcher("deepspeed", 2), "train_ds.py", *flags]
+        started = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=file, text=True, start_new_session=True, env=child_env
+        )
+    try:
+        stopped_in_good_order(started, whom, flags, said, tmp_path / "stopped" / "ckpt_model")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+
+
+def stopped_in_good_order(
+    started: subprocess.Popen[str], whom: str, flags: list[str], said: Path, folder: Path
+) -> None:
+    """Send the signal once there is a checkpoint, and look at what the ranks do."""
+    wait_for(folder / "latest", started)
+    everyone = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+    ranks = [process for process in everyone if process.cmdline()[-1:] == flags[-1:] and "-u" in process.cmdline()]
+    ranks = [process for process in ranks if "train_ds.py" in process.cmdline()[2]]
+    assert len(ranks) == 2
+    limit = 10 * slowness(ranks[0])
+    asked = time.monotonic()
+    if whom == "all":
+        os.killpg(started.pid, signal.SIGTERM)
+    else:
+        (started if whom == "deepspeed" else ranks[0].parent()).send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    seconds = time.monotonic() - asked
+    text = said.read_text()
+    assert not alive and seconds < limit, f"{seconds:.1f} s, not {limit:.1f}: {text[-2000:]}"
+    started.wait(timeout=60)
+    tag = latest_tag(folder)
+    assert tag is not None and problem(folder / tag) is None
+    why = "the end of its launcher" if whom == "deepspeed" else "(SIGTERM|another of its processes)"
+    assert re.search(rf"stopped by {why} after step {step_of(tag)} of", text), text[-2000:]
+    assert "Traceback" not in text

@@ -14,6 +14,7 @@ from tests.unit.engine_toys import collate, cut, make_samples, make_toy
 from utils.engine.deepspeed_engine import DeepSpeedEngine
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import open_runtime
+from utils.engine.saving import load_checkpoint, save_checkpoint
 from utils.engine.stepping import OptimizerSettings
 from utils.scripts import run_script
 
@@ -99,9 +100,8 @@ def plain(out: Path) -> None:
         assert not weights, "ranks went apart"
         if engine.rank == 0:
             torch.save(found, out / f"plain-rounds{rounds}.pt")
-    engine.save(out / "plain", "step1", {"step": 1})
-    engine.barrier()
-    assert engine.load(out / "plain") == {"step": 1}
+    place = save_checkpoint(engine, out / "plain", 1, {"step": 1})
+    assert load_checkpoint(engine, place) == {"step": 1}
 
 
 def lonely(lines: dict) -> None:
@@ -121,9 +121,9 @@ def checkpoint(out: Path, lines: dict) -> None:
     wanted = [straight.train_step(cut(s, straight.world_size, 1, straight.rank), 1e-2).total for s in steps]
     first = make_engine(2, 1, clip=1.0)
     first.train_step(cut(steps[0], first.world_size, 1, first.rank), 1e-2)
-    first.save(out / "checkpoint", "step1", {"step": 1})
+    place = save_checkpoint(first, out / "checkpoint", 1, {"step": 1})
     second = make_engine(2, 1, clip=1.0)
-    client = second.load(out / "checkpoint")
+    client = load_checkpoint(second, place)
     resumed = second.train_step(cut(steps[1], second.world_size, 1, second.rank), 1e-2).total
     same = all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), second.model.parameters(), strict=True))
     lines["resume"] = {"client": client["step"], "wanted": wanted[1], "found": resumed, "same": same}
@@ -137,14 +137,14 @@ def checkpoint(out: Path, lines: dict) -> None:
 def full_disk(out: Path) -> None:
     """A first checkpoint, then one for which rank 1 finds no space."""
     engine = make_engine(2, 1)
-    engine.save(out, "step1", {"step": 1})
+    save_checkpoint(engine, out, 1, {"step": 1})
 
-    def full(value: object, place: str, **_: object) -> None:
+    def full(value: object, place: str | Path, **_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
 
     if engine.rank == 1:
         torch.save = full
-    engine.save(out, "step2", {"step": 2})
+    save_checkpoint(engine, out, 2, {"step": 2})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Samples into tensors, in an order that depends on neither ranks nor workers."""
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -59,8 +60,9 @@ class TrainingDataset(Dataset):
     faster, not quite by the book.
 
     A sample that loses all its conversations or cannot be read is replaced by another, which follows from i as well.
-    Example.info tells what was lost: the counts dropped_turns, dropped_targets, dropped_conversations and
-    replaced_samples, and under BAD_SAMPLES why samples could not be read. DataError when none of nine can be used.
+    Example.info tells i as "number", and what was lost: the counts dropped_turns, dropped_targets,
+    dropped_conversations and replaced_samples, and under BAD_SAMPLES why samples could not be read. DataError when none
+    of nine can be used.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class TrainingDataset(Dataset):
         for attempt in range(_STAND_INS + 1):
             example = self._readable(i + attempt * _STAND_IN_STEP, lost, bad)
             if example is not None:
-                example.info |= {"replaced_samples": attempt, BAD_SAMPLES: bad}
+                example.info |= {"number": i, "replaced_samples": attempt, BAD_SAMPLES: bad}
                 return example
         why = (
             f"for the last: {bad[-1].message}"
@@ -224,7 +226,8 @@ def build_loader(
 ) -> DataLoader:
     """Batches of this rank from sample `first` to the end of the dataset; `batch_size` is that of one rank.
 
-    `first` and the dataset's length are multiples of world_size · batch_size. The order does not depend on `workers`.
+    `first` and the dataset's length are multiples of world_size · batch_size. The order does not depend on `workers`,
+    and the process's random numbers are not drawn from: a resumed run must find them as a straight one does.
     """
     return DataLoader(
         dataset,
@@ -233,4 +236,12 @@ def build_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_run,
+        generator=torch.Generator(),
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Launchers and terminals send their signals to workers too, whose batches are needed to finish the step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,14 @@
-"""Checkpoint folders: <folder>/<tag>/…, and the tag that counts in <folder>/latest. The same for both engines."""
+"""Checkpoint folders: <folder>/<tag>/… with a manifest in each, and <folder>/latest. The same for both engines.
 
+A checkpoint is written under another name, brought to the disk, sealed with the sizes and checksums of its files, read
+back, and only then renamed, pointed to, and followed by the removal of what it succeeds. Killed anywhere, a run leaves
+the checkpoint before it as it was.
+"""
+
+import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +17,13 @@ from pathlib import Path
 from utils.scripts import UserError
 
 LATEST = "latest"
+MANIFEST = "manifest.json"
 TAG_PREFIX = "step"
+WRITING, REPLACED = ".writing", ".replaced"
 # How torch's own writer words what the operating system refused; it raises RuntimeError instead of OSError.
 TORCH_WRITER = ("iostream error", "PytorchStreamWriter", "inline_container")
+_TAG = re.compile(rf"{TAG_PREFIX}(\d+)")
+_CHUNK = 1 << 22  # bytes
 
 
 def tag_of(step: int) -> str:
@@ -19,13 +31,38 @@ def tag_of(step: int) -> str:
     return f"{TAG_PREFIX}{step}"
 
 
+def step_of(tag: str) -> int | None:
+    """The number of optimizer steps in a tag, None where it is no tag."""
+    found = _TAG.fullmatch(tag)
+    return int(found[1]) if found else None
+
+
+def tags(folder: Path) -> list[str]:
+    """The finished checkpoints of a folder, whole or not, the newest first; those after `latest` last.
+
+    What comes after `latest` is of a run that was given up, or was not pointed to any more before its run was killed.
+    """
+    if not folder.is_dir():
+        return []
+    steps = sorted((step for entry in folder.iterdir() if (step := step_of(entry.name)) is not None), reverse=True)
+    latest = latest_step(folder)
+    if latest is not None:
+        steps = [step for step in steps if step <= latest] + [step for step in steps if step > latest]
+    return [tag_of(step) for step in steps]
+
+
+def latest_step(folder: Path) -> int | None:
+    """The step that `latest` names, whether or not its checkpoint is there; None without a readable one."""
+    try:
+        return step_of((folder / LATEST).read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def latest_tag(folder: Path) -> str | None:
     """The tag that counts, or None where there is no checkpoint."""
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        return None
-    tag = pointer.read_text(encoding="utf-8").strip()
-    return tag if tag and (folder / tag).is_dir() else None
+    step = latest_step(folder)
+    return tag_of(step) if step is not None and (folder / tag_of(step)).is_dir() else None
 
 
 def require_tag(folder: Path) -> str:
@@ -38,19 +75,137 @@ def require_tag(folder: Path) -> str:
 
 def point_to(folder: Path, tag: str) -> None:
     """Make `tag` the one that counts, in one step."""
-    fresh = folder / f"{LATEST}.new"
-    fresh.write_text(tag, encoding="utf-8")
-    fresh.replace(folder / LATEST)
+    write_safely(folder / LATEST, tag)
 
 
-def remove_others(folder: Path) -> None:
-    """Delete the tags that no longer count; nothing where no tag counts."""
-    keep = latest_tag(folder)
-    if keep is None:
+def write_safely(path: Path, text: str) -> None:
+    """Write a small file so that whoever reads it, after whatever happened, finds the old text or the new one."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    to_disk(fresh)
+    fresh.replace(path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def files_of(place: Path) -> list[Path]:
+    """Every file of a checkpoint but its manifest, in order of names."""
+    return sorted(path for path in place.rglob("*") if path.is_file() and path != place / MANIFEST)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def seal(place: Path) -> None:
+    """Write the manifest of a checkpoint: size in bytes and checksum of every file."""
+    files = {
+        path.relative_to(place).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
+        for path in files_of(place)
+    }
+    write_safely(place / MANIFEST, json.dumps({"files": files}, indent=1))
+
+
+def problem(place: Path) -> str | None:
+    """Why a checkpoint is not as it was written, in a few words; None where it is."""
+    try:
+        listed = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, facts in listed.items():
+            size = (place / name).stat().st_size
+            if size != facts["bytes"]:
+                return f"{name} has {size:,} of {facts['bytes']:,} bytes"
+            if checksum(place / name) != facts["sha256"]:
+                return f"the bytes of {name} are not those that were written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or place).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def newest_whole(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """The newest checkpoint that verifies, None without one; and why each was passed over, by tag."""
+    skipped: dict[str, str] = {}
+    for tag in tags(folder):
+        why = problem(folder / tag)
+        if why is None:
+            return tag, skipped
+        skipped[tag] = why
+    return None, skipped
+
+
+def size_of(place: Path) -> int:
+    """Bytes of a checkpoint's files."""
+    return sum(path.stat().st_size for path in files_of(place))
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """UserError where the disk of an existing `folder` has less than `needed` bytes to spare."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"no space for a checkpoint in {folder}: it takes about {needed / 2**30:.2f} GiB, and "
+            f"{free / 2**30:.2f} GiB are free; earlier ones are kept: make room, then the same command goes on"
+        )
+
+
+def prepare(place: Path) -> Path:
+    """An empty folder to write the checkpoint `place` into; what killed runs left half written is removed."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for entry in place.parent.iterdir():
+        if entry.is_dir() and entry.name.startswith(TAG_PREFIX) and entry.name.endswith((WRITING, REPLACED)):
+            shutil.rmtree(entry)
+    scratch = place.with_name(place.name + WRITING)
+    scratch.mkdir()
+    return scratch
+
+
+def finish(scratch: Path, place: Path) -> None:
+    """Seal, read back, name and point to a checkpoint whose files are all on the disk. UserError if it is not whole."""
+    seal(scratch)
+    to_disk(scratch)
+    why = problem(scratch)
+    if why is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint {place} was not written as it should be: {why}; earlier ones are kept: look at the disk"
+        )
+    if place.exists():
+        place.replace(place.with_name(place.name + REPLACED))
+    scratch.replace(place)
+    to_disk(place.parent)
+    point_to(place.parent, place.name)
+
+
+def remove_superseded(folder: Path, keep_last: int = 1) -> None:
+    """Delete all but the last `keep_last` checkpoints; nothing where no tag counts.
+
+    A run that goes on from an earlier step, or starts anew, gives up what was made after that step: such goes too.
+    """
+    if latest_tag(folder) is None:
         return
-    for other in folder.iterdir():
-        if other.is_dir() and other.name != keep and other.name.startswith(TAG_PREFIX):
-            shutil.rmtree(other)
+    latest = latest_step(folder) or 0
+    ordered = tags(folder)
+    kept = {tag for tag in ordered[:keep_last] if (step_of(tag) or 0) <= latest}
+    doomed = [tag for tag in ordered if tag not in kept]
+    doomed += [entry.name for entry in folder.glob(f"{TAG_PREFIX}*{REPLACED}")]
+    for name in doomed:
+        shutil.rmtree(folder / name)
 
 
 @contextmanager
@@ -81,10 +236,14 @@ def _link_or_copy(source: str, target: str) -> None:
 def keep_as(folder: Path, other: Path) -> None:
     """Make `other` hold the checkpoint that counts in `folder`, with the scripts beside it, and nothing else."""
     tag = require_tag(folder)
-    other.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(other / tag, ignore_errors=True)
-    shutil.copytree(folder / tag, other / tag, copy_function=_link_or_copy)
-    for script in folder.glob("*.py"):
-        shutil.copy2(script, other / script.name)
-    point_to(other, tag)
-    remove_others(other)
+    with writing(other / (tag + WRITING)):
+        scratch = prepare(other / tag)
+        shutil.copytree(folder / tag, scratch, copy_function=_link_or_copy, dirs_exist_ok=True)
+        for script in folder.glob("*.py"):
+            shutil.copy2(script, other / script.name)
+        if (other / tag).exists():
+            (other / tag).replace(other / (tag + REPLACED))
+        scratch.replace(other / tag)
+        to_disk(other)
+        point_to(other, tag)
+        remove_superseded(other)

@@ -1,7 +1,10 @@
-"""The DeepSpeed engine: ZeRO 0 to 3, one process or many. The only file that imports deepspeed."""
+"""The DeepSpeed engine: ZeRO 0 to 3, one process or many. Beside resharding.py the only file that imports
+deepspeed.
+"""
 
 import json
 import logging
+import math
 import os
 import socket
 import warnings
@@ -17,8 +20,11 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from utils.engine.checkpoints import point_to, require_tag, writing
+from utils.engine.costs import StepClock
+from utils.engine.peers import Peers, peers
+from utils.engine.plain_engine import WEIGHTS
 from utils.engine.protocol import StepReport, TrainingBatch
+from utils.engine.resharding import layout_of, put_whole, read_whole
 from utils.engine.stepping import (
     DTYPES,
     LossSums,
@@ -32,14 +38,13 @@ from utils.engine.stepping import (
     trainable_parameters,
     weighted_loss,
 )
-from utils.scripts import UserError
+from utils.scripts import UserError, note
 
 # What the loop decides; a --deepspeed_config may not say otherwise.
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping") + (
     "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "steps_per_print",
 )  # fmt: skip
-# How gloo and NCCL word that a peer is gone.
-BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
+GROUP_NAMES = "parameters_by_optimizer_group"
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's own default
 
 
@@ -54,21 +59,6 @@ def connect() -> None:
         )
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(verbose=False)
-
-
-class PeerLost(UserError):
-    """Another process of the run ended; it has said why itself."""
-
-
-@contextmanager
-def _peers() -> Iterator[None]:
-    """Around collective calls: a connection that breaks means that another rank ended; no mistake of this one."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in BROKEN_CONNECTION):
-            raise
-        raise PeerLost("another process of this run ended, so this one ends too: its own message says why") from error
 
 
 def _free_port() -> int:
@@ -129,6 +119,7 @@ def full_config(
         "gradient_accumulation_steps": rounds,
         "gradient_clipping": clip,
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # SGD, whose state is kept and cut up as AdamW's is
     }
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -137,7 +128,7 @@ def full_config(
     return config
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Peers):
     """A model under ZeRO. See `protocol.Engine`."""
 
     name = "deepspeed"
@@ -155,8 +146,8 @@ class DeepSpeedEngine:
         user_config: dict[str, Any] | None = None,
     ) -> None:
         connect()
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device, self.precision, self.rounds = device, precision, rounds
+        super().__init__(device)
+        self.precision, self.rounds, self.clock = precision, rounds, StepClock(device)
         self.loss_normalisation = settings.loss_normalisation
         if precision != "fp16":  # DeepSpeed itself halves everything then
             to_precision(model, precision)
@@ -171,6 +162,8 @@ class DeepSpeedEngine:
             numel=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
         )
         optimizer = make_optimizer(model, settings)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.group_names = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model: Any = self.deepspeed.module
 
@@ -185,13 +178,14 @@ class DeepSpeedEngine:
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        with _peers():
+        with peers():
             losses, counts, norm = self._rounds(micro_batches)
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
-        applied = self.deepspeed.was_step_applied()
-        return StepReport(losses, total, counts, learning_rate, float(norm or 0.0), applied)
+        norm = float(norm or 0.0)
+        applied = self.deepspeed.was_step_applied() and math.isfinite(norm)
+        return StepReport(losses, total, counts, learning_rate, norm, applied, self.clock.read())
 
     def _rounds(self, micro_batches: list[TrainingBatch]) -> tuple[dict[str, float], dict[str, float], float | None]:
         """Every round of a step, the update included.
@@ -201,30 +195,28 @@ class DeepSpeedEngine:
         if len(micro_batches) != self.rounds:
             raise ValueError(f"a step has {self.rounds} rounds, found {len(micro_batches)} micro-batches")
         weights = self.model.loss_weights
-        counts = count_step(self.model, micro_batches, self._add)
+        with self.clock("communication"):
+            counts = count_step(self.model, micro_batches, self.add)
         sums, norm = LossSums(list(counts), self.device), None
         everywhere = self.world_size * self.rounds
         dtype = DTYPES["fp16"] if self.precision == "fp16" else None
         for number, batch in enumerate(micro_batches, start=1):
-            losses = self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
+            with self.clock("forward"):
+                losses = self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
             # DeepSpeed divides by the number of rounds and averages over ranks; the counts have already done both.
             divisors = shared_counts(losses, counts, everywhere, self.loss_normalisation)
-            self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
+            with self.clock("backward"):  # DeepSpeed sends gradients while it makes them
+                self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
             sums.add(losses)
             if number == self.rounds and self.zero_stage == 0 and self.precision != "fp16":
                 gradients = [p.grad for p in trainable_parameters(self.model).values() if p.grad is not None]
                 norm = float(torch.nn.utils.get_total_norm(gradients))
-            self.deepspeed.step()
-        self._sum(sums.values)
+                if not math.isfinite(norm):
+                    self.model.zero_grad(set_to_none=True)  # the other stages leave such a step out by themselves
+            with self.clock("optimizer"):
+                self.deepspeed.step()
+        self.sum(sums.values)
         return sums.means(counts), counts, norm
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def _add(self, numbers: list[float]) -> list[float]:
-        return self._sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -232,54 +224,45 @@ class DeepSpeedEngine:
         with evaluation_mode(self.model, self.device, self.precision):
             yield
 
-    def gather(self, value: Any) -> list[Any]:
-        """See `protocol.Engine.gather`."""
-        gathered: list[Any] = [None] * self.world_size
-        with _peers():
-            dist.all_gather_object(gathered, value)
-        return gathered
+    def save(self, place: Path, client_state: dict[str, Any]) -> None:
+        """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
+        state = {"client": client_state, GROUP_NAMES: self.group_names}
+        with peers():
+            # DeepSpeed would name the tag before it is sealed.
+            self.deepspeed.save_checkpoint(str(place.parent), tag=place.name, client_state=state, save_latest=False)
+        if self.zero_stage == 0 and self.rank == 0:
+            # zero_to_fp32.py has nothing to put together then; merging reads this file as it is.
+            torch.save(self.model.state_dict(), place / WEIGHTS)
 
-    def barrier(self) -> None:
-        """See `protocol.Engine.barrier`."""
-        if self.world_size > 1:
-            with _peers():
-                dist.barrier()
-
-    def close(self) -> None:
-        """See `protocol.Engine.close`."""
-        if dist.is_initialized():
-            self.barrier()
-            dist.destroy_process_group()
-
-    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside it."""
-        with writing(folder / tag), _peers():
-            # DeepSpeed would name the tag before every rank has written its part.
-            self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
-            self.barrier()
-            if self.rank == 0:
-                point_to(folder, tag)
-
-    def load(self, folder: Path) -> dict[str, Any]:
-        """See `protocol.Engine.load`."""
-        tag = require_tag(folder)
-        self._check_ranks(folder / tag)
-        try:
-            _, client_state = self.deepspeed.load_checkpoint(str(folder), tag=tag)
-        except (ZeRORuntimeException, RuntimeError, KeyError, ValueError) as error:
-            first = " ".join(" ".join(str(error).splitlines()[:2]).split())
-            raise UserError(
-                f"the checkpoint {folder / tag} does not fit this run ({first}): use the flags and the number of "
-                "processes it was trained with, or another --exp_name"
-            ) from error
-        return client_state
-
-    def _check_ranks(self, place: Path) -> None:
+    def load(self, place: Path) -> dict[str, Any]:
+        """See `protocol.Engine.load`. Another stage or number of ranks takes its parts of the whole."""
         if not list(place.glob("*model_states.pt")):
             raise UserError(f"{place} was not written by DeepSpeed: go on with --engine plain, or leave --resume out")
-        ranks = len(list(place.glob("*optim_states.pt")))
-        if self.zero_stage > 0 and ranks and ranks != self.world_size:
+        written = layout_of(place)
+        try:
+            if written == ((self.zero_stage, self.world_size) if self.zero_stage else (0, 0)):
+                _, state = self.deepspeed.load_checkpoint(str(place.parent), tag=place.name)
+            else:
+                state = self._load_reshaped(place, written)
+        except (ZeRORuntimeException, RuntimeError, KeyError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            first = " ".join(" ".join(str(error).splitlines()[:2]).split())
             raise UserError(
-                f"the checkpoint {place} was written by {ranks} processes, and this run has {self.world_size}: "
-                "start as many"
-            )
+                f"the checkpoint {place} does not fit this model ({first}): use the flags it was trained with, or "
+                "another --exp_name"
+            ) from error
+        return state["client"]
+
+    def _load_reshaped(self, place: Path, written: tuple[int, int]) -> dict[str, Any]:
+        stage, ranks = written
+        note(
+            f"{place} was written under ZeRO stage {stage}{f' by {ranks} processes' if ranks else ''}, this run has "
+            f"stage {self.zero_stage} and {self.world_size}: each process takes its part of the whole"
+        )
+        first = next(iter(sorted(place.glob("*model_states.pt"))))
+        state = torch.load(first, map_location="cpu", weights_only=False)
+        whole = read_whole(place, state[GROUP_NAMES])
+        with peers():
+            put_whole(self.deepspeed, whole, self.rank)
+        return state

@@ -1,27 +1,44 @@
 """The training loop: steps, curves, validation, checkpoints. It knows an engine and batches, nothing of the model."""
 
-import shutil
+import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from utils.engine.checkpoints import keep_as, latest_tag, remove_others, tag_of
+from utils.engine.checkpoints import keep_as, latest_tag, write_safely
+from utils.engine.costs import Costs, profiler
+from utils.engine.curves import Curves
+from utils.engine.guard import Guard
+from utils.engine.journal import Journal, forget_after, sample_numbers
+from utils.engine.lock import require_shared
+from utils.engine.preflight import under_chance
 from utils.engine.protocol import Engine, StepReport
+from utils.engine.random_state import random_state, restore_random_state
+from utils.engine.saving import load_checkpoint, newest, save_checkpoint
 from utils.engine.stepping import Schedule
-from utils.scripts import note
+from utils.engine.stopping import StopRequest, under_launcher
+from utils.scripts import Stopped, UserError, note
 
 CHECKPOINT, BEST = "ckpt_model", "ckpt_model_best"
+VALIDATION = "validation.json"
 Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """When things happen, in optimizer steps; 0 is never, but for a checkpoint and a validation at the end."""
+    """When things happen, in optimizer steps; 0 is never, but for a checkpoint and a validation at the end.
+
+    save_minutes: a checkpoint is due so long after the last one, too. keep_last: how many of them are kept.
+    most_bad_steps: so many steps in a row may be left out because they are not finite; the run stops after them.
+    samples_per_step: over all ranks and rounds; 0 where nobody says. A checkpoint is only gone on from with the same.
+    profile: so many steps, after the first two, are recorded in a trace.
+    """
 
     schedule: Schedule
     total_steps: int
@@ -29,64 +46,37 @@ class Plan:
     validate_every: int
     print_every: int = 1
     best_by: str = "giou"
+    save_minutes: float = 0.0
+    keep_last: int = 1
+    most_bad_steps: int = 5
+    samples_per_step: int = 0
+    profile: int = 0
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """Where a run stands; saved with every checkpoint.
+
+    validated: the step of the last validation; a checkpoint is made before it, so that nothing hangs on it.
+    """
 
     step: int = 0
     best: float | None = None
     best_step: int | None = None
     scores: Scores = field(default_factory=dict)
+    validated: int = 0
+    samples_per_step: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "best": self.best, "best_step": self.best_step, "scores": self.scores}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "Progress":
-        return cls(**{name: saved[name] for name in ("step", "best", "best_step", "scores")})
-
-
-class Curves:
-    """TensorBoard events of a run, on rank 0 only; a resumed run hides what it does again."""
-
-    def __init__(self, folder: Path, first_step: int, active: bool) -> None:
-        self.writer: Any = None
-        if active:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second: not for the other ranks
-
-            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
-
-    def step(self, number: int, report: StepReport) -> None:
-        """Losses, learning rate and gradient norm after optimizer step `number`."""
-        if self.writer is None:
-            return
-        for name, value in report.losses.items():
-            self.writer.add_scalar(f"loss/{name}", value, number)
-        self.writer.add_scalar("loss/total", report.total, number)
-        self.writer.add_scalar("train/learning_rate", report.learning_rate, number)
-        self.writer.add_scalar("train/gradient_norm", report.gradient_norm, number)
-
-    def scores(self, number: int, scores: Scores) -> None:
-        """Validation scores."""
-        if self.writer is not None:
-            for name, value in scores.items():
-                self.writer.add_scalar(f"validation/{name}", value, number)
-
-    def pictures(self, number: int, pictures: dict[str, np.ndarray]) -> None:
-        """Pictures by name, (H, W, 3) uint8."""
-        if self.writer is not None:
-            for name, picture in pictures.items():
-                self.writer.add_image(name, picture, number, dataformats="HWC")
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        return cls(**{entry.name: saved[entry.name] for entry in fields(cls) if entry.name in saved})
 
 
 class Run:
-    """One run in its folder: ckpt_model is the latest checkpoint, ckpt_model_best the one with the best score."""
+    """One run in its folder: ckpt_model has the last checkpoints, ckpt_model_best the one with the best score."""
 
     def __init__(
         self,
@@ -95,39 +85,83 @@ class Run:
         folder: Path,
         validate: Callable[[], Scores] | None = None,
         draw: Callable[[], dict[str, np.ndarray]] | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         """
         Args:
             validate: scores by name, the same on every rank; called in inference mode on all ranks together.
             draw: pictures by name, (H, W, 3) uint8; called on rank 0 after each validation, in inference mode.
+            stop: where requests to stop arrive; by default this process's signals.
         """
         self.engine, self.plan, self.folder = engine, plan, folder
         self.validate, self.draw = validate, draw
-        self.progress = Progress()
+        self.stop = stop or StopRequest(under_launcher())
+        self.progress = Progress(samples_per_step=plan.samples_per_step)
+        self.guard = Guard(folder, engine, plan.most_bad_steps)
+        self.journal = Journal(folder, engine.rank)
+        self.costs = Costs(engine.device, engine.world_size)
+        self._saved_at = time.monotonic()
+        self._saved_step = 0
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint folder."""
-        self.progress = Progress.from_dict(self.engine.load(checkpoint))
-        note(f"going on from step {self.progress.step} of {checkpoint}")
+        """Go on from the newest whole checkpoint in a folder, or from a checkpoint itself."""
+        place = newest(self.engine, checkpoint)
+        progress = Progress.from_dict(load_checkpoint(self.engine, place))
+        self._check_samples(place, progress)
+        self.progress, self._saved_step = progress, progress.step
+        self._take_validation(progress.step)
+        note(f"going on from step {progress.step} of {place}")
+
+    def _check_samples(self, place: Path, progress: Progress) -> None:
+        """The order of the data stays what it was only where steps have as many samples as before."""
+        ours, theirs = self.plan.samples_per_step, progress.samples_per_step
+        if ours and theirs and ours != theirs:
+            raise UserError(
+                f"the steps of {place} have {theirs} samples and those of this run {ours}: make ranks x --batch_size x "
+                f"--grad_accumulation_steps come to {theirs} again, or start anew from its weights with --weight"
+            )
+        progress.samples_per_step = ours or theirs
+
+    def _take_validation(self, step: int) -> None:
+        """The scores of a validation at `step` that came after the checkpoint."""
+        try:
+            saved = json.loads((self.folder / VALIDATION).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if saved.get("validated") == step == self.progress.step:
+            self.progress = Progress.from_dict({**self.progress.as_dict(), **saved})
 
     def fit(self, batches: Callable[[int], Iterator[list[Any]]]) -> Progress:
-        """Train to the plan's end. `batches(step)` yields each step's micro-batches from optimizer step `step` on."""
-        if self.progress.step >= self.plan.total_steps:
-            note(f"this run of {self.plan.total_steps} steps is complete: raise --max_steps or --epochs to go on")
-            return self.progress
-        curves = Curves(self.folder, self.progress.step, self.engine.rank == 0)
+        """Train to the plan's end. Asked to stop, makes a checkpoint, leaves the other ranks and raises Stopped.
+
+        `batches(step)` yields each step's micro-batches from optimizer step `step` on.
+        """
+        first = self.progress.step
+        require_shared(self.folder, self.engine)
+        if self.engine.rank == 0:
+            forget_after(self.folder, self._saved_step)
+        self.engine.barrier()
+        curves = Curves(self.folder, first, self.engine.rank == 0)
         try:
-            with self._explain_interrupt():
-                self._steps(batches(self.progress.step), curves)
+            with self._explained(), self.stop.listening():
+                if first and self.progress.validated != first and self._validation_is_due():
+                    self._validate(curves)
+                if first >= self.plan.total_steps:
+                    total = self.plan.total_steps
+                    note(f"this run of {total} steps is complete: raise --max_steps or --epochs to go on")
+                else:
+                    self._steps(batches(first), curves)
+                    note(self.costs.summary())
         finally:
             curves.close()
+            self.journal.close()
         return self.progress
 
     def evaluate(self) -> Scores:
         """Validate once, without training."""
         curves = Curves(self.folder, 0, self.engine.rank == 0)
         try:
-            self._validate(curves)
+            self._score(curves)
         finally:
             curves.close()
         return self.progress.scores
@@ -136,70 +170,122 @@ class Run:
         plan, progress = self.plan, self.progress
         self.engine.model.train()
         hidden = self.engine.rank != 0
-        with tqdm(
-            total=plan.total_steps, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True
-        ) as bar:
+        self._saved_at = time.monotonic()
+        bar = tqdm(total=plan.total_steps, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True)
+        with bar, profiler(self.folder, 0 if hidden else plan.profile) as profile:
             while progress.step < plan.total_steps:
-                report = self.engine.train_step(next(batches), plan.schedule.rate(progress.step))
+                began = time.perf_counter()
+                micro_batches = next(batches)
+                waited = time.perf_counter() - began
+                report = self.engine.train_step(micro_batches, plan.schedule.rate(progress.step))
+                spent = {"data": waited, **report.seconds}
+                self.costs.add(time.perf_counter() - began, micro_batches, spent)
                 progress.step += 1
+                self.journal.write(progress.step, sample_numbers(micro_batches), report)
+                for sentence in self.guard.look(progress.step, report, micro_batches):
+                    self._say(sentence)
                 curves.step(progress.step, report)
                 if progress.step % plan.print_every == 0:
-                    bar.set_postfix_str(describe(report), refresh=False)
+                    bar.set_postfix_str(f"{describe(report)} {self.costs.line()}", refresh=False)
+                    curves.costs(progress.step, self.costs.figures())
                 bar.update()
+                if profile is not None:
+                    profile.step()
                 self._after_step(curves)
 
-    def _after_step(self, curves: Curves) -> None:
-        last = self.progress.step == self.plan.total_steps
-        improved = False
-        if self.validate is not None and (last or _due(self.progress.step, self.plan.validate_every)):
-            improved = self._validate(curves)
-        if last or improved or _due(self.progress.step, self.plan.save_every):
-            self._save(improved)
+    def _say(self, sentence: str) -> None:
+        if self.engine.rank == 0:
+            tqdm.write(sentence)
 
-    def _validate(self, curves: Curves) -> bool:
-        """Score, write down, and say whether this is the best so far."""
+    def _after_step(self, curves: Curves) -> None:
+        """Save and validate where that is due, and stop where that was asked for."""
+        stop, late = self._agree()
+        last, validation = self.progress.step == self.plan.total_steps, self._validation_is_due()
+        if last or validation or stop or late or _due(self.progress.step, self.plan.save_every):
+            self._save()
+        if stop:
+            self.engine.close()
+            raise Stopped(self._stopped(self.stop.why or "another of its processes"))
+        if validation:
+            self._validate(curves)
+
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether a checkpoint is late by rank 0's clock; the same on all."""
+        minutes = self.plan.save_minutes
+        late = self.engine.rank == 0 and 0 < minutes * 60 <= time.monotonic() - self._saved_at
+        stop, late_anywhere = self.engine.add([float(self.stop.asked()), float(late)])
+        return stop > 0, late_anywhere > 0
+
+    def _validation_is_due(self) -> bool:
+        last = self.progress.step == self.plan.total_steps
+        return self.validate is not None and (last or _due(self.progress.step, self.plan.validate_every))
+
+    def _stopped(self, why: str) -> str:
+        place = self.folder / CHECKPOINT / (latest_tag(self.folder / CHECKPOINT) or "")
+        return (
+            f"stopped by {why} after step {self.progress.step} of {self.plan.total_steps}; everything is in {place}: "
+            "the same command goes on from there"
+        )
+
+    def _validate(self, curves: Curves) -> None:
+        """Score what the last checkpoint holds, keep it where it is the best; a request to stop ends it half way."""
+        progress = self.progress
+        with self.stop.may_be_left(self._stopped("{why}")):
+            better = self._score(curves)
+        progress.validated = progress.step
+        if self.engine.rank == 0:
+            if better:
+                keep_as(self.folder / CHECKPOINT, self.folder / BEST)
+            write_safely(self.folder / VALIDATION, json.dumps(progress.as_dict()))
+
+    def _score(self, curves: Curves) -> bool:
+        """Score, write down, and say whether this is the best so far. Training's random numbers are left alone."""
         if self.validate is None:
             return False
-        progress = self.progress
+        progress, state = self.progress, random_state(self.engine.device)
         with self.engine.inference():
             progress.scores = self.validate()
             pictures = self.draw() if self.draw is not None and self.engine.rank == 0 else {}
+        restore_random_state(state, self.engine.device)
         curves.scores(progress.step, progress.scores)
         curves.pictures(progress.step, pictures)
-        if self.engine.rank == 0:
-            tqdm.write(f"step {progress.step}: " + ", ".join(f"{n} {v:.4f}" for n, v in progress.scores.items()))
+        self._say(f"step {progress.step}: " + ", ".join(f"{n} {v:.4f}" for n, v in progress.scores.items()))
         score = progress.scores.get(self.plan.best_by)
+        if score is not None and progress.best is None and (warning := under_chance(score)):
+            self._say(warning)
         if score is None or (progress.best is not None and score <= progress.best):
             return False
         progress.best, progress.best_step = score, progress.step
         return True
 
-    def _save(self, best: bool) -> None:
+    def _save(self) -> None:
+        if self._saved_step == self.progress.step:
+            return
         folder = self.folder / CHECKPOINT
-        tag = tag_of(self.progress.step)
-        if self.engine.rank == 0 and (folder / tag).exists():
-            shutil.rmtree(folder / tag)  # of an earlier run: its files may have a second name in ckpt_model_best
-        self.engine.barrier()
-        self.engine.save(folder, tag, self.progress.as_dict())
-        self.engine.barrier()
-        if self.engine.rank == 0:
-            remove_others(folder)
-            if best:
-                keep_as(folder, self.folder / BEST)
-        self.engine.barrier()
+        save_checkpoint(self.engine, folder, self.progress.step, self.progress.as_dict(), self.plan.keep_last)
+        self._saved_step, self._saved_at = self.progress.step, time.monotonic()
 
     @contextmanager
-    def _explain_interrupt(self) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
+        """Ctrl-C where no step can be finished any more, and the end of a data worker, in a sentence each."""
         try:
             yield
         except KeyboardInterrupt:
-            tag = latest_tag(self.folder / CHECKPOINT)
-            kept = (
-                f"the checkpoint {self.folder / CHECKPOINT / tag} is kept: the same command goes on from it"
-                if tag
-                else "no checkpoint yet"
-            )
-            raise KeyboardInterrupt(f"interrupted after step {self.progress.step}; {kept}") from None
+            raise KeyboardInterrupt(f"interrupted after step {self.progress.step}; {self._kept()}") from None
+        except RuntimeError as error:
+            # Raised wherever this process happens to be when the system tells of a worker's death.
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a data worker ended after step {self.progress.step} ({str(error).splitlines()[0]}), as happens when "
+                f"memory runs out: fewer --workers take less; {self._kept()}"
+            ) from error
+
+    def _kept(self) -> str:
+        tag = latest_tag(self.folder / CHECKPOINT)
+        if tag is None:
+            return "no checkpoint yet"
+        return f"the checkpoint {self.folder / CHECKPOINT / tag} is kept: the same command goes on from it"
 
 
 def _due(step: int, every: int) -> bool:
@@ -210,4 +296,4 @@ def describe(report: StepReport) -> str:
     """A step in one short line."""
     parts = [f"loss {report.total:.3f}"] + [f"{name} {value:.3f}" for name, value in report.losses.items()]
     parts += [f"lr {report.learning_rate:.1e}", f"grad {report.gradient_norm:.2f}"]
-    return " ".join(parts) + ("" if report.applied else " (overflow: step left out)")
+    return " ".join(parts) + ("" if report.applied else " (not finite: left out)")

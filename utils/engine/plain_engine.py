@@ -1,5 +1,6 @@
 """The plain engine: PyTorch and nothing else, in one process or in several that add up their gradients."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.engine.checkpoints import point_to, require_tag, writing
+from utils.engine.costs import StepClock
+from utils.engine.peers import Peers
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.stepping import (
     LossSums,
@@ -29,7 +31,7 @@ from utils.scripts import UserError
 WEIGHTS, STATE = "pytorch_model.bin", "training_state.pt"
 
 
-class PlainEngine:
+class PlainEngine(Peers):
     """A whole model on every rank. See `protocol.Engine`.
 
     Frozen matrices are kept in the run's precision; what trains is kept, and stepped, in float32. Ranks start from the
@@ -40,14 +42,13 @@ class PlainEngine:
     shards_weights = False
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: str, device: torch.device) -> None:
+        super().__init__(device)
         to_precision(model, precision)
         self.model: Any = model.to(device)
-        self.device, self.precision, self.settings = device, precision, settings
+        self.precision, self.settings, self.clock = precision, settings, StepClock(device)
         self.optimizer = make_optimizer(model, settings)
         self.parameters = list(trainable_parameters(model).values())
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        several = dist.is_initialized()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         if self.world_size > 1:
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, src=0)
@@ -55,33 +56,29 @@ class PlainEngine:
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
         losses, counts = self.accumulate(micro_batches)
-        norm, applied = self._apply(learning_rate)
+        with self.clock("optimizer"):
+            norm, applied = self._apply(learning_rate)
         total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
-        return StepReport(losses, total, counts, learning_rate, norm, applied)
+        return StepReport(losses, total, counts, learning_rate, norm, applied, self.clock.read())
 
     def accumulate(self, micro_batches: list[TrainingBatch]) -> tuple[dict[str, float], dict[str, float]]:
         """Add the whole step's gradient to the parameters; returns the means and counts of the losses."""
         weights = self.model.loss_weights
-        counts = count_step(self.model, micro_batches, self._add)
+        with self.clock("communication"):
+            counts = count_step(self.model, micro_batches, self.add)
         sums = LossSums(list(counts), self.device)
         for batch in micro_batches:
-            with autocast(self.device, self.precision):
+            with self.clock("forward"), autocast(self.device, self.precision):
                 losses = self.model(**batch.to(self.device).as_kwargs()).losses
             everywhere = self.world_size * len(micro_batches)
             divisors = shared_counts(losses, counts, everywhere, self.settings.loss_normalisation)
-            self.scaler.scale(weighted_loss(losses, weights, divisors)).backward()
+            with self.clock("backward"):
+                self.scaler.scale(weighted_loss(losses, weights, divisors)).backward()
             sums.add(losses)
-        self._sum(sums.values)
-        self._sum_gradients()
+        with self.clock("communication"):
+            self.sum(sums.values)
+            self._sum_gradients()
         return sums.means(counts), counts
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def _add(self, numbers: list[float]) -> list[float]:
-        return self._sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
 
     def _sum_gradients(self) -> None:
         """Over all ranks, in one message. A parameter that no loss reached on this rank adds zeros."""
@@ -91,21 +88,25 @@ class PlainEngine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        summed = self._sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        summed = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def _apply(self, learning_rate: float) -> tuple[float, bool]:
-        """Clip and step; returns the norm before clipping and whether the step was taken."""
+        """Clip and step; returns the norm before clipping and whether the step was taken.
+
+        A gradient that is not finite is thrown away: it would leave nothing of the weights, nor of the moments.
+        """
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.gradient_clip or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         set_learning_rate(self.optimizer, learning_rate)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        applied = math.isfinite(norm)
+        if applied or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, self.scaler.get_scale() >= scale
+        return norm, applied
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -113,38 +114,16 @@ class PlainEngine:
         with evaluation_mode(self.model, self.device, self.precision):
             yield
 
-    def gather(self, value: Any) -> list[Any]:
-        """See `protocol.Engine.gather`."""
-        gathered: list[Any] = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(gathered, value)
-        return gathered
-
-    def barrier(self) -> None:
-        """See `protocol.Engine.barrier`."""
-        if self.world_size > 1:
-            dist.barrier()
-
-    def close(self) -> None:
-        """See `protocol.Engine.close`."""
-        if dist.is_initialized():
-            self.barrier()
-            dist.destroy_process_group()
-
-    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+    def save(self, place: Path, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. The weights, frozen ones included, are a file that merging reads as it is."""
         if self.rank != 0:
             return
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "client": client_state}
-        with writing(folder / tag):
-            (folder / tag).mkdir(parents=True, exist_ok=True)
-            torch.save(self.model.state_dict(), folder / tag / WEIGHTS)
-            torch.save(state, folder / tag / STATE)
-            point_to(folder, tag)
+        torch.save(self.model.state_dict(), place / WEIGHTS)
+        torch.save(state, place / STATE)
 
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(self, place: Path) -> dict[str, Any]:
         """See `protocol.Engine.load`."""
-        place = folder / require_tag(folder)
         if not (place / STATE).is_file():
             raise UserError(
                 f"{place} was not written by the plain engine: go on with --engine deepspeed, or leave --resume out"

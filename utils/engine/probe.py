@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from utils.engine.protocol import TrainingBatch
+from utils.engine.protocol import B, TrainingBatch
 from utils.engine.stepping import autocast, weighted_loss
 from utils.scripts import UserError
 
@@ -18,7 +19,7 @@ class GradientError(UserError):
     """What gets a gradient is not what should train."""
 
 
-def find_probe_batch(model: Any, batches: Iterable[TrainingBatch], wanted: Sequence[str]) -> TrainingBatch:
+def find_probe_batch(model: Any, batches: Iterable[B], wanted: Sequence[str]) -> B:
     """The first batch in which every loss named in `wanted` has something to count; GradientError when none does."""
     seen: dict[str, float] = {}
     for batch in islice(batches, LONGEST_SEARCH):
@@ -36,8 +37,10 @@ def find_probe_batch(model: Any, batches: Iterable[TrainingBatch], wanted: Seque
 
 def probe_gradients(
     model: nn.Module, batch: TrainingBatch, expected: Iterable[str], precision: str, device: torch.device
-) -> None:
+) -> int:
     """Run `batch` forward and backward once and compare who got a gradient with who should.
+
+    Returns the operations that took, in matrix products and convolutions.
 
     A gradient of exact zeros passes only for LoRA's A while its B is zero. The model, its mode and the random state are
     as before afterwards.
@@ -51,7 +54,7 @@ def probe_gradients(
     expected = set(expected)
     parameters = dict(model.named_parameters())
     _compare_flags(parameters, expected)
-    _check_counts_and_run(model, batch, precision, device)
+    flops = _check_counts_and_run(model, batch, precision, device)
     try:
         missing = [name for name in sorted(expected) if parameters[name].grad is None]
         frozen = [name for name, parameter in parameters.items() if name not in expected and parameter.grad is not None]
@@ -63,6 +66,7 @@ def probe_gradients(
     _refuse(frozen, "should be frozen but gets a gradient")
     _refuse(zero, "should train but its gradient is exactly zero: it cannot learn")
     _refuse(infinite, "gets a gradient that is not finite: look at the weights it was loaded from and at --precision")
+    return flops
 
 
 def _compare_flags(parameters: dict[str, nn.Parameter], expected: set[str]) -> None:
@@ -74,24 +78,31 @@ def _compare_flags(parameters: dict[str, nn.Parameter], expected: set[str]) -> N
     _refuse([n for n, p in parameters.items() if not p.requires_grad and n in expected], "should train but is frozen")
 
 
-def _check_counts_and_run(model: Any, batch: TrainingBatch, precision: str, device: torch.device) -> None:
-    """Forward and backward; the counts that the step is divided by must be those that forward reports."""
+def _check_counts_and_run(model: Any, batch: TrainingBatch, precision: str, device: torch.device) -> int:
+    """Forward and backward; the counts that the step is divided by must be those that forward reports.
+
+    Returns the operations, without those that activations take to be computed again.
+    """
     counts = dict(model.count_losses(**batch.as_kwargs()))
     devices = [device] if device.type == "cuda" else []
     was_training = model.training
     model.train()
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), FlopCounterMode(display=False) as counter:
             with autocast(device, precision):
                 losses = model(**batch.to(device).as_kwargs()).losses
+            forward = counter.get_total_flops()
             weighted_loss(losses, model.loss_weights, counts).backward()
     finally:
         model.train(was_training)
+    # What the backward pass computes again does not count as work; nearly all of the forward pass is computed again.
+    again = forward if getattr(model, "is_activation_checkpointing", False) else 0
     reported = {name: float(term.count) for name, term in losses.items()}
     if any(reported[name] != counts.get(name, 0.0) for name in reported):
         raise GradientError(
             f"the model counts its losses as {counts} before a step but as {reported} in it: it cannot be normalised"
         )
+    return counter.get_total_flops() - again
 
 
 def _is_dead(name: str, parameters: dict[str, nn.Parameter]) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -41,7 +41,8 @@ class StepReport:
     """One optimizer step, over all ranks and accumulation rounds.
 
     losses: by name, unweighted means. total: their weighted sum. counts: what each mean was taken over.
-    gradient_norm: before clipping. applied: False where a float16 step overflowed and was left out.
+    gradient_norm: before clipping. applied: False where the gradient was not finite and the step was left out.
+    seconds: what this rank spent on what, by name (see `costs.StepClock`).
     """
 
     losses: dict[str, float]
@@ -50,6 +51,7 @@ class StepReport:
     learning_rate: float
     gradient_norm: float
     applied: bool = True
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -77,6 +79,9 @@ class Engine(Protocol):
     def inference(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradients, in the run's precision; training mode comes back at the end."""
 
+    def add(self, numbers: list[float]) -> list[float]:
+        """Sums of a list of numbers over all ranks, item by item."""
+
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, in rank order, on every rank."""
 
@@ -86,11 +91,11 @@ class Engine(Protocol):
     def close(self) -> None:
         """Wait for the other processes and leave them: the last call, but not after an error, when nobody may come."""
 
-    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write a checkpoint to folder/tag, and the tag into folder/latest once it is complete."""
+    def save(self, place: Path, client_state: dict[str, Any]) -> None:
+        """Write model, optimizer and `client_state` into the folder `place`, which is there and empty."""
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Read the checkpoint that folder/latest names into model and optimizer; returns its client state.
+    def load(self, place: Path) -> dict[str, Any]:
+        """Read what `save` wrote into model and optimizer; returns the client state.
 
         Raises UserError when it does not fit.
         """

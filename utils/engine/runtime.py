@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from utils.engine.stale_locks import clear_stale_locks
 from utils.scripts import UserError, note
 
 
@@ -45,6 +46,8 @@ def open_runtime(engine: str, local_rank: int, precision: str) -> Runtime:
         raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
     chosen = _choose(engine, launched, world_size, device)
+    if chosen == "deepspeed":
+        clear_stale_locks(first=local_rank == 0)
     if chosen == "plain" and world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Runtime(chosen, int(os.environ.get("RANK", "0")), local_rank, world_size, device)

@@ -1,10 +1,12 @@
 """From a run's arguments to its engine, its schedule and the steps' batches."""
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.errors import DataError, without_traceback
 from utils.data.mixture import Mixture, build_mixture
 from utils.data.reader import ReaderOptions
-from utils.engine.checkpoints import latest_tag
+from utils.engine.checkpoints import tags
 from utils.engine.fit import CHECKPOINT, Plan
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.protocol import Engine
@@ -24,9 +26,12 @@ from utils.engine.runtime import Runtime
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scripts import UserError, note
 
+# Steps that float16 may overflow in a row until its loss scale has come down far enough; that is as it should be.
+FP16_SEARCH = 40
 
-def make_plan(args: TrainArguments) -> Plan:
-    """When a run steps, saves and validates."""
+
+def make_plan(args: TrainArguments, world_size: int) -> Plan:
+    """When a run of `world_size` processes steps, saves and validates."""
     total = args.total_steps()
     if args.warmup_steps >= total:
         note(f"--warmup_steps {args.warmup_steps} outlasts the run of {total} steps: the full --lr is never reached")
@@ -36,6 +41,11 @@ def make_plan(args: TrainArguments) -> Plan:
         save_every=args.save_every or args.steps_per_epoch,
         validate_every=args.validate_every or args.steps_per_epoch,
         print_every=args.print_freq,
+        save_minutes=args.save_minutes,
+        keep_last=args.keep_last,
+        most_bad_steps=max(args.max_bad_steps, FP16_SEARCH) if args.precision == "fp16" else args.max_bad_steps,
+        profile=args.profile,
+        samples_per_step=0 if args.eval_only else world_size * args.batch_size * args.grad_accumulation_steps,
     )
 
 
@@ -89,7 +99,7 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
     if args.resume:
         return Path(args.resume)
     own = args.run_folder / CHECKPOINT
-    if args.auto_resume and latest_tag(own) is not None:
+    if args.auto_resume and tags(own):
         return own
     return None
 
@@ -194,6 +204,19 @@ class StepBatches:
             note(f"on this rank {self.bad.table()}")
 
 
+def run_facts(runtime: Runtime, batches: StepBatches, first_step: int) -> dict[str, Any]:
+    """What a run card keeps about the processes and the data."""
+    return {
+        "engine": runtime.engine,
+        "world_size": runtime.world_size,
+        "device": str(runtime.device),
+        "first_step": first_step,
+        "samples_per_step": batches.samples_per_step,
+        "data": batches.dataset.mixture.fingerprint,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _sentences_only(loader: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of `loader`; what is wrong with the data is told without a worker's traceback."""
     try:
@@ -203,5 +226,7 @@ def _sentences_only(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def seed_everything(seed: int) -> None:
-    """The random state of weights to come, dropout included."""
+    """The random state of weights to come, dropout included, and of libraries that draw in ways of their own."""
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002

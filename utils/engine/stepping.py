@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from utils.engine.muon import Muon
 from utils.engine.protocol import TrainingBatch
@@ -15,7 +16,7 @@ from utils.scripts import UserError
 
 STEP, MICRO_BATCH = "step", "micro_batch"
 LOSS_NORMALISATIONS = (STEP, MICRO_BATCH)
-ADAMW, MUON = "adamw", "muon"
+ADAMW, MUON, SGD = "adamw", "muon", "sgd"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,9 +45,10 @@ class Schedule:
 class OptimizerSettings:
     """The optimizer, and what it is given.
 
-    name: ADAMW, or MUON for the hidden matrices and AdamW for the rest. multipliers: prefix of parameter names -> times
-    the learning rate (the first that fits). loss_normalisation: losses are divided by the counts of the whole "step",
-    or (release, golden fact L1) each micro-batch's by its own, and the micro-batches averaged: "micro_batch".
+    name: ADAMW; MUON for the hidden matrices and AdamW for the rest; SGD without momentum. multipliers: prefix of
+    parameter names -> times the learning rate (the first that fits). loss_normalisation: losses are divided by the
+    counts of the whole "step", or (release, golden fact L1) each micro-batch's by its own, and the micro-batches
+    averaged: "micro_batch".
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -89,6 +91,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     ]
     if settings.name == MUON:
         return Muon(listed, betas=settings.betas)
+    if settings.name == SGD:
+        return torch.optim.SGD(listed, lr=0.0)
     return torch.optim.AdamW(listed, lr=0.0, betas=settings.betas, fused=True)
 
 
@@ -172,7 +176,8 @@ def evaluation_mode(model: nn.Module, device: torch.device, precision: str) -> I
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(device, precision):
+        # Tables that are in parts are put together once, not for every token.
+        with torch.no_grad(), parametrize.cached(), autocast(device, precision):
             yield
     finally:
         model.train(was_training)

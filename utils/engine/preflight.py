@@ -1,0 +1,117 @@
+"""Before the first step: what a run is about to do, in numbers, and what would go wrong much later."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.arguments import TrainArguments
+from utils.data.mixture import Mixture
+from utils.engine.runtime import Runtime
+from utils.scripts import UserError, note
+
+GIB = 2**30
+# Bytes for each number that trains, beside the weight itself: gradient, and AdamW's two moments, all in float32.
+GRADIENT, MOMENTS, MASTER = 4, 8, 4
+# A score that masking everything would reach on things of usual size.
+CHANCE = 0.05
+CHECKLIST = (
+    "do masks lie on their pictures (check_data.py --show 8)",
+    "do the weights load (the table at the start)",
+    "is the end of answers learned (--max_new_tokens, the drawn answers in TensorBoard)",
+    "is --seg_token_num the one the base was made with",
+    "did --lr or --warmup_steps let the losses rise (loss/bce and loss/dice in TensorBoard)",
+)
+
+
+def preflight(args: TrainArguments, runtime: Runtime, model: Any, tokens: int, mixture: Mixture) -> None:
+    """Say what the run is about to do, and refuse what cannot go well. tokens: how many the tokenizer has."""
+    tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    require_rows(tokens, *(len(table) for table in tables))
+    note(mixture.describe())
+    note(batch_arithmetic(args, runtime.world_size))
+    samples = args.batch_size * runtime.world_size * args.grad_accumulation_steps * args.total_steps()
+    readers = mixture.readers
+    note(draws([reader.name for reader in readers], mixture.shares, [len(reader) for reader in readers], samples))
+    say_memory(model, runtime, args.zero_stage if runtime.engine == "deepspeed" else 0)
+
+
+def batch_arithmetic(args: TrainArguments, world_size: int) -> str:
+    """One line: how a step is made up, and how much the run sees."""
+    rounds, steps = args.grad_accumulation_steps, args.total_steps()
+    step = args.batch_size * world_size * rounds
+    return (
+        f"a step is {args.batch_size} pictures x {world_size} ranks x {rounds} rounds = {step} samples; {steps:,} "
+        f"steps take {step * steps:,}"
+    )
+
+
+def draws(names: Iterable[str], shares: Iterable[float], sizes: Iterable[int], samples: int) -> str:
+    """A line per data set: how many of the run's samples come from it, and how often it is gone through."""
+    lines = [
+        f"{name}: about {share * samples:,.0f} samples, {share * samples / max(size, 1):.1f} times its {size:,} "
+        "pictures"
+        for name, share, size in zip(names, shares, sizes, strict=True)
+    ]
+    return "\n".join(lines)
+
+
+def require_rows(tokens: int, rows_in: int, rows_out: int) -> None:
+    """UserError where a token the tokenizer knows has no row in the tables of the language model.
+
+    tokens: how many the tokenizer has. rows_in, rows_out: rows of the embedding table and of lm_head.
+    """
+    lacking = [name for name, rows in (("embedding table", rows_in), ("lm_head", rows_out)) if rows < tokens]
+    if lacking:
+        raise UserError(
+            f"the tokenizer has {tokens} tokens, but the {' and the '.join(lacking)} only {min(rows_in, rows_out)} "
+            "rows: the folder in --version is not whole, or its tokenizer is another model's"
+        )
+
+
+def memory_needed(model: nn.Module, stage: int, ranks: int) -> int:
+    """Bytes per rank for weights, gradients and AdamW; activations come on top.
+
+    stage: ZeRO stage, 0 for the plain engine too. From stage 1 on moments (and a float32 copy of what trains) are
+    shared out to the ranks, from 2 on gradients, from 3 on weights.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    optimizer = trained * (MOMENTS + (MASTER if stage else 0))
+    shares = [weights / (ranks if stage >= 3 else 1), trained * GRADIENT / (ranks if stage >= 2 else 1)]
+    return int(sum(shares) + optimizer / (ranks if stage >= 1 else 1))
+
+
+def memory_there(device: torch.device, local_ranks: int) -> int | None:
+    """Bytes a rank can have: those of its GPU, or its part of what this machine has to spare; None where not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    return available // max(local_ranks, 1)
+
+
+def say_memory(model: nn.Module, runtime: Runtime, stage: int) -> None:
+    """Say what is needed against what is there, and where that cannot be enough."""
+    needed = memory_needed(model, stage, runtime.world_size)
+    there = memory_there(runtime.device, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
+    known = "" if there is None else f" of {there / GIB:.2f} GiB"
+    note(f"weights, gradients and optimizer take about {needed / GIB:.2f} GiB{known} per rank; activations come on top")
+    if there is not None and needed > there:
+        note(
+            "warning: that does not fit: more ranks with --zero_stage 3, offload in --deepspeed_config, --precision "
+            "bf16 or fewer parts that train take less"
+        )
+
+
+def under_chance(score: float) -> str | None:
+    """What to look at when a first score is below chance; None where it is not."""
+    if score >= CHANCE:
+        return None
+    return f"the score {score:.3f} is below chance; what usually is wrong: {'; '.join(CHECKLIST)}"

@@ -1,0 +1,83 @@
+"""Checkpoints of a run: what an engine writes, and every rank's random state, as one folder that is whole or not there.
+
+All ranks call everything here together.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.engine import checkpoints
+from utils.engine.checkpoints import writing
+from utils.engine.protocol import Engine
+from utils.engine.random_state import random_file, random_state, restore_random_state
+from utils.scripts import UserError, note
+
+
+def save_checkpoint(engine: Engine, folder: Path, step: int, client_state: dict[str, Any], keep_last: int = 1) -> Path:
+    """Write the checkpoint of `step`, then remove those it supersedes. UserError where it cannot be written."""
+    place = folder / checkpoints.tag_of(step)
+    scratch = place.with_name(place.name + checkpoints.WRITING)
+    with writing(scratch):
+        if engine.rank == 0:
+            checkpoints.prepare(place)
+            checkpoints.require_room(folder, bytes_needed(engine, folder))
+        engine.barrier()
+        engine.save(scratch, client_state)
+        torch.save(random_state(engine.device), random_file(scratch, engine.rank))
+        # A file's bytes are brought to the disk by the node that wrote them, the others find nothing left to do.
+        for path in checkpoints.files_of(scratch):
+            checkpoints.to_disk(path)
+        engine.barrier()
+        if engine.rank == 0:
+            checkpoints.finish(scratch, place)
+            checkpoints.remove_superseded(folder, keep_last)
+    engine.barrier()
+    return place
+
+
+def bytes_needed(engine: Engine, folder: Path) -> int:
+    """About what the next checkpoint takes: what the last one took, or the weights and AdamW's two moments."""
+    last = checkpoints.latest_tag(folder)
+    if last is not None:
+        return checkpoints.size_of(folder / last)
+    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    return weights + 2 * sum(p.numel() * p.element_size() for p in engine.model.parameters() if p.requires_grad)
+
+
+def newest(engine: Engine, folder: Path) -> Path:
+    """The newest checkpoint in `folder` that verifies (or `folder` itself, where it is one), the same on every rank.
+
+    Says what it passed over. UserError where none is whole: a run must not start anew without being told to.
+    """
+    found: tuple[str | None, dict[str, str]] = (None, {})
+    if engine.rank == 0:
+        if (folder / checkpoints.MANIFEST).is_file():
+            why = checkpoints.problem(folder)
+            found = (None, {folder.name: why}) if why else ("", {})
+        else:
+            found = checkpoints.newest_whole(folder)
+    tag, skipped = engine.gather(found)[0]
+    if tag is None and skipped:
+        raise UserError(
+            f"no checkpoint in {folder} is whole ({'; '.join(f'{name}: {why}' for name, why in skipped.items())}): "
+            "bring one back from a copy, or start anew with --no_auto_resume"
+        )
+    for name, why in skipped.items():
+        note(f"passed over the checkpoint {folder / name}: {why}")
+    if tag is None:
+        raise UserError(f"there is no checkpoint in {folder}: expected folders step1, step2, … with a manifest in each")
+    return folder / tag if tag else folder
+
+
+def load_checkpoint(engine: Engine, place: Path) -> dict[str, Any]:
+    """Read a checkpoint into `engine` and go on with this rank's random numbers; returns the client state."""
+    client_state = engine.load(place)
+    path = random_file(place, engine.rank)
+    ranks = len(list(place.glob(random_file(place, 0).name.replace("0", "*"))))
+    if ranks == engine.world_size and path.is_file():
+        restore_random_state(torch.load(path, map_location="cpu", weights_only=True), engine.device)
+    else:
+        note(f"{place} was written by {ranks} processes and this run has {engine.world_size}: dropout is drawn anew")
+    return client_state
