@@ -50,7 +50,7 @@ from utils.scripts import Stopped, UserError, note, run_script
 
 WORDS_CONFIG, MASKS_CONFIG = str(ROOT / "configs" / "tiny_base.yaml"), str(ROOT / "configs" / "tiny.yaml")
 # Of the tower's stage: pictures a step over all ranks, learning rate, steps of warm-up.
-TOWER_BATCH, TOWER_RATE, TOWER_WARMUP = 32, 5e-3, 50
+TOWER_BATCH, TOWER_RATE, TOWER_WARMUP = 16, 5e-3, 50
 SHAPE = {field.name: field.default for field in fields(TinyShape) if isinstance(field.default, int)}
 
 
@@ -110,7 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--tower_steps", type=int, default=800)
+    parser.add_argument("--tower_steps", type=int, default=1500)
     parser.add_argument("--samples", type=int, default=400, help="scenes whose questions are read where parts start")
     parser.add_argument("--seed", type=int, default=0)
     for name, default in SHAPE.items():
