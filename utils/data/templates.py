@@ -32,16 +32,12 @@ class Phrasing:
         """The question for `asked`, one or several things."""
         return _sentence(self.asking.replace(_ASKED, listed(asked)))
 
-    def answer(self, names: Sequence[str], asked: Sequence[str] = ()) -> str:
-        """The answer that names `names`, each followed by SEG_MARKER.
-
-        Where one thing `asked` for is several, it is said again with their number first: who has to say how many knows
-        of what, and who lists them how far the list goes.
+    def answer(self, names: Sequence[str]) -> str:
+        """The answer that names `names`, each followed by SEG_MARKER; the number of several comes first, so that who
+        lists them knows how far the list goes.
         """
-        named = marked(names)
-        if len(asked) == 1 and len(names) > 1:
-            named = f"{asked[0]}: {number_word(len(names))}, {named}"
-        return _sentence(self.found.replace(_NAMED, named))
+        number = f"{number_word(len(names))}: " if len(names) > 1 else ""
+        return _sentence(self.found.replace(_NAMED, number + marked(names)))
 
     def denial(self, asked: Sequence[str]) -> str:
         """The answer when nothing in the picture is what was asked for."""
@@ -49,7 +45,7 @@ class Phrasing:
 
     def turn(self, asked: Sequence[str], targets: tuple[Target, ...]) -> Turn:
         """A turn that asks for `asked` and names every target, or says that there are none."""
-        answer = self.answer([target.name for target in targets], asked) if targets else self.denial(asked)
+        answer = self.answer([target.name for target in targets]) if targets else self.denial(asked)
         return Turn(self.question(asked), answer, targets, kind_by_count(len(targets)))
 
 

@@ -122,7 +122,7 @@ def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
             return phrasing.question([asked]), phrasing.denial([asked])
         shapes = [speaker.scene.shapes[i] for i in ask.targets]
         names = [asked] if len(shapes) == 1 else [target_name(shape.name) for shape in shapes]
-        return _with_places(speaker, ask, phrasing.question([asked]), phrasing.answer(names, [asked]))
+        return _with_places(speaker, ask, phrasing.question([asked]), phrasing.answer(names))
 
     return turn
 
