@@ -117,7 +117,11 @@ class Costs:
         found = self.figures()
         if not found:
             return ""
-        parts = [f"{found['speed/pictures_per_second']:.1f} pic/s", f"{found['speed/tokens_per_second']:.0f} tok/s"]
+        parts = []
+        if found["speed/pictures_per_second"]:
+            parts.append(f"{found['speed/pictures_per_second']:.1f} pic/s")
+        if found["speed/tokens_per_second"]:
+            parts.append(f"{found['speed/tokens_per_second']:.0f} tok/s")
         if "speed/mfu" in found:
             parts.append(f"mfu {found['speed/mfu']:.0%}")
         return " ".join(parts)

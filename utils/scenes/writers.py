@@ -5,6 +5,7 @@
     refer_seg/grefcoco/{instances.json,grefs(unc).json}                 several targets and none, splits train and val
     muse/{muse_train.json,muse_val.json}                                reasoning
     coco/train2017/%012d.png, llava_dataset/llava_instruct_150k.json    conversations in words, on the training pictures
+    custom/talk/val/{images/,annotations.jsonl}                         the same on held-out pictures
     scenes.json                                                         ours: which scene each picture shows
 
 Held-out pictures appear only in the val splits and in muse_val.json. Masks are run-length codes, exact to the pixel.
@@ -16,6 +17,7 @@ import dataclasses
 import json
 import os
 import pickle
+import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -26,7 +28,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .conversations import Turn
+from .conversations import Turn, make_conversation
 from .drawing import draw_scene, scene_masks
 from .manifest import SCENES_FILE, SceneRecord, hash_picture
 from .planning import (
@@ -50,7 +52,10 @@ GREFCOCO_REFS = Path("refer_seg/grefcoco/grefs(unc).json")
 INSTANCES = Path("instances.json")
 MUSE_FILES = {TRAIN: Path("muse/muse_train.json"), HELD_OUT: Path("muse/muse_val.json")}
 WORDS_FILE = Path("llava_dataset/llava_instruct_150k.json")
-_FILES = (SCENES_FILE, REFCOCO_REFS, GREFCOCO_REFS, *MUSE_FILES.values(), WORDS_FILE)
+TALK_FILE, TALK_PICTURE_FOLDER = Path("custom/talk/val/annotations.jsonl"), Path("custom/talk/val/images")
+_FILES = (SCENES_FILE, REFCOCO_REFS, GREFCOCO_REFS, *MUSE_FILES.values(), WORDS_FILE, TALK_FILE)
+# How many held-out pictures are talked about, and in how many turns.
+_TALKS, _TALK_TURNS = 150, 2
 # How the held-out questions are named on a command line (--val_dataset).
 HELD_OUT_SPEC = "refcoco|unc|val||grefcoco|unc|val||MultiReasonSeg|val"
 _PNG_LEVEL = 1  # of 9: fast
@@ -82,6 +87,7 @@ class _Files:
         self.grefs: list[str] = []
         self.muse: dict[str, list[str]] = {split: [] for split in MUSE_FILES}
         self.words: list[str] = []
+        self.talk: list[str] = []
         self.scenes: list[str] = []
         self._sentences = 0
 
@@ -132,16 +138,19 @@ class _Files:
     def add_words(self, placed: PlacedScene, conversations: list[list[Turn]]) -> None:
         """Enter conversations in words."""
         for i, turns in enumerate(conversations):
-            said: list[dict[str, str]] = []
-            for question, answer in turns:
-                said.append({"from": "human", "value": question if said else f"<image>\n{question}"})
-                said.append({"from": "gpt", "value": answer})
+            said = _messages(turns)
+            said[0]["value"] = f"<image>\n{said[0]['value']}"
             entry = {
                 "id": f"{placed.number:012d}_{i}",
                 "image": words_picture_name(placed.number),
                 "conversations": said,
             }
             self.words.append(json.dumps(entry))
+
+    def add_talk(self, placed: PlacedScene, turns: list[Turn]) -> None:
+        """Enter a conversation in words about a held-out picture."""
+        entry = {"image": picture_name(placed.number), "conversations": _messages(turns), "masks": []}
+        self.talk.append(json.dumps(entry))
 
     def write(self, root: Path, settings: SceneDataSettings) -> None:
         """Write everything but the pictures."""
@@ -163,6 +172,7 @@ class _Files:
         for split, path in MUSE_FILES.items():
             _write_text(root / path, _json_list(self.muse[split]))
         _write_text(root / WORDS_FILE, _json_list(self.words))
+        _write_text(root / TALK_FILE, "".join(f"{line}\n" for line in self.talk))
         made_with = json.dumps(dataclasses.asdict(settings))
         _write_text(root / SCENES_FILE, _json_object(settings=made_with, scenes=_json_list(self.scenes)))
 
@@ -216,6 +226,13 @@ def _muse_record(placed: PlacedScene, annotations: list[Record], questions: list
     }
 
 
+def _messages(turns: list[Turn]) -> list[dict[str, str]]:
+    """A conversation as LLaVA's files have it."""
+    return [
+        {"from": speaker, "value": text} for turn in turns for speaker, text in zip(("human", "gpt"), turn, strict=True)
+    ]
+
+
 def _json_list(items: list[str]) -> str:
     """A list of values that are JSON already."""
     return f"[{', '.join(items)}]"
@@ -251,7 +268,7 @@ def _no_progress(scenes: Iterable[PlacedScene], total: int, what: str) -> Iterab
 
 def _refuse_old_data(root: Path) -> None:
     """FileExistsError when anything that is about to be written is there already."""
-    for path in (*_FILES, PICTURE_FOLDER, WORDS_PICTURE_FOLDER):
+    for path in (*_FILES, PICTURE_FOLDER, WORDS_PICTURE_FOLDER, TALK_PICTURE_FOLDER):
         if (root / path).exists():
             raise FileExistsError(f"{root / path} is there already: name a new folder, or remove the old data first")
 
@@ -270,7 +287,7 @@ def write_scene_data(
     scenes = list(progress(place_scenes(settings), total, "scenes"))
     held_out = [placed for placed in scenes if placed.split == HELD_OUT]
     asked = dict(zip(held_out, plan_held_out([placed.scene for placed in held_out], settings), strict=True))
-    for folder in {path.parent for path in _FILES} | {PICTURE_FOLDER, WORDS_PICTURE_FOLDER}:
+    for folder in {path.parent for path in _FILES} | {PICTURE_FOLDER, WORDS_PICTURE_FOLDER, TALK_PICTURE_FOLDER}:
         (root / folder).mkdir(parents=True, exist_ok=True)
     files, counts = _Files(), Counter[str]()
     for placed in progress(scenes, total, "pictures and questions"):
@@ -284,6 +301,10 @@ def write_scene_data(
             files.add_words(placed, conversations)
         else:
             questions = asked[placed]
+            if len(files.talk) < _TALKS:
+                _link(path, root / TALK_PICTURE_FOLDER / picture_name(placed.number))
+                rng = random.Random(f"talk/{settings.seed}/{placed.number}")
+                files.add_talk(placed, make_conversation(placed.scene, rng, _TALK_TURNS, settings.more_phrasings))
         files.add_questions(placed, annotations, questions)
         counts.update(f"{placed.split}: {ask.kind} / {ask.family}" for ask, _ in questions)
     files.write(root, settings)
