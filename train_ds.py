@@ -93,6 +93,8 @@ def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
         to_train=True,
     )
     note(built.report.table())
+    if not built.model.shares_prefixes:
+        note(f"every conversation is a row of its own: {args.attn_implementation} attention cannot be told what sees what")
     recipe = TrainingRecipe(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingRecipe)})
     trained = choose_trainable(built.model, recipe)
     if args.weight:
@@ -136,6 +138,7 @@ def write_card(
 ) -> None:
     """Leave run.json beside the checkpoints."""
     facts = run_facts(runtime, batches, step) | {"loaded": built.report.as_dict(), "trained": trained}
+    facts["packs_conversations"] = built.model.shares_prefixes
     repository = Path(__file__).resolve().parent
     write_run_card(args.run_folder, arguments=args.as_dict(), repository=repository, facts=facts)
 

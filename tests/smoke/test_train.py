@@ -83,7 +83,7 @@ def test_a_plain_run_leaves_checkpoints_curves_pictures_and_a_card(plain_run: Sm
     card = json.loads((folder / "run.json").read_text())
     assert card["arguments"]["version"] == str(plain_run.base) and card["engine"] == "plain"
     assert card["samples_per_step"] == 4 and "refcoco" in card["data"] and card["versions"]["torch"]
-    assert card["trained"] and card["loaded"]["loaded"] > 0
+    assert card["trained"] and card["loaded"]["loaded"] > 0 and card["packs_conversations"] is True
     assert "gradients reach all of the" in plain_run.said
 
 
