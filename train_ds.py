@@ -94,7 +94,7 @@ def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
     )
     note(built.report.table())
     if not built.model.shares_prefixes:
-        note(f"every conversation is a row of its own: {args.attn_implementation} attention cannot be told what sees what")
+        note(f"every conversation is a row of its own: {args.attn_implementation} attention takes no mask of ours")
     recipe = TrainingRecipe(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingRecipe)})
     trained = choose_trainable(built.model, recipe)
     if args.weight:

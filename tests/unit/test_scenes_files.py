@@ -18,7 +18,7 @@ from pycocotools import mask as coco_rle
 
 from utils.data.errors import DataError
 from utils.data.readers import build_eval_reader
-from utils.data.samples import SEG_MARKER, Sample
+from utils.data.samples import SEG_MARKER, TEXT, Sample
 from utils.scenes import (
     HELD_OUT_SPEC,
     SceneDataSettings,
@@ -116,6 +116,19 @@ def test_conversations_in_words_are_about_training_pictures(data_root: Path) -> 
         assert [turn["value"].count("<image>") for turn in said] == [1] + [0] * (len(said) - 1)
         words = (data_root / "coco/train2017" / entry["image"]).read_bytes()
         assert words == (data_root / PICTURES / f"COCO_train2014_{entry['image']}").read_bytes()
+
+
+def test_held_out_pictures_are_talked_about_in_words(data_root: Path) -> None:
+    """Two turns about each, in words alone; none of the pictures is trained on."""
+    samples = list(build_eval_reader("custom|talk|val", data_root))
+    held_out = [record for record in read_scenes(data_root) if record.split == "val"]
+    assert [Path(sample.image_path).name for sample in samples] == [record.file_name for record in held_out][:150]
+    for sample in samples:
+        (turns,) = sample.conversations
+        assert len(turns) == 2 and all(turn.kind == TEXT and SEG_MARKER not in turn.answer for turn in turns)
+        assert (
+            Path(sample.image_path).read_bytes() == (data_root / PICTURES / Path(sample.image_path).name).read_bytes()
+        )
 
 
 def test_held_out_questions_through_the_readers(data_root: Path) -> None:
