@@ -60,6 +60,7 @@ class Meant:
 class Said:
     """What words of the text mean.
 
+    counts (M, counts): for names that end here, the words for how many such shapes their picture shows.
     own (M, names): the words of a name that end here: one, or a form with the colour before it. named (M, names): the
     same, after a name its last word, and with a colour a form up to three words before it ("the star that is red").
     recent (M, names), size (M, 1), in_order (M, 1): names and the extreme of size among the last WINDOW words, and
@@ -69,6 +70,7 @@ class Said:
     word.
     """
 
+    counts: torch.Tensor
     own: torch.Tensor
     named: torch.Tensor
     recent: torch.Tensor
@@ -92,8 +94,8 @@ def start_looking_up(
     """Let heads of a model with a trained projector look for what words name, for its place, and for words said before.
 
     Args:
-        words: of colours, forms, sizes (from small to large), others that are said beside these, columns and rows, as
-            `PatchReader` had them.
+        words: of colours, forms, sizes (from small to large), columns and rows, as `PatchReader` had them; after sizes
+            may stand how many share a colour, how many a form, and others that are said beside these.
         meant: which words say what to look for.
         examples: arguments of forward, of one conversation about each of B pictures.
         labels: (B, kinds, patches) what each patch bears, numbers of `words`.
@@ -108,7 +110,7 @@ def start_looking_up(
     model = built.model
     rows = _rows(model, examples)
     names = [*words[0][1:], *words[1][1:]]
-    shown, said = _shown(words, labels), _said(built, words, meant, rows)
+    shown, said = _shown(words, labels), _said(built, words, meant, rows, labels)
     embeddings = torch.cat([kind[1:] for kind in embeddings_of(built, words)])
     width = embeddings.shape[1]
     away = without_marks(embeddings @ torch.linalg.qr(torch.randn(width, width))[0])
@@ -154,6 +156,7 @@ class _Reader:
         self.words = of_image(shown.words, of_centres)
         self.is_text, self.is_first = of_text(torch.ones_like(said.first)), of_text(said.first)
         self.named, self.own, self.recent = (_read(text, facts) for facts in (said.named, said.own, said.recent))
+        self.counts = _read(text, said.counts)
         self.wanted_size, self.in_order = _read(text, said.size), _read(text, said.in_order)
         self.at, self.known = _read(text, said.at), _read(text, said.known)
         self.is_name = of_text((said.own.sum(dim=1, keepdim=True) > 0).float())
@@ -198,7 +201,10 @@ def _heads(
     yield extreme, key, reader.words[looks:], embeddings[looks:].T
     same = SAME_WORD**0.5
     yield reader.code * same, reader.previous_code * same, reader.own, embeddings[:names].T
-    yield reader.is_text * ANY_NAME**0.5, reader.is_name * ANY_NAME**0.5, reader.own, embeddings[:names].T
+    # With a name goes what was found there about it: who says how many there are says it later.
+    counts = slice(looks - len(reader.counts), looks)
+    told, tells = torch.cat([reader.own, reader.counts]), torch.cat([embeddings[:names], embeddings[counts]])
+    yield reader.is_text * ANY_NAME**0.5, reader.is_name * ANY_NAME**0.5, told, tells.T
 
 
 def _check_room(model: PixelLMForCausalLM, heads: int, channels: int) -> None:
@@ -265,7 +271,9 @@ def _shown(words: Sequence[Sequence[str]], labels: torch.Tensor) -> Shown:
     return Shown(torch.cat(kinds, dim=1), centre, ordered[0][:, None], torch.stack(ordered[1:], dim=1))
 
 
-def _said(built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows: ExpandedRows) -> Said:
+def _said(
+    built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows: ExpandedRows, labels: torch.Tensor
+) -> Said:
     colours, forms, *places = (kind[1:] for kind in (*words[:2], *words[-2:]))
     names = [*colours, *forms]
     in_picture = _in_picture(built.model, rows)
@@ -295,6 +303,7 @@ def _said(built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows:
     first = torch.zeros(*ids.shape, 1).index_fill(1, torch.tensor([0]), 1.0)
     text = rows.attention_mask & ~in_picture
     return Said(
+        counts=(own @ _counts(words, labels))[text],
         own=own[text],
         named=named[text],
         recent=_window(here).amax(dim=0)[text],
@@ -306,6 +315,20 @@ def _said(built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows:
         ids=rows.ids[text],
         previous=_earlier(ids[..., None] + 1, 1)[..., 0][text] - 1,
     )
+
+
+def _counts(words: Sequence[Sequence[str]], labels: torch.Tensor) -> torch.Tensor:
+    """(B, names, counts) what patches of each colour say beside their size about colours, of each form about forms."""
+    kinds = [
+        F.one_hot(numbers, len(kind))[..., 1:].float() for kind, numbers in zip(words, labels.unbind(1), strict=True)
+    ]
+    tables = []
+    for own, names in enumerate(kinds[:2]):
+        said = [names.new_zeros(len(labels), names.shape[-1], 0)]
+        for other, beside in enumerate(kinds[3:-2]):
+            said.append((names.mT @ beside).clamp(max=1) * (other == own or other > 1))
+        tables.append(torch.cat(said, dim=-1))
+    return torch.cat(tables, dim=1)
 
 
 def _earlier(facts: torch.Tensor, distance: int) -> torch.Tensor:

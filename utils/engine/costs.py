@@ -133,7 +133,8 @@ class Costs:
             return ""
         spent = {name.partition("/")[2]: value for name, value in found.items() if name.startswith("seconds/")}
         split = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in spent.items())
-        return f"a step of the last {len(self._steps)}: {split}; {self.line()}; peak {found['memory/peak_gib']:.2f} GiB"
+        peak = f"peak {found['memory/peak_gib']:.2f} GiB"
+        return f"a step of the last {len(self._steps)}: {'; '.join(filter(None, (split, self.line(), peak)))}"
 
 
 def profiler(folder: Path, steps: int) -> AbstractContextManager[Any]:
