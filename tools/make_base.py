@@ -46,7 +46,7 @@ from utils.scenes import (
     word_lessons,
     words_of_patches,
 )
-from utils.scripts import UserError, note, run_script
+from utils.scripts import Stopped, UserError, note, run_script
 
 WORDS_CONFIG, MASKS_CONFIG = str(ROOT / "configs" / "tiny_base.yaml"), str(ROOT / "configs" / "tiny.yaml")
 # Of the tower's stage: pictures a step over all ranks, learning rate, steps of warm-up.
@@ -88,7 +88,10 @@ def train_words(built: BuiltModel, runtime: Runtime, flags: list[str]) -> None:
     choose_trainable(built.model, TrainingRecipe(**{f.name: getattr(args, f.name) for f in fields(TrainingRecipe)}))
     batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
     engine = make_engine(args, runtime, built.model)
-    Run(engine, make_plan(args, engine.world_size), args.run_folder).fit(batches)
+    try:
+        Run(engine, make_plan(args, engine.world_size), args.run_folder).fit(batches)
+    except Stopped:
+        raise KeyboardInterrupt("interrupted while learning words; the next start begins anew") from None
     built.model.cpu().eval()
     batches.report_losses()
 

@@ -162,7 +162,11 @@ def launcher(engine: str, ranks: int) -> tuple[str, ...]:
     """What stands in front of a training script: python, or DeepSpeed's launcher, its ranks meeting on a free port."""
     if engine == "plain":
         return (sys.executable,)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     program = str(Path(sys.executable).with_name("deepspeed"))
-    return program, "--num_gpus", str(ranks), "--master_port", str(port)
+    return program, "--num_gpus", str(ranks), "--master_port", str(free_port())
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

@@ -5,6 +5,7 @@ of its two parts where it is used, and under its own name again where it is writ
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,13 +33,13 @@ class RowsBelow(nn.Module):
         return table[: self.known].clone(), table[self.known :].clone()
 
 
-def train_rows_from(tables: list[nn.Module], first: int) -> None:
+def train_rows_from(tables: list[Any], first: int) -> None:
     """Let of every module's `weight` only the rows from number `first` on train; tied tables stay tied.
 
     Raises:
         BuildError: there are no such rows.
     """
-    done: dict[int, nn.Module] = {}
+    done: dict[int, Any] = {}
     for module in tables:
         weight = module.weight
         if not 0 < first < len(weight):
@@ -48,13 +49,18 @@ def train_rows_from(tables: list[nn.Module], first: int) -> None:
             )
         key = id(weight)
         parametrize.register_parametrization(module, "weight", RowsBelow(first), unsafe=True)
-        parts = module.parametrizations["weight"]  # type: ignore[index]
+        parts = parts_of(module)
         if key in done:
-            twin = done[key].parametrizations["weight"]  # type: ignore[index]
+            twin = parts_of(done[key])
             parts.original0, parts.original1 = twin.original0, twin.original1
         done.setdefault(key, module)
         parts.original0.requires_grad_(False)
         parts.original1.requires_grad_(True)
+
+
+def parts_of(module: Any) -> Any:
+    """Where a module keeps the parts of its table: original0, original1, and how to put them together."""
+    return module.parametrizations["weight"]
 
 
 def whole_tables(weights: Weights) -> Weights:
@@ -65,7 +71,8 @@ def whole_tables(weights: Weights) -> Weights:
         if match and match["part"] == "0":
             stem = f"{match['module']}.parametrizations.weight.original"
             old, new = found.pop(f"{stem}0"), found.pop(f"{stem}1")
-            found[f"{match['module']}.weight"] = torch.cat([old, new.to(old.dtype)])
+            wide = torch.promote_types(old.dtype, new.dtype)
+            found[f"{match['module']}.weight"] = torch.cat([old.to(wide), new.to(wide)])
     return found
 
 
@@ -75,7 +82,7 @@ def parted_tables(model: nn.Module, weights: Weights) -> Weights:
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight") and f"{name}.weight" in found:
             table = found.pop(f"{name}.weight")
-            (split,) = module.parametrizations["weight"]  # type: ignore[index]
+            (split,) = parts_of(module)
             for part, value in enumerate(split.right_inverse(table)):
                 found[f"{name}.parametrizations.weight.original{part}"] = value
     return found

@@ -80,8 +80,8 @@ class Events:
         if self.count == self.at and self.fails:
             raise ArithmeticError(f"an error at event {self.count}")
         if self.count == self.at:
-            called = getattr(argument, "__qualname__", code.co_qualname)
-            sys.stderr.write(f"\nkilled at event {self.count}: {called}, {code.co_qualname}:{frame.f_lineno}\n")
+            called = getattr(argument, "__qualname__", code.co_name)
+            sys.stderr.write(f"\nkilled at event {self.count}: {called}, {code.co_name}:{frame.f_lineno}\n")
             sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 

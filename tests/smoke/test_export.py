@@ -15,6 +15,7 @@ from model.build.export import fill_and_merge, read_trained_weights
 from model.predictor import Predictor
 from tests.smoke.conftest import ROOT, SmokeRun
 from tests.unit.tiny_pixellm import noise
+from utils.engine.checkpoints import tags
 
 QUESTION = "Where is the red circle?"
 ANSWER_ELSEWHERE = """
@@ -83,6 +84,19 @@ def test_the_folder_holds_all_of_the_model_with_lora_merged(gathered: Path, expo
     assert written >= {"config.json", "modeling_pixellm.py", "processing_pixellm.py", "tokenizer.json"}
     assert not [name for name in written if name.endswith(".bin")]
     assert (exported / "model.safetensors").stat().st_mode & 0o777 == exported.stat().st_mode & 0o666
+
+
+@pytest.mark.long
+def test_every_checkpoint_that_is_kept_can_be_gathered_and_merged(deepspeed_run: SmokeRun, tmp_path: Path) -> None:
+    folder = deepspeed_run.folder / "ckpt_model"
+    assert tags(folder) == ["step4", "step2"]
+    run(sys.executable, "zero_to_fp32.py", ".", str(tmp_path / "x.bin"), "-t", "step2", cwd=folder)
+    merge = (sys.executable, "merge_lora_weights_and_save_hf_model.py", f"--version={deepspeed_run.base}")
+    said = run(*merge, f"--weight={tmp_path / 'x.bin'}", f"--save_path={tmp_path / 'merged'}", cwd=ROOT)
+    assert "LoRA of 4 layers merged" in said
+    best = deepspeed_run.folder / "ckpt_model_best"
+    run(sys.executable, "zero_to_fp32.py", ".", str(tmp_path / "best.bin"), cwd=best)
+    assert read_trained_weights(tmp_path / "best.bin").keys() == read_trained_weights(tmp_path / "x.bin").keys()
 
 
 def test_it_answers_elsewhere_as_it_does_here(exported: Path, elsewhere_env: dict[str, str], tmp_path: Path) -> None:

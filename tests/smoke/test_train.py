@@ -1,5 +1,6 @@
 """train_ds.py on a tiny model and drawn scenes: what a run leaves, how it goes on, what it says about bad input."""
 
+import contextlib
 import json
 import os
 import re
@@ -347,7 +348,17 @@ def test_sigterm_under_deepspeed_ends_in_good_order(
         started = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=file, text=True, start_new_session=True, env=child_env
         )
-    folder = tmp_path / "stopped" / "ckpt_model"
+    try:
+        stopped_in_good_order(started, whom, flags, said, tmp_path / "stopped" / "ckpt_model")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+
+
+def stopped_in_good_order(
+    started: subprocess.Popen[str], whom: str, flags: list[str], said: Path, folder: Path
+) -> None:
+    """Send the signal once there is a checkpoint, and look at what the ranks do."""
     wait_for(folder / "latest", started)
     everyone = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
     ranks = [process for process in everyone if process.cmdline()[-1:] == flags[-1:] and "-u" in process.cmdline()]

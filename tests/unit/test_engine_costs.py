@@ -21,8 +21,7 @@ CPU = torch.device("cpu")
 class Words(ToyBatch):
     """A toy batch that says how many tokens it has."""
 
-    def as_kwargs(self) -> dict:
-        return {**super().as_kwargs(), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
+    attention_mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
 
 
 def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

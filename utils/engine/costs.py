@@ -89,9 +89,8 @@ class Costs:
 
     def add(self, seconds: float, micro_batches: Sequence[Any], spent: dict[str, float]) -> None:
         """Take in a step of this rank: how long it took, what it was made of, and on what the time was spent."""
-        kwargs = [batch.as_kwargs() for batch in micro_batches] if micro_batches else []
-        masks = [k["attention_mask"] for k in kwargs if "attention_mask" in k]
         pictures = sum(len(getattr(batch, "info", ())) for batch in micro_batches)
+        masks = [batch.attention_mask for batch in micro_batches if hasattr(batch, "attention_mask")]
         self._steps.append((seconds, pictures, sum(int(mask.sum()) for mask in masks), spent))
 
     def figures(self) -> dict[str, float]:

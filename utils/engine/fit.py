@@ -139,7 +139,7 @@ class Run:
         first = self.progress.step
         require_shared(self.folder, self.engine)
         if self.engine.rank == 0:
-            forget_after(self.folder, first)
+            forget_after(self.folder, self._saved_step)
         self.engine.barrier()
         curves = Curves(self.folder, first, self.engine.rank == 0)
         try:

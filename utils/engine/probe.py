@@ -96,7 +96,7 @@ def _check_counts_and_run(model: Any, batch: TrainingBatch, precision: str, devi
     finally:
         model.train(was_training)
     # What the backward pass computes again does not count as work; nearly all of the forward pass is computed again.
-    again = forward if getattr(model, "is_gradient_checkpointing", False) else 0
+    again = forward if getattr(model, "is_activation_checkpointing", False) else 0
     reported = {name: float(term.count) for name, term in losses.items()}
     if any(reported[name] != counts.get(name, 0.0) for name in reported):
         raise GradientError(
