@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Llama
 import train_ds
 from model.build.builder import load_weights_into
 from model.build.export import read_trained_weights
-from tests.smoke.conftest import ROOT, STEPS, SmokeRun, Trainer, training_flags
+from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
 from tests.unit import data_sets
 from utils import scripts
 from utils.arguments import parse_train
 from utils.engine.checkpoints import latest_tag, problem, step_of
 from utils.engine.fit import Run
-from utils.engine.journal import consumed, losses
+from utils.engine.journal import consumed
 from utils.scripts import run_script
 from utils.stages import launcher
 
@@ -118,17 +118,6 @@ def test_engines_do_not_read_each_others_checkpoints(deepspeed_run: SmokeRun, tm
     flags = training_flags(deepspeed_run.base, deepspeed_run.data, tmp_path, "other")
     sentence = refusal(capsys, [*flags, f"--resume={deepspeed_run.folder / 'ckpt_model'}"])
     assert "was not written by the plain engine" in sentence
-
-
-@pytest.mark.long
-def test_stage_3_validates_though_no_rank_has_all_weights(trainer: Trainer) -> None:
-    """Ranks whose answers differ in length do not wait for each other, and training goes on as without validation."""
-    flags = ("--engine=deepspeed", "--zero_stage=3", "--validate_every=1")
-    for name, more in (("scored", ()), ("unscored", ("--no_eval",))):
-        outcome = trainer.run(name, "--no-no_eval", *flags, *more, ranks=2)
-        assert outcome.statuses == [0, 0], trainer.said
-    assert len(scalars(trainer.out / "scored", "validation/giou")) == STEPS
-    assert losses(trainer.out / "scored") == losses(trainer.out / "unscored")
 
 
 def test_eval_only_scores_a_checkpoint(plain_run: SmokeRun, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
