@@ -34,7 +34,6 @@ from utils.engine.run_card import write_run_card
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.setup import (
     StepBatches,
-    can_validate,
     checkpoint_to_resume,
     make_engine,
     make_mixture,
@@ -120,7 +119,7 @@ def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: li
 
 def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: object | None) -> Run:
     """The run in its folder, with validation on `samples`."""
-    if samples is None or not can_validate(args, engine):
+    if samples is None:
         return Run(engine, make_plan(args, engine.world_size), args.run_folder)
     validation = Validation(
         engine,

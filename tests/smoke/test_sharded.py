@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import torch
 
 from model.build.builder import save_model
 from model.build.tiny import make_tiny
-from tests.smoke.conftest import ROOT, Trainer
+from tests.smoke.conftest import ROOT, STEPS, Trainer
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
+from utils.engine.journal import losses
 from utils.stages import free_port
 
 BYTES = 4
@@ -59,6 +61,19 @@ def test_a_model_is_never_whole_in_a_process(large_base: Path, tmp_path: Path, c
         print(f"{sharded / 2**20:.0f} of {unsharded / 2**20:.0f} MiB")
         assert same == numbers > 250e6 and unsharded > 0.95 * BYTES * numbers
         assert sharded <= 0.7 * unsharded
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_stage_3_validates_though_no_rank_has_all_weights(trainer: Trainer) -> None:
+    """Ranks whose answers differ in length do not wait for each other, and training goes on as without validation."""
+    flags = ("--engine=deepspeed", "--zero_stage=3", "--validate_every=1")
+    for name, more in (("scored", ("--no-no_eval",)), ("unscored", ())):
+        outcome = trainer.run(name, *flags, *more, ranks=2)
+        assert outcome.statuses == [0, 0], trainer.said
+    assert trainer.said[0].count("giou") == 0
+    assert losses(trainer.out / "scored") == losses(trainer.out / "unscored")
+    assert json.loads((trainer.out / "scored" / "validation.json").read_text())["validated"] == STEPS
 
 
 @pytest.mark.long

@@ -188,10 +188,6 @@ class DeepSpeedEngine(Peers):
     def zero_stage(self) -> int:
         return self.deepspeed.zero_optimization_stage()
 
-    @property
-    def shards_weights(self) -> bool:
-        return self.zero_stage == 3
-
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
@@ -237,9 +233,25 @@ class DeepSpeedEngine(Peers):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """See `protocol.Engine.inference`."""
-        with evaluation_mode(self.model, self.device, self.precision):
+        """See `protocol.Engine.inference`. Under stage 3 every rank has the whole weights inside."""
+        with self._whole_weights(), evaluation_mode(self.model, self.device, self.precision):
             yield
+
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Gather what stage 3 spreads out, and keep DeepSpeed from taking it away again after every layer: ranks whose
+        answers differ in length would wait for each other's layers for ever."""
+        if self.zero_stage < 3:
+            yield
+            return
+        hooks = self.deepspeed.optimizer.parameter_offload
+        with peers(), deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            hooks._remove_module_hooks()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                hooks.setup_zero_stage3_hooks()
 
     def save(self, place: Path, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""

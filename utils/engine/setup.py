@@ -107,17 +107,6 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
     )
 
 
-def can_validate(args: TrainArguments, engine: Engine) -> bool:
-    """Whether scores can be had during training; where not, says why, as UserError when only scores were asked for."""
-    if not engine.shards_weights:
-        return True
-    why = "ZeRO stage 3 spreads the weights over the ranks, so that none can answer questions by itself"
-    if args.eval_only:
-        raise UserError(f"{why}: score with --zero_stage 2, or export the model and use evaluate.py")
-    note(f"no validation during training: {why}; export the model and use evaluate.py")
-    return False
-
-
 def checkpoint_to_resume(args: TrainArguments) -> Path | None:
     """The folder to go on from: --resume, or the run's own with --auto_resume; None to start afresh."""
     if args.resume:
