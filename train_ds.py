@@ -12,6 +12,7 @@ from model.build.builder import (
     MASK_PARTS,
     BuiltModel,
     ModelOptions,
+    Settle,
     TrainingRecipe,
     build_model,
     choose_trainable,
@@ -33,7 +34,6 @@ from utils.engine.run_card import write_run_card
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.setup import (
     StepBatches,
-    can_validate,
     checkpoint_to_resume,
     make_engine,
     make_mixture,
@@ -41,6 +41,7 @@ from utils.engine.setup import (
     refuse_missing_data,
     run_facts,
     seed_everything,
+    sharder,
 )
 from utils.engine.stepping import to_precision
 from utils.engine.validation import Validation
@@ -55,13 +56,14 @@ def main(argv: list[str] | None = None) -> None:
     if runtime.rank == 0 and not args.eval_only:
         lock_folder(args.run_folder)
     seed_everything(args.seed)
-    built, trained = build(args)
+    settle = sharder(args, runtime)
+    built, trained = build(args, settle)
     seed_everything(args.seed + runtime.rank)
     batches, flops = None, 0.0
     if not args.eval_only:
         batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
         preflight(args, runtime, built.model, len(built.processor.tokenizer), batches.dataset.mixture)
-        flops = probe(args, runtime, built, trained, batches)
+        flops = 0.0 if settle else probe(args, runtime, built, trained, batches)
     held_out = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir, index_dir=args.index_dir)
     engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
     run = make_run(args, engine, built, held_out)
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     engine.close()
 
 
-def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
+def build(args: TrainArguments, settle: Settle | None = None) -> tuple[BuiltModel, list[str]]:
     """The model with what trains chosen, in the run's precision, and the names of those parameters."""
     options = ModelOptions(**model_options(args))
     # As stored: `to_precision` then gives every tensor the type it trains or rests in.
@@ -91,6 +93,7 @@ def build(args: TrainArguments) -> tuple[BuiltModel, list[str]]:
         dtype=None,
         attn_implementation=args.attn_implementation,
         to_train=True,
+        settle=settle,
     )
     note(built.report.table())
     if not built.model.shares_prefixes:
@@ -118,7 +121,7 @@ def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: li
 
 def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: object | None) -> Run:
     """The run in its folder, with validation on `samples`."""
-    if samples is None or not can_validate(args, engine):
+    if samples is None:
         return Run(engine, make_plan(args, engine.world_size), args.run_folder)
     validation = Validation(
         engine,

@@ -25,7 +25,7 @@ from model.build.tiny import TinyShape, make_tiny
 from model.processing_pixellm import ConversationTooLong
 from utils.arguments import parse_train
 from utils.data.dataset import TrainingDataset
-from utils.engine.fit import Plan, Run
+from utils.engine.fit import Plan, Run, fit_in_one_go
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
@@ -46,7 +46,7 @@ from utils.scenes import (
     word_lessons,
     words_of_patches,
 )
-from utils.scripts import Stopped, UserError, note, run_script
+from utils.scripts import UserError, note, run_script
 
 WORDS_CONFIG, MASKS_CONFIG = str(ROOT / "configs" / "tiny_base.yaml"), str(ROOT / "configs" / "tiny.yaml")
 # Of the tower's stage: pictures a step over all ranks, learning rate, steps of warm-up.
@@ -88,10 +88,7 @@ def train_words(built: BuiltModel, runtime: Runtime, flags: list[str]) -> None:
     choose_trainable(built.model, TrainingRecipe(**{f.name: getattr(args, f.name) for f in fields(TrainingRecipe)}))
     batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
     engine = make_engine(args, runtime, built.model)
-    try:
-        Run(engine, make_plan(args, engine.world_size), args.run_folder).fit(batches)
-    except Stopped:
-        raise KeyboardInterrupt("interrupted while learning words; the next start begins anew") from None
+    fit_in_one_go(Run(engine, make_plan(args, engine.world_size), args.run_folder), batches)
     built.model.cpu().eval()
     batches.report_losses()
 

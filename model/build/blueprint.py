@@ -10,7 +10,7 @@ import torch
 from ..configuration_pixellm import PixelLMConfig
 from ..modeling_pixellm import PixelLMForCausalLM
 from ..processing_pixellm import PixelLMProcessor
-from .filling import Origin, empty_model, fill
+from .filling import Origin, Settle, empty_model, fill
 from .load_report import LoadReport
 from .published import PublishedRest
 from .tensor_files import Stored
@@ -81,6 +81,7 @@ class Manner:
     attn_implementation: str
     load_weights: bool
     to_train: bool
+    settle: Settle | None = None
 
 
 def finish(
@@ -98,7 +99,7 @@ def finish(
         model = PixelLMForCausalLM(config).to(manner.dtype or torch.float32)
         return BuiltModel(model, processor, LoadReport())
     model = empty_model(config, manner.attn_implementation)
-    report = fill(model, tensors, origins, dtype=manner.dtype, may_lack=may_lack, rows=rows)
+    report = fill(model, tensors, origins, dtype=manner.dtype, may_lack=may_lack, rows=rows, settle=manner.settle)
     if model.get_input_embeddings().num_embeddings > rows:
         report.fresh["language_model.embeddings"] = NEW_ROWS
     if manner.to_train:

@@ -15,7 +15,7 @@ from ..processing_pixellm import PixelLMProcessor, check_groups
 from ..vision_tower import resize_position_table
 from .bases import POSITION_TABLE, TOWER
 from .blueprint import MASK_PARTS, BuiltModel, Manner, ModelOptions, finish, learn_fusion, token_ids
-from .filling import MISMATCH, Origin, load_weights_into
+from .filling import MISMATCH, Origin, Settle, load_weights_into
 from .folders import BuildError, first_sentence, local_folder, read_config
 from .from_bases import from_language_model, from_llava
 from .from_released import build_training_state, is_released_training_state, released
@@ -32,6 +32,7 @@ __all__ = [
     "BuiltModel",
     "LoadReport",
     "ModelOptions",
+    "Settle",
     "TrainingRecipe",
     "build_model",
     "build_training_state",
@@ -55,6 +56,7 @@ def build_model(
     attn_implementation: str = "sdpa",
     load_weights: bool = True,
     to_train: bool = False,
+    settle: Settle | None = None,
 ) -> BuiltModel:
     """Build from local folders.
 
@@ -67,6 +69,8 @@ def build_model(
         load_weights: False leaves the weights as initialised, for callers that load all of them themselves.
         to_train: the fusion weights that a release holds constant become learned and start at those constants, unless
             the options say otherwise.
+        settle: called with every parameter as soon as it has its numbers: to keep only a rank's part of them, say, so
+            that no process ever holds all.
 
     Raises:
         BuildError: a folder is missing or is not what is expected, tensors do not fit, or parts do not work together.
@@ -78,7 +82,7 @@ def build_model(
             f"--attn_implementation {FLASH_ATTENTION} needs the package flash-attn and a CUDA GPU, which are not here: "
             "install it, or choose sdpa"
         )
-    manner = Manner(dtype, attn_implementation, load_weights, to_train)
+    manner = Manner(dtype, attn_implementation, load_weights, to_train, settle)
     try:
         built = _build(folder, vision_tower, options, manner)
     except BuildError:

@@ -24,6 +24,8 @@ MISMATCH = "the checkpoint and the flags that shape the model do not match"
 # New rows of a table begin at the mean of the others, this share of their deviation around it.
 ROW_NOISE = 0.01
 _ROWS_TOGETHER = 4096
+# What is done with a parameter as soon as it has its numbers, such as keeping a part of them only.
+Settle = Callable[[nn.Parameter], None]
 
 
 def empty_model(config: PixelLMConfig, attn_implementation: str) -> PixelLMForCausalLM:
@@ -55,6 +57,7 @@ def fill(
     dtype: torch.dtype | None,
     may_lack: Mapping[str, str],
     rows: int,
+    settle: Settle | None = None,
 ) -> LoadReport:
     """Give every tensor of an empty model its numbers.
 
@@ -64,6 +67,8 @@ def fill(
         dtype: of all parameters and saved buffers; None keeps each in the type it is stored in, new ones in float32.
         may_lack: name, or beginning of names up to a dot, of tensors that may be absent, and why they are new then.
         rows: of the stored embedding table and head; the model's further ones are drawn around the mean of those.
+        settle: called with every parameter, once: with those of the language model and the tower before the next one is
+            read.
 
     Raises:
         BuildError: a tensor is missing, superfluous, of another shape, or not finite; the sentence names it.
@@ -83,11 +88,17 @@ def fill(
         [(name, stored.name) for name, stored in tensors.items() if name not in own],
     )
     report = LoadReport(loaded=list(tensors))
+    settled: set[int] = set()
     for name, stored in tensors.items():
         value = _read(stored, tuple(own[name].shape), dtype)
         if value.shape != stored.shape:
             draw_rows(value, rows)
-        _put(owners, own[name], value)
+        full = _put(owners, own[name], value)
+        # Initialisation looks at the shapes of our own parts, which are small, once more.
+        small = any(getattr(module, "_is_own_part", False) for module, _ in owners[id(own[name])])
+        if settle is not None and isinstance(full, nn.Parameter) and not small:
+            settle(full)
+            settled.add(id(full))
     for name in lacking:
         report.fresh[name] = _why(name, may_lack) or ""
         _put(owners, own[name], torch.empty(own[name].shape, dtype=dtype or torch.float32), ready=False)
@@ -95,6 +106,9 @@ def fill(
         _put(owners, buffer, torch.empty(buffer.shape, dtype=buffer.dtype), ready=False)
     model.initialize_weights()
     _unmark(model)
+    for parameter in model.parameters() if settle is not None else ():
+        if id(parameter) not in settled and settle is not None:
+            settle(parameter)
     return report
 
 
@@ -179,14 +193,18 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def _put(
     owners: dict[int, list[tuple[nn.Module, str]]], empty: torch.Tensor, value: torch.Tensor, ready: bool = True
-) -> None:
-    """Replace an empty tensor wherever it is kept. ready: no initialisation may touch the value any more."""
+) -> torch.Tensor:
+    """Replace an empty tensor wherever it is kept; returns what is there now.
+
+    ready: no initialisation may touch the value any more.
+    """
     is_parameter = isinstance(empty, nn.Parameter)
     full = nn.Parameter(value, requires_grad=empty.requires_grad) if is_parameter else value
     if ready:
         full._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
     for module, leaf in owners[id(empty)]:
         (module._parameters if is_parameter else module._buffers)[leaf] = full  # type: ignore[assignment]
+    return full
 
 
 def _unmark(model: nn.Module) -> None:

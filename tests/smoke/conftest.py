@@ -101,7 +101,7 @@ class Trainer:
     ) -> Outcome:
         """One start of the run called `name`; what its ranks said is in `said`."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        every = training_flags(self.base, self.data, self.out, name)
+        every = [*training_flags(self.base, self.data, self.out, "unnamed"), f"--exp_name={name}"]
         every += [f"--grad_accumulation_steps={2 // ranks}", "--no_eval", *flags]
         log = str(self.out / f"{name}.{next(self.numbers)}")
         self.process.stdin.write(json.dumps(asdict(Job(every, log, ranks, kill, fails))) + "\n")

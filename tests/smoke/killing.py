@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE, WRITER = str(ROOT / "utils" / "engine"), "torch/serialization.py"
 # What torch's writer calls for every tensor says less than what it calls for every file and record.
 WRITERS = {"_save", "_legacy_save", "__init__", "__exit__"}
-PATIENCE = 280.0  # seconds
+PATIENCE = 900.0  # seconds
 
 
 @dataclass

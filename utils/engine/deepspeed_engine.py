@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from utils.engine.stepping import (
     count_step,
     evaluation_mode,
     make_optimizer,
+    numbers_in,
     set_learning_rate,
     shared_counts,
     to_precision,
@@ -128,6 +129,22 @@ def full_config(
     return config
 
 
+def make_sharder(user_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """What ZeRO-3 does with a finished parameter: every rank keeps its part, the first rank's numbers count.
+
+    A model whose parameters go through it one by one is never whole in any process.
+    """
+    connect()
+    config = user_config | {"zero_optimization": user_config.get("zero_optimization", {}) | {"stage": 3}}
+    init = deepspeed.zero.Init(config_dict_or_path=config | {"train_micro_batch_size_per_gpu": 1})
+
+    def keep_part(parameter: nn.Parameter) -> None:
+        parameter.data = parameter.data.to(init.local_device)
+        init._zero_init_param(parameter)
+
+    return keep_part
+
+
 class DeepSpeedEngine(Peers):
     """A model under ZeRO. See `protocol.Engine`."""
 
@@ -159,7 +176,7 @@ class DeepSpeedEngine(Peers):
             rounds=rounds,
             world_size=self.world_size,
             clip=settings.gradient_clip,
-            numel=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
+            numel=sum(numbers_in(parameter) for parameter in trainable_parameters(model).values()),
         )
         optimizer = make_optimizer(model, settings)
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -170,10 +187,6 @@ class DeepSpeedEngine(Peers):
     @property
     def zero_stage(self) -> int:
         return self.deepspeed.zero_optimization_stage()
-
-    @property
-    def shards_weights(self) -> bool:
-        return self.zero_stage == 3
 
     def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
         """See `protocol.Engine.train_step`."""
@@ -220,9 +233,25 @@ class DeepSpeedEngine(Peers):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """See `protocol.Engine.inference`."""
-        with evaluation_mode(self.model, self.device, self.precision):
+        """See `protocol.Engine.inference`. Under stage 3 every rank has the whole weights inside."""
+        with self._whole_weights(), evaluation_mode(self.model, self.device, self.precision):
             yield
+
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Gather what stage 3 spreads out, and keep DeepSpeed from taking it away again after every layer: ranks whose
+        answers differ in length would wait for each other's layers for ever."""
+        if self.zero_stage < 3:
+            yield
+            return
+        hooks = self.deepspeed.optimizer.parameter_offload
+        with peers(), deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            hooks._remove_module_hooks()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                hooks.setup_zero_stage3_hooks()
 
     def save(self, place: Path, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""

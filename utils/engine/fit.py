@@ -288,6 +288,14 @@ class Run:
         return f"the checkpoint {self.folder / CHECKPOINT / tag} is kept: the same command goes on from it"
 
 
+def fit_in_one_go(run: Run, batches: Callable[[int], Iterator[list[Any]]]) -> None:
+    """Train where nothing goes on from a checkpoint: asked to stop, the whole job is interrupted."""
+    try:
+        run.fit(batches)
+    except Stopped:
+        raise KeyboardInterrupt("interrupted while training; the next start begins anew") from None
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 

@@ -39,7 +39,6 @@ class PlainEngine(Peers):
     """
 
     name = "plain"
-    shards_weights = False
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: str, device: torch.device) -> None:
         super().__init__(device)

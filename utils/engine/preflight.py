@@ -11,6 +11,7 @@ from torch import nn
 from utils.arguments import TrainArguments
 from utils.data.mixture import Mixture
 from utils.engine.runtime import Runtime
+from utils.engine.stepping import numbers_in
 from utils.scripts import UserError, note
 
 GIB = 2**30
@@ -29,8 +30,7 @@ CHECKLIST = (
 
 def preflight(args: TrainArguments, runtime: Runtime, model: Any, tokens: int, mixture: Mixture) -> None:
     """Say what the run is about to do, and refuse what cannot go well. tokens: how many the tokenizer has."""
-    tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    require_rows(tokens, *(len(table) for table in tables))
+    require_rows(tokens, model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
     note(mixture.describe())
     note(batch_arithmetic(args, runtime.world_size))
     samples = args.batch_size * runtime.world_size * args.grad_accumulation_steps * args.total_steps()
@@ -78,8 +78,8 @@ def memory_needed(model: nn.Module, stage: int, ranks: int) -> int:
     stage: ZeRO stage, 0 for the plain engine too. From stage 1 on moments (and a float32 copy of what trains) are
     shared out to the ranks, from 2 on gradients, from 3 on weights.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(numbers_in(p) * p.element_size() for p in model.parameters())
+    trained = sum(numbers_in(p) for p in model.parameters() if p.requires_grad)
     optimizer = trained * (MOMENTS + (MASTER if stage else 0))
     shares = [weights / (ranks if stage >= 3 else 1), trained * GRADIENT / (ranks if stage >= 2 else 1)]
     return int(sum(shares) + optimizer / (ranks if stage >= 1 else 1))

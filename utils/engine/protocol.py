@@ -55,19 +55,13 @@ class StepReport:
 
 
 class Engine(Protocol):
-    """One optimizer step at a time, on one process or on many. All ranks call every method together.
-
-    shards_weights: no rank holds all weights, so that the model cannot be used on a rank by itself.
-    """
+    """One optimizer step at a time, on one process or on many. All ranks call every method together."""
 
     name: str
     rank: int
     world_size: int
     device: torch.device
     model: Any
-
-    @property
-    def shards_weights(self) -> bool: ...
 
     def train_step(self, micro_batches: list[Any], learning_rate: float) -> StepReport:
         """Forward and backward over this rank's `micro_batches`, then one optimizer step at `learning_rate`.
@@ -77,7 +71,10 @@ class Engine(Protocol):
         """
 
     def inference(self) -> AbstractContextManager[None]:
-        """Evaluation mode without gradients, in the run's precision; training mode comes back at the end."""
+        """Evaluation mode without gradients, in the run's precision; training mode comes back at the end.
+
+        Inside, every rank has the whole model and may use it by itself.
+        """
 
     def add(self, numbers: list[float]) -> list[float]:
         """Sums of a list of numbers over all ranks, item by item."""

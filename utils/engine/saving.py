@@ -12,6 +12,7 @@ from utils.engine import checkpoints
 from utils.engine.checkpoints import writing
 from utils.engine.protocol import Engine
 from utils.engine.random_state import random_file, random_state, restore_random_state
+from utils.engine.stepping import numbers_in
 from utils.scripts import UserError, note
 
 
@@ -42,8 +43,8 @@ def bytes_needed(engine: Engine, folder: Path) -> int:
     last = checkpoints.latest_tag(folder)
     if last is not None:
         return checkpoints.size_of(folder / last)
-    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
-    return weights + 2 * sum(p.numel() * p.element_size() for p in engine.model.parameters() if p.requires_grad)
+    sizes = [(numbers_in(p) * p.element_size(), p.requires_grad) for p in engine.model.parameters()]
+    return sum(size for size, _ in sizes) + 2 * sum(size for size, trains in sizes if trains)
 
 
 def newest(engine: Engine, folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,31 @@ def make_plan(args: TrainArguments, world_size: int) -> Plan:
     )
 
 
+def sharder(args: TrainArguments, runtime: Runtime) -> Callable[[nn.Parameter], None] | None:
+    """What a parameter goes through as soon as it is read, so that under ZeRO-3 no rank ever holds the whole model;
+    None where every rank holds it anyway, or where what follows needs it whole, which is said."""
+    if runtime.engine != "deepspeed":
+        return None
+    from utils.engine.deepspeed_engine import make_sharder  # not installed on every laptop
+
+    user_config = deepspeed_settings(args)
+    if user_config.get("zero_optimization", {}).get("stage", args.zero_stage) != 3:
+        return None
+    whole = [name for name in ("weight", "train_new_tokens_only") if getattr(args, name)]
+    if whole or runtime.world_size == 1:
+        if whole:
+            note(f"--{whole[0]}: every rank builds the whole model before ZeRO-3 shares it out")
+        return None
+    return make_sharder(user_config)
+
+
+def deepspeed_settings(args: TrainArguments) -> dict[str, Any]:
+    """What --deepspeed_config says. UserError where flags say otherwise."""
+    from utils.engine.deepspeed_engine import read_user_config  # not installed on every laptop
+
+    return read_user_config(args.deepspeed_config, args.zero_stage if "zero_stage" in args.given else None)
+
+
 def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_parts: tuple[str, ...] = ()) -> Engine:
     """The engine that `runtime` chose, with the model in it.
 
@@ -67,10 +92,9 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         return PlainEngine(model, settings, args.precision, runtime.device)
     if args.optimizer == MUON:
         raise UserError("--optimizer muon needs whole matrices, which ZeRO cuts up: add --engine plain, or use adamw")
-    from utils.engine.deepspeed_engine import DeepSpeedEngine, read_user_config  # not installed on every laptop
+    from utils.engine.deepspeed_engine import DeepSpeedEngine  # not installed on every laptop
 
-    stage = args.zero_stage if "zero_stage" in args.given else None
-    user_config = read_user_config(args.deepspeed_config, stage)
+    user_config = deepspeed_settings(args)
     return DeepSpeedEngine(
         model,
         settings,
@@ -81,17 +105,6 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         zero_stage=user_config.get("zero_optimization", {}).get("stage", args.zero_stage),
         user_config=user_config,
     )
-
-
-def can_validate(args: TrainArguments, engine: Engine) -> bool:
-    """Whether scores can be had during training; where not, says why, as UserError when only scores were asked for."""
-    if not engine.shards_weights:
-        return True
-    why = "ZeRO stage 3 spreads the weights over the ranks, so that none can answer questions by itself"
-    if args.eval_only:
-        raise UserError(f"{why}: score with --zero_stage 2, or export the model and use evaluate.py")
-    note(f"no validation during training: {why}; export the model and use evaluate.py")
-    return False
 
 
 def checkpoint_to_resume(args: TrainArguments) -> Path | None:

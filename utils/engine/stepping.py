@@ -59,6 +59,16 @@ class OptimizerSettings:
     name: str = ADAMW
 
 
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, of which a rank may hold a part only."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def numbers_in(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter has, of which a rank may hold a part only."""
+    return math.prod(shape_of(parameter))
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient, by name; shared ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -81,7 +91,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable_parameters(model).items():
         fitting = (m for prefix, m in (settings.multipliers or {}).items() if name.startswith(prefix))
-        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+        decay = settings.weight_decay if len(shape_of(parameter)) >= 2 else 0.0
         groups.setdefault((parameter in matrices, decay, next(fitting, 1.0)), []).append(parameter)
     if not groups:
         raise UserError("nothing is left to train: LoRA is off and every part is frozen")
@@ -110,8 +120,11 @@ def to_precision(model: nn.Module, precision: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                low = not parameter.requires_grad and parameter.ndim >= 2
-                parameter.data = parameter.data.to(DTYPES[precision] if low else torch.float32)
+                low = not parameter.requires_grad and len(shape_of(parameter)) >= 2
+                wanted = DTYPES[precision] if low else torch.float32
+                parameter.data = parameter.data.to(wanted)
+                if (part := getattr(parameter, "ds_tensor", None)) is not None:  # ZeRO-3 keeps a rank's part here
+                    part.data = part.data.to(wanted)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

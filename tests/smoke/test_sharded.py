@@ -1,0 +1,99 @@
+"""ZeRO-3 holds its parts only, while a model is built, and leaves what the unsharded run leaves."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.build.builder import save_model
+from model.build.tiny import make_tiny
+from tests.smoke.conftest import ROOT, STEPS, Trainer
+from tests.unit.tiny_pixellm import SHAPE, TEXTS
+from utils.engine.journal import losses
+from utils.stages import free_port
+
+BYTES = 4
+# Three matrices of 2048 x 8192 in each of five layers: 252 million numbers, a gigabyte.
+LARGE = dataclasses.replace(SHAPE, width=2048, mlp_width=8192, layers=5)
+
+
+@pytest.fixture(scope="module")
+def large_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large") / "base"
+    built = make_tiny(TEXTS, LARGE, seed=0)
+    with contextlib.redirect_stderr(io.StringIO()):
+        save_model(built.model, built.processor, folder)
+    return folder
+
+
+def most_memory(base: Path, out: Path, stage: int, env: dict[str, str]) -> list[tuple[int, int]]:
+    """(most bytes while building, numbers of the model) of each of two ranks."""
+    flags = [f"--version={base}", "--engine=deepspeed", f"--zero_stage={stage}", "--precision=fp32", "--no_eval"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    script = str(ROOT / "tests" / "unit" / "sharded_memory.py")
+    done = subprocess.run(
+        [*command, script, str(out), *flags],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    read = [Path(f"{out}.rank{rank}").read_text().split() for rank in range(2)]
+    return [(int(most), int(numbers)) for most, numbers in read]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_model_is_never_whole_in_a_process(large_base: Path, tmp_path: Path, child_env: dict[str, str]) -> None:
+    whole = most_memory(large_base, tmp_path / "whole", 2, child_env)
+    parts = most_memory(large_base, tmp_path / "parts", 3, child_env)
+    for (unsharded, numbers), (sharded, same) in zip(whole, parts, strict=True):
+        print(f"{sharded / 2**20:.0f} of {unsharded / 2**20:.0f} MiB")
+        assert same == numbers > 250e6 and unsharded > 0.95 * BYTES * numbers
+        assert sharded <= 0.7 * unsharded
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_stage_3_validates_though_no_rank_has_all_weights(trainer: Trainer) -> None:
+    """Ranks whose answers differ in length do not wait for each other, and training goes on as without validation."""
+    flags = ("--engine=deepspeed", "--zero_stage=3", "--validate_every=1")
+    for name, more in (("scored", ("--no-no_eval",)), ("unscored", ())):
+        outcome = trainer.run(name, *flags, *more, ranks=2)
+        assert outcome.statuses == [0, 0], trainer.said
+    assert trainer.said[0].count("giou") == 0
+    assert losses(trainer.out / "scored") == losses(trainer.out / "unscored")
+    assert json.loads((trainer.out / "scored" / "validation.json").read_text())["validated"] == STEPS
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_what_stage_3_leaves_is_what_stage_0_leaves(trainer: Trainer) -> None:
+    """Without clipping, whose norm is summed in another order, the same training gives the same bits."""
+    flags = ("--engine=deepspeed", "--grad_clip=0", "--max_steps=3")
+    for stage in (0, 3):
+        outcome = trainer.run(f"stage {stage}", *flags, f"--zero_stage={stage}", ranks=2)
+        assert outcome.statuses == [0, 0], trainer.said
+    gathered = trainer.out / "stage 3" / "pytorch_model.bin"
+    subprocess.run(
+        [sys.executable, "zero_to_fp32.py", ".", str(gathered)],
+        cwd=trainer.out / "stage 3" / "ckpt_model",
+        env=os.environ.copy(),
+        capture_output=True,
+        timeout=300,
+        check=True,
+    )
+    found = torch.load(gathered / "pytorch_model.bin", weights_only=True)
+    wanted = torch.load(trainer.out / "stage 0" / "ckpt_model" / "step3" / "pytorch_model.bin", weights_only=True)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
