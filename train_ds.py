@@ -142,8 +142,7 @@ def write_card(
     """Leave run.json beside the checkpoints."""
     facts = run_facts(runtime, batches, step) | {"loaded": built.report.as_dict(), "trained": trained}
     facts["packs_conversations"] = built.model.shares_prefixes
-    repository = Path(__file__).resolve().parent
-    write_run_card(args.run_folder, arguments=args.as_dict(), repository=repository, facts=facts)
+    write_run_card(args.run_folder, arguments=args.as_dict(), repository=Path(__file__).resolve().parent, facts=facts)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(trainer: Trainer) -> None:
     killed_and_resumed(trainer, "plain", places(straight, seed=1, number=2), 1, *FLAGS)
 
 
+@pytest.mark.long
 def test_killed_ranks_under_deepspeed_end_as_if_nothing_had_been(trainer: Trainer) -> None:
     """And what they left goes on under another stage in one process."""
     flags = (*DEEPSPEED, "--lora_dropout=0")

@@ -114,7 +114,7 @@ def test_eight_samples_are_learned_by_heart(
     predictor = Predictor(built.model, built.processor)
     with engine.inference():
         assert mean_iou(predictor, samples) < 0.3
-    Run(engine, make_plan(args), args.run_folder).fit(batches)
+    Run(engine, make_plan(args, 1), args.run_folder).fit(batches)
     with engine.inference():
         assert mean_iou(predictor, samples) > 0.9
         assert mean_iou(predictor, exchanged(samples)) < 0.5
