@@ -112,6 +112,7 @@ class Trainer:
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        self.process.stdin.write("\n")  # its end is not seen while workers of loaders hold it open
         self.process.stdin.close()
         self.process.wait(timeout=30)
 

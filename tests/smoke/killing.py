@@ -151,8 +151,10 @@ def run(job: Job) -> Outcome:
 
 
 def main() -> None:
-    """A job as a line of JSON on stdin, its outcome as a line on stdout, until there are no more."""
+    """A job as a line of JSON on stdin, its outcome as a line on stdout, until an empty line."""
     for line in sys.stdin:
+        if not line.strip():
+            break
         print(json.dumps(asdict(run(Job(**json.loads(line))))), flush=True)
 
 

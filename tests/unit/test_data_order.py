@@ -1,6 +1,8 @@
 """The flags' shares are kept, and sample i is the same whoever makes it: any ranks, any workers, any restart."""
 
 import hashlib
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -75,3 +77,16 @@ def test_a_sample_is_the_same_for_all_ranks_workers_and_restarts(tmp_path: Path)
         assert contents(tmp_path, ranks, workers) == wanted, (ranks, workers)
     for ranks, workers in ((1, 0), (2, 1), (4, 0)):
         assert contents(tmp_path, ranks, workers, first=12) == wanted[12:], (ranks, workers)
+
+
+def test_a_process_ends_although_its_workers_leave_signals_to_it(tmp_path: Path) -> None:
+    """With batches still wanted: what multiprocessing sends to workers at the end, they do not hear."""
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from tests.unit.test_data_order import *\n"
+        "made = TrainingDataset(mixture(Path(sys.argv[1])), make_processor('fast_llama'), LENGTH)\n"
+        "left = iter(build_loader(made, rank=0, world_size=1, batch_size=1, pad_token_id=0, workers=2))\n"
+        "next(left); sys.modules['keeps_it'] = left\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[2], timeout=100)
+    assert done.returncode == 0

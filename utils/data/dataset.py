@@ -1,9 +1,11 @@
 """Samples into tensors, in an order that depends on neither ranks nor workers."""
 
+import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
 import numpy as np
@@ -229,6 +231,8 @@ def build_loader(
     `first` and the dataset's length are multiples of world_size · batch_size. The order does not depend on `workers`,
     and the process's random numbers are not drawn from: a resumed run must find them as a straight one does.
     """
+    if workers:
+        _end_workers_at_exit()
     return DataLoader(
         dataset,
         batch_sampler=RankBatches(rank, world_size, batch_size, stop=len(dataset), first=first),
@@ -239,6 +243,18 @@ def build_loader(
         worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator(),
     )
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    """Workers leave signals to the run, also the one that multiprocessing sends at exit before it waits for them."""
+    Finalize(None, _kill_daemons, exitpriority=0)
+
+
+def _kill_daemons() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
