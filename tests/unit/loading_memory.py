@@ -6,7 +6,9 @@ python loading_memory.py VERSION TOWER DTYPE
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +16,8 @@ from model.build.builder import build_model
 
 KIB = 1024
 PAUSE = 0.002
+
+Made = TypeVar("Made")
 
 
 def anonymous() -> int:
@@ -24,8 +28,8 @@ def anonymous() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon: this is not Linux")
 
 
-def main() -> None:
-    version, tower, dtype = sys.argv[1:]
+def most_above_before(build: Callable[[], Made]) -> tuple[Made, int]:
+    """What `build` makes, and the most anonymous memory meanwhile, in bytes above that before."""
     torch.ones(8, 8) @ torch.ones(8, 8)  # what torch's first product sets up is not the model's
     before, highest, done = anonymous(), 0, threading.Event()
 
@@ -37,12 +41,18 @@ def main() -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    built = build_model(version, tower or None, dtype=getattr(torch, dtype))
+    built = build()
     done.set()
     watcher.join()
-    highest = max(highest, anonymous())  # on a busy machine the watcher may have come to its turn too seldom
+    # On a busy machine the watcher may have come to its turn too seldom.
+    return built, max(highest, anonymous()) - before
+
+
+def main() -> None:
+    version, tower, dtype = sys.argv[1:]
+    built, most = most_above_before(lambda: build_model(version, tower or None, dtype=getattr(torch, dtype)))
     kinds = {str(parameter.dtype) for parameter in built.model.parameters()}
-    print(highest - before, *sorted(kinds))
+    print(most, *sorted(kinds))
 
 
 if __name__ == "__main__":

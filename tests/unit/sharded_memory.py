@@ -4,14 +4,10 @@ sharded_memory.py OUT FLAGS...
 """
 
 import sys
-import threading
-import time
 from pathlib import Path
 
-import torch
-
 import train_ds
-from tests.unit.loading_memory import PAUSE, anonymous
+from tests.unit.loading_memory import most_above_before
 from utils.arguments import parse_train
 from utils.engine.runtime import open_runtime
 from utils.engine.setup import sharder
@@ -23,23 +19,9 @@ def main() -> None:
     args = parse_train(flags)
     runtime = open_runtime(args.engine, args.local_rank, args.precision)
     settle = sharder(args, runtime)
-    torch.ones(8, 8) @ torch.ones(8, 8)  # what torch's first product sets up is not the model's
-    before, highest, done = anonymous(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, anonymous())
-            time.sleep(PAUSE)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    built, _ = train_ds.build(args, settle)
-    done.set()
-    watcher.join()
-    highest = max(highest, anonymous())
+    (built, _), most = most_above_before(lambda: train_ds.build(args, settle))
     numbers = sum(numbers_in(parameter) for parameter in built.model.parameters())
-    Path(f"{out}.rank{runtime.rank}").write_text(f"{highest - before} {numbers}")
+    Path(f"{out}.rank{runtime.rank}").write_text(f"{most} {numbers}")
 
 
 if __name__ == "__main__":
