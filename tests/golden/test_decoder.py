@@ -56,14 +56,15 @@ def embeddings(seed: int, entry: dict[str, Any], count: int) -> torch.Tensor:
 def compare_targets(golden: vectors.Reading, count: int, target_embeddings: torch.Tensor, maps: torch.Tensor) -> None:
     """All that is stored of `count` targets: their masks and IoU estimates at each level, and the fused mask."""
     decoder = released_model.build().pixel_decoder
-    levels: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each level: its mask tokens' masks and IoU estimates
+    # Of each level and group of targets that are decoded together: the mask tokens' masks, and their IoU estimates.
+    levels: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(decoder.num_scales)]
     decode_scale = decoder.decode_scale
 
     def decode_all(
         embeddings_QD: torch.Tensor, maps_QDhw: torch.Tensor, scale: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         masks, tokens = decode_scale(embeddings_QD, maps_QDhw, scale, num_masks=len(decoder.hypernetworks))
-        levels.append((masks, decoder.iou_head(tokens[:, 0])))
+        levels[scale].append((masks, decoder.iou_head(tokens[:, 0])))
         return masks, tokens
 
     with pytest.MonkeyPatch.context() as patch:
@@ -71,7 +72,8 @@ def compare_targets(golden: vectors.Reading, count: int, target_embeddings: torc
         picture_of_target = torch.zeros(count, dtype=torch.long)
         fused = decoder(target_embeddings, [feature[None] for feature in maps], picture_of_target)
 
-    for level, (masks, ious) in enumerate(levels):
+    for level, groups in enumerate(levels):
+        masks, ious = (torch.cat(parts) for parts in zip(*groups, strict=True))
         prefix = rf"^n{count}\.level{level}_"
         for kind, kept in (("mask", slice(0, 1)), ("multimask", slice(None))):
             for name in golden.names(rf"{prefix}{kind}(?:_every|$)"):
