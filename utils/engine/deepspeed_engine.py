@@ -135,6 +135,7 @@ def make_sharder(user_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     A model whose parameters go through it one by one is never whole in any process.
     """
     connect()
+    Peers(torch.device("cpu")).barrier()  # see DeepSpeedEngine: what follows makes groups
     config = user_config | {"zero_optimization": user_config.get("zero_optimization", {}) | {"stage": 3}}
     init = deepspeed.zero.Init(config_dict_or_path=config | {"train_micro_batch_size_per_gpu": 1})
 
@@ -181,6 +182,8 @@ class DeepSpeedEngine(Peers):
         optimizer = make_optimizer(model, settings)
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.group_names = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        # DeepSpeed makes groups, for which ranks wait up to half an hour; a barrier notices that one is gone.
+        self.barrier()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model: Any = self.deepspeed.module
 

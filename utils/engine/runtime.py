@@ -47,7 +47,11 @@ def open_runtime(engine: str, local_rank: int, precision: str) -> Runtime:
     _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
     chosen = _choose(engine, launched, world_size, device)
     if chosen == "deepspeed":
+        from utils.engine.deepspeed_engine import connect  # not installed on every laptop
+
         clear_stale_locks(first=local_rank == 0)
+        # Before anything that may fail on one rank: who waits for a connection waits long, who has one sees it break.
+        connect()
     if chosen == "plain" and world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Runtime(chosen, int(os.environ.get("RANK", "0")), local_rank, world_size, device)
