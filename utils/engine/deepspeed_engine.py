@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS, FROZEN_PARAM_SHAPES
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
@@ -258,13 +259,20 @@ class DeepSpeedEngine(Peers):
 
     def save(self, place: Path, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
-        state = {"client": client_state, GROUP_NAMES: self.group_names}
+        state = {"client": client_state, GROUP_NAMES: self.group_names, **self._left_out()}
         with peers():
             # DeepSpeed would name the tag before it is sealed.
             self.deepspeed.save_checkpoint(str(place.parent), tag=place.name, client_state=state, save_latest=False)
         if self.zero_stage == 0 and self.rank == 0:
             # zero_to_fp32.py has nothing to put together then; merging reads this file as it is.
             torch.save(self.model.state_dict(), place / WEIGHTS)
+
+    def _left_out(self) -> dict[str, Any]:
+        """Weights that do not train: under stage 1 alone DeepSpeed leaves out what zero_to_fp32.py reads of them."""
+        if self.zero_stage != 1:
+            return {}
+        frozen = {name: p.detach().cpu() for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {FROZEN_PARAM_SHAPES: {name: p.shape for name, p in frozen.items()}, FROZEN_PARAM_FRAGMENTS: frozen}
 
     def load(self, place: Path) -> dict[str, Any]:
         """See `protocol.Engine.load`. Another stage or number of ranks takes its parts of the whole."""
