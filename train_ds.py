@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --eval_only score, as the command line says."""
     args = parse_train(argv)
     refuse_missing_data(args)
-    runtime = open_runtime(args.engine, args.local_rank, args.precision)
+    runtime = open_runtime(args.engine, args.local_rank, args.precision, args.deterministic)
     if runtime.rank == 0 and not args.eval_only:
         lock_folder(args.run_folder)
     seed_everything(args.seed)

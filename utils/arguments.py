@@ -284,6 +284,10 @@ class OptimizationArguments(Arguments):
         False, "of the embedding table and lm_head train only the rows of new tokens: less memory than all of them"
     )
     seed: int = option(0, "of data order, initial weights and dropout", low=0)
+    deterministic: bool = option(
+        False,
+        "on a GPU only operations whose bits repeat, so that a resumed run repeats too; slower (a CPU always does)",
+    )
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""

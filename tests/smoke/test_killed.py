@@ -105,7 +105,7 @@ def failing_rank(trainer: Trainer, event: int, *flags: str) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_run_killed_in_a_dozen_places(trainer: Trainer) -> None:
-    flags = (*FLAGS, "--workers=1")
+    flags = (*FLAGS, "--workers=1", "--deterministic")
     straight = trainer.run("dozen", *flags, counted=True)
     killed_and_resumed(trainer, "dozen", places(straight, seed=3, number=12), 1, *flags)
 
