@@ -167,7 +167,7 @@ class DeepSpeedEngine(Peers):
         connect()
         super().__init__(device)
         self.precision, self.rounds, self.clock = precision, rounds, StepClock(device)
-        self.loss_normalisation = settings.loss_normalisation
+        self.loss_normalisation, self.clip = settings.loss_normalisation, settings.gradient_clip
         if precision != "fp16":  # DeepSpeed itself halves everything then
             to_precision(model, precision)
         config = full_config(
@@ -177,7 +177,7 @@ class DeepSpeedEngine(Peers):
             micro_batch=micro_batch,
             rounds=rounds,
             world_size=self.world_size,
-            clip=settings.gradient_clip,
+            clip=0.0 if zero_stage == 0 and precision != "fp16" else settings.gradient_clip,
             numel=sum(numbers_in(parameter) for parameter in trainable_parameters(model).values()),
         )
         optimizer = make_optimizer(model, settings)
@@ -226,14 +226,24 @@ class DeepSpeedEngine(Peers):
                 self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
             sums.add(losses)
             if number == self.rounds and self.zero_stage == 0 and self.precision != "fp16":
-                gradients = [p.grad for p in trainable_parameters(self.model).values() if p.grad is not None]
-                norm = float(torch.nn.utils.get_total_norm(gradients))
-                if not math.isfinite(norm):
-                    self.model.zero_grad(set_to_none=True)  # the other stages leave such a step out by themselves
+                norm = self._clip_or_leave_out()
             with self.clock("optimizer"):
                 self.deepspeed.step()
         self.sum(sums.values)
         return sums.means(counts), counts, norm
+
+    def _clip_or_leave_out(self) -> float:
+        """Under stage 0, whose steps are not left out by DeepSpeed: drop a gradient that is not finite, else clip it.
+
+        DeepSpeed's own clipping fails where there is none left. Returns the norm before.
+        """
+        trained = list(trainable_parameters(self.model).values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if not math.isfinite(norm):
+            self.model.zero_grad(set_to_none=True)
+        elif self.clip:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
+        return float(norm)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
