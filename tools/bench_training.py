@@ -1,6 +1,7 @@
 """What a training step costs: its parts, the share of the GPU's peak, memory; by batch size and by checkpointing.
 
 python tools/bench_training.py               on a GPU: 7B, LoRA, bfloat16, ZeRO-2; runs/bench/training.json
+python tools/bench_training.py --bits 4      the same with frozen layers in 4 bits
 python tools/bench_training.py --size tiny   the same road in a minute on a CPU, where this is the size by itself
 """
 
@@ -9,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,18 +35,30 @@ WARM_UP, RATE, STAGE, PRECISION = 2, 1e-4, 2, "bf16"
 PARTS = ("forward", "backward", "optimizer", "communication", "other")
 
 
-def case(size: str, batch: int, checkpointing: bool, steps: int, engine: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Setting:
+    """What is measured. size: of TRAINED_SHAPES. bits: of a frozen weight of the language model; 0 for bfloat16."""
+
+    size: str
+    batch: int
+    checkpointing: bool
+    steps: int
+    bits: int = 0
+
+
+def case(setting: Setting, engine: str) -> dict[str, Any]:
     """Figures of one setting, as `Costs` names them; {"failed": why} where memory does not suffice."""
     runtime = open_runtime(engine, 0, PRECISION)
     try:
-        return measured(size, batch, checkpointing, steps, runtime)
+        return measured(setting, runtime)
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
 
 
-def measured(size: str, batch: int, checkpointing: bool, steps: int, runtime: Runtime) -> dict[str, Any]:
+def measured(setting: Setting, runtime: Runtime) -> dict[str, Any]:
     """See `case`."""
-    model, trained = model_to_train(TRAINED_SHAPES[size], runtime.device, checkpointing)
+    shape, batch = TRAINED_SHAPES[setting.size], setting.batch
+    model, trained = model_to_train(shape, runtime.device, setting.checkpointing, setting.bits or None)
     to_precision(model, PRECISION)
     examples = Batch(**batch_to_train(model, batch), info=[{}] * batch)
     flops = probe_gradients(model, examples, trained, PRECISION, runtime.device) / batch
@@ -54,7 +68,7 @@ def measured(size: str, batch: int, checkpointing: bool, steps: int, runtime: Ru
         engine.train_step([examples], RATE)
     forget_peak_memory(runtime.device)
     costs = Costs(runtime.device, engine.world_size, flops)
-    for _ in range(steps):
+    for _ in range(setting.steps):
         began = time.perf_counter()
         report = engine.train_step([examples], RATE)
         costs.add(time.perf_counter() - began, [examples], dict(report.seconds))
@@ -99,21 +113,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=list(TRAINED_SHAPES), default="7b" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--batches", default="1,2,4", help="pictures in a step, several joined by commas")
     parser.add_argument("--steps", type=int, default=10, help="steps that figures are taken over")
+    parser.add_argument("--bits", type=int, choices=(0, 4, 8), default=0, help="of frozen weights; 0: bfloat16")
     parser.add_argument("--engine", choices=("auto", "deepspeed", "plain"), default="deepspeed")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--case", nargs=2, metavar=("BATCH", "ON_OR_OFF"), help="one setting; its figures as JSON")
     args = parser.parse_args(argv)
     if args.case:
         batch, checkpointing = args.case
-        print(json.dumps(case(args.size, int(batch), checkpointing == "on", args.steps, args.engine)))
+        setting = Setting(args.size, int(batch), checkpointing == "on", args.steps, args.bits)
+        print(json.dumps(case(setting, args.engine)))
         return
     command = [sys.executable, __file__, "--size", args.size, "--steps", str(args.steps), "--engine", args.engine]
+    command += ["--bits", str(args.bits)]
     cases: dict[str, dict[str, Any]] = {}
     for batch, checkpointing in product(args.batches.split(","), ("on", "off")):
         said = subprocess.run([*command, "--case", batch, checkpointing], check=True, stdout=subprocess.PIPE, text=True)
         cases[f"{batch} {checkpointing}"] = json.loads(said.stdout.splitlines()[-1])
         note(f"batch {batch}, checkpointing {checkpointing}: done")
-    write_json(args.out / "training.json", {"size": args.size, "versions": versions(), "cases": cases})
+    write_json(
+        args.out / "training.json", {"size": args.size, "bits": args.bits, "versions": versions(), "cases": cases}
+    )
     print(table(cases))
     print(f"written to {args.out / 'training.json'}")
 

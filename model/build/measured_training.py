@@ -9,6 +9,7 @@ import torch
 from ..modeling_pixellm import PixelLMForCausalLM
 from .baselines import SHAPES, Shape, measured_model, training_batch
 from .builder import TrainingRecipe, choose_trainable
+from .held_layers import hold_in_bits
 
 TRAINED_SHAPES = {
     "7b": Shape(4096, 32, 32, 11008, 32000, 1024, 24, 256, 2048),
@@ -18,13 +19,20 @@ TRAINED_SHAPES = {
 CONVERSATIONS, LENGTH = 3, 80
 
 
-def model_to_train(shape: Shape, device: torch.device, checkpointing: bool) -> tuple[PixelLMForCausalLM, list[str]]:
-    """A model with LoRA in training mode, made on `device` in bfloat16, and the names of what trains."""
+def model_to_train(
+    shape: Shape, device: torch.device, checkpointing: bool, bits: int | None = None
+) -> tuple[PixelLMForCausalLM, list[str]]:
+    """A model with LoRA in training mode, made on `device` in bfloat16, and the names of what trains.
+
+    bits: the frozen layers of the language model are held in so many, 4 or 8; None in bfloat16.
+    """
     with torch.device(device), _default_type(torch.bfloat16):
         model = measured_model(shape)
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
+    if bits is not None:
+        hold_in_bits(model, bits, torch.bfloat16, device)
     trained = choose_trainable(model, TrainingRecipe())
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -52,7 +52,7 @@ def test_memory_that_does_not_suffice_is_a_row_of_the_table(monkeypatch: pytest.
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(script, "measured", full)
-    assert script.case("tiny", 1, True, 1, "plain") == {"failed": "out of memory"}
+    assert script.case(script.Setting("tiny", 1, True, 1), "plain") == {"failed": "out of memory"}
 
 
 @pytest.mark.long

@@ -67,6 +67,11 @@ def _join_others(engine: str, device: torch.device) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
+def device_here() -> torch.device:
+    """The device that `open_runtime` chose for this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def _only_deterministic() -> None:
     """From here on equal calls give equal bits on a GPU too; to be called before anything runs there.
 

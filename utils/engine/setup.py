@@ -59,6 +59,8 @@ def sharder(args: TrainArguments, runtime: Runtime) -> Callable[[nn.Parameter], 
     user_config = deepspeed_settings(args)
     if user_config.get("zero_optimization", {}).get("stage", args.zero_stage) != 3:
         return None
+    if args.bits is not None:
+        raise UserError(f"--load_in_{args.bits}bit and ZeRO-3 do not go together: take stage 2 in --deepspeed_config")
     whole = [name for name in ("weight", "train_new_tokens_only") if getattr(args, name)]
     if whole or runtime.world_size == 1:
         if whole:
