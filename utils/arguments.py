@@ -278,6 +278,9 @@ class OptimizationArguments(Arguments):
         choices=("step", "micro_batch"),
     )
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
+    compile: bool = option(
+        False, "compile the language model's layers at the first steps: minutes then, quicker steps after"
+    )
     train_language_model: bool = option(False, "train all of the language model instead of LoRA")
     train_vision_tower: bool = option(False, "train the vision tower too")
     train_new_tokens_only: bool = option(

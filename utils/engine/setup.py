@@ -76,7 +76,7 @@ def deepspeed_settings(args: TrainArguments) -> dict[str, Any]:
     return read_user_config(args.deepspeed_config, args.zero_stage if "zero_stage" in args.given else None)
 
 
-def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_parts: tuple[str, ...] = ()) -> Engine:
+def make_engine(args: TrainArguments, runtime: Runtime, model: Any, mask_parts: tuple[str, ...] = ()) -> Engine:
     """The engine that `runtime` chose, with the model in it.
 
     Args:
@@ -91,12 +91,19 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         name=args.optimizer,
     )
     if runtime.engine == "plain":
+        if args.compile:
+            model.compile_layers()
         return PlainEngine(model, settings, args.precision, runtime.device)
     if args.optimizer == MUON:
         raise UserError("--optimizer muon needs whole matrices, which ZeRO cuts up: add --engine plain, or use adamw")
     from utils.engine.deepspeed_engine import DeepSpeedEngine  # not installed on every laptop
 
     user_config = deepspeed_settings(args)
+    stage = user_config.get("zero_optimization", {}).get("stage", args.zero_stage)
+    if args.compile and stage == 3:
+        raise UserError("--compile and ZeRO-3 do not go together: what fetches weights layer by layer is not compiled")
+    if args.compile:
+        model.compile_layers()
     return DeepSpeedEngine(
         model,
         settings,
@@ -104,7 +111,7 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         runtime.device,
         micro_batch=args.batch_size,
         rounds=args.grad_accumulation_steps,
-        zero_stage=user_config.get("zero_optimization", {}).get("stage", args.zero_stage),
+        zero_stage=stage,
         user_config=user_config,
     )
 
