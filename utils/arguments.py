@@ -377,9 +377,7 @@ class TrainArguments(
         if self.bits is None:
             return
         flag, other = f"--load_in_{self.bits}bit", None
-        if self.load_in_4bit and self.load_in_8bit:
-            other = "--load_in_4bit"
-        elif self.train_language_model:
+        if self.train_language_model:
             other = "--train_language_model"
         elif self.weight:
             other = "--weight"
@@ -392,6 +390,8 @@ class TrainArguments(
 
     def without_effect(self) -> dict[str, str]:
         found = super().without_effect()
+        if self.load_in_4bit and self.load_in_8bit:
+            found["load_in_4bit"] = "--load_in_8bit is set"
         if self.train_language_model and "lora_r" in self.given and self.lora_r:
             found["lora_r"] = "--train_language_model trains the whole language model instead of LoRA"
         if self.max_steps:

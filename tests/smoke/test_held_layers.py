@@ -33,7 +33,6 @@ def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("flags", "other"),
     [
-        (["--load_in_8bit"], "--load_in_4bit"),
         (["--train_language_model"], "--train_language_model"),
         (["--weight=x.bin"], "--weight"),
         (["--zero_stage=3"], "--zero_stage 3"),

@@ -34,7 +34,7 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert built.model.row_kernel is None and built.model.pixel_decoder.decode_scale == before
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.long), True])
 def test_compiled_layers_give_the_same_losses_and_gradients(checkpointing: bool) -> None:
     """Batches of different lengths. What the compiler would make is left out: that takes minutes."""
     compare_layers("aot_eager", checkpointing, (1, 2))
