@@ -5,6 +5,8 @@ event: every call that the engine's code or torch's writing of files makes is on
 fall between two steps, in a step, or anywhere in a checkpoint: half a file, before or after a rename.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -17,8 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 import train_ds
 from utils.engine import saving
+from utils.engine.runtime import deepspeed_problem
 from utils.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +31,12 @@ ENGINE, WRITER = str(ROOT / "utils" / "engine"), "torch/serialization.py"
 # What torch's writer calls for every tensor says less than what it calls for every file and record.
 WRITERS = {"_save", "_legacy_save", "__init__", "__exit__"}
 PATIENCE = 900.0  # seconds
+# What a rank under DeepSpeed would import by itself, for most of the time that a short run takes.
+IMPORTED_ONCE = (
+    "utils.engine.deepspeed_engine",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.utils.tensorboard",
+)
 
 
 @dataclass
@@ -168,6 +179,9 @@ def run(job: Job) -> Outcome:
 
 def main() -> None:
     """A job as a line of JSON on stdin, its outcome as a line on stdout, until an empty line."""
+    for name in IMPORTED_ONCE if deepspeed_problem(torch.device("cpu")) is None else ():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for line in sys.stdin:
         if not line.strip():
             break
