@@ -26,7 +26,7 @@ define install
 		cat requirements.txt $(1) > $(VENV)/$(1).installed; }
 endef
 
-.PHONY: help venv setup setup-dev demo real-pictures bench bench-data test test-long check format
+.PHONY: help venv setup setup-dev demo real-pictures bench bench-data bench-training test test-long check format
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -57,6 +57,9 @@ bench-data: setup  ## how fast data are read, and what a large data set costs: r
 
 bench: setup  ## answering and training against the release's way and a plain cache: runs/bench/ (a quarter of an hour)
 	@$(BIN)/python tools/bench.py
+
+bench-training: setup  ## what a training step costs: 7B on a GPU, the tiny shape without one: runs/bench/training.json
+	@$(BIN)/python tools/bench_training.py
 
 test: setup-dev  ## every test but the long ones, without network
 	@$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)

@@ -17,6 +17,7 @@ from model.build.builder import (
     is_released_training_state,
 )
 from model.build.export import fill_and_merge, lora_of, read_trained_weights, write_folder
+from model.build.held_layers import LAYERS
 from utils.arguments import MergeArguments, TrainArguments, model_options, parse_merge, trained_with
 from utils.engine.run_card import RUN_CARD, find_run_card
 from utils.scripts import UserError, note, run_script
@@ -40,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     lora = lora_of(weights, asked.weight)
     if lora is not None and "lora_r" in asked.given and asked.lora_r != lora[0]:
         raise UserError(f"--lora_r is {asked.lora_r}, but {asked.weight} holds LoRA of rank {lora[0]}: leave it out")
-    built = build_model(args.version, tower, options, load_weights=False, to_train=True)
-    layers = fill_and_merge(built, weights, asked.weight, args.lora_alpha)
+    held = (LAYERS,) if args.bits else ()
+    built = build_model(args.version, tower, options, load_weights=bool(held), to_train=True)
+    layers = fill_and_merge(built, weights, asked.weight, args.lora_alpha, held)
     return save(built, asked, args, f"LoRA of {layers} layers merged")
 
 

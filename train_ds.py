@@ -19,19 +19,19 @@ from model.build.builder import (
     load_weights_into,
 )
 from model.build.export import read_trained_weights
+from model.build.held_layers import hold_in_bits
 from model.overlay import draw_overlay
 from model.predictor import Predictor
 from model.processing_pixellm import ConversationTooLong
 from utils.arguments import TrainArguments, model_options, parse_train
-from utils.data.collate import Batch
 from utils.data.readers import build_eval_reader
 from utils.engine.fit import Run
 from utils.engine.lock import lock_folder
 from utils.engine.preflight import preflight
-from utils.engine.probe import find_probe_batch, probe_gradients
+from utils.engine.probe import find_probe_batch, probe_gradients, say_reached
 from utils.engine.protocol import Engine
 from utils.engine.run_card import write_run_card
-from utils.engine.runtime import Runtime, open_runtime
+from utils.engine.runtime import Runtime, device_here, open_runtime
 from utils.engine.setup import (
     StepBatches,
     checkpoint_to_resume,
@@ -43,7 +43,7 @@ from utils.engine.setup import (
     seed_everything,
     sharder,
 )
-from utils.engine.stepping import to_precision
+from utils.engine.stepping import DTYPES, to_precision
 from utils.engine.validation import Validation
 from utils.scripts import note, run_script
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --eval_only score, as the command line says."""
     args = parse_train(argv)
     refuse_missing_data(args)
-    runtime = open_runtime(args.engine, args.local_rank, args.precision)
+    runtime = open_runtime(args.engine, args.local_rank, args.precision, args.deterministic)
     if runtime.rank == 0 and not args.eval_only:
         lock_folder(args.run_folder)
     seed_everything(args.seed)
@@ -98,6 +98,8 @@ def build(args: TrainArguments, settle: Settle | None = None) -> tuple[BuiltMode
     note(built.report.table())
     if not built.model.shares_prefixes:
         note(f"every conversation is a row of its own: {args.attn_implementation} attention takes no mask of ours")
+    if args.bits:
+        hold_in_bits(built.model, args.bits, DTYPES[args.precision], device_here())
     recipe = TrainingRecipe(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingRecipe)})
     trained = choose_trainable(built.model, recipe)
     if args.weight:
@@ -111,11 +113,9 @@ def build(args: TrainArguments, settle: Settle | None = None) -> tuple[BuiltMode
 def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> float:
     """Stop, by name, where gradients do not reach what trains, or reach what does not; operations per picture."""
     wanted = ["ce", "bce"] if args.train_mask_decoder else ["ce"]
-    batch: Batch = find_probe_batch(built.model, batches.probes(), wanted)
+    batch = find_probe_batch(built.model, batches.probes(), wanted)
     flops = probe_gradients(built.model.to(runtime.device), batch, trained, args.precision, runtime.device)
-    total = sum(parameter.numel() for parameter in built.model.parameters())
-    share = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
-    note(f"gradients reach all of the {len(trained)} tensors that train ({share:,} of {total:,} numbers), and no other")
+    say_reached(built.model)
     return flops / len(batch.info)
 
 

@@ -20,11 +20,7 @@ def bits_config(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     """
     if bits not in (4, 8):
         raise ValueError(f"weights can be held in 8 or 4 bits, found {bits}")
-    if find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"weights in {bits} bits need the package bitsandbytes, which is not installed: "
-            "pip install bitsandbytes, or load the model in its own precision"
-        )
+    require_library(bits)
     return BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
@@ -32,3 +28,12 @@ def bits_config(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=dtype or torch.float32,
         bnb_4bit_quant_type="nf4",
     )
+
+
+def require_library(bits: int) -> None:
+    """ImportError, with what to do, where bitsandbytes is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"weights in {bits} bits need the package bitsandbytes, which is not installed: "
+            "pip install bitsandbytes, or load the model in its own precision"
+        )

@@ -155,6 +155,12 @@ class PixelLMForCausalLM(PreTrainedModel):
         """The modules that only masks need."""
         return self.mask_projector, self.codebook, self.pixel_decoder
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile every layer of the language model as soon as it is first used: seconds to minutes then, and again
+        when another length comes, after which lengths are left open. Names of parameters stay what they are."""
+        for layer in self.language_model.get_decoder().layers:
+            layer.compile(backend=backend)
+
     @property
     def trains_masks(self) -> bool:
         return any(parameter.requires_grad for part in self.mask_parts() for parameter in part.parameters())

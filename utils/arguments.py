@@ -278,12 +278,19 @@ class OptimizationArguments(Arguments):
         choices=("step", "micro_batch"),
     )
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
+    compile: bool = option(
+        False, "compile the language model's layers at the first steps: minutes then, quicker steps after"
+    )
     train_language_model: bool = option(False, "train all of the language model instead of LoRA")
     train_vision_tower: bool = option(False, "train the vision tower too")
     train_new_tokens_only: bool = option(
         False, "of the embedding table and lm_head train only the rows of new tokens: less memory than all of them"
     )
     seed: int = option(0, "of data order, initial weights and dropout", low=0)
+    deterministic: bool = option(
+        False,
+        "on a GPU only operations whose bits repeat, so that a resumed run repeats too; slower (a CPU always does)",
+    )
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -308,8 +315,13 @@ class EngineArguments(Arguments):
     max_bad_steps: int = option(5, "steps in a row without a finite gradient that stop the run; 0: never", low=0)
     profile: int = option(0, "steps to record in a trace, in the run's folder; 0: none", low=0)
     print_freq: int = option(1, "optimizer steps between updates of the console line", low=1)
-    load_in_8bit: bool = option(False, "hold the language model in 8 bits")
-    load_in_4bit: bool = option(False, "hold the language model in 4 bits")
+    load_in_8bit: bool = option(False, "hold the language model's frozen layers in 8 bits (needs bitsandbytes)")
+    load_in_4bit: bool = option(False, "hold the language model's frozen layers in 4 bits (needs bitsandbytes)")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a frozen weight of the language model's layers; None for --precision."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
 
 
 @dataclasses.dataclass
@@ -341,8 +353,6 @@ class TrainArguments(
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "vis_save_path": "training shows its pictures in TensorBoard",
-        "load_in_8bit": "training holds its frozen weights in --precision",
-        "load_in_4bit": "training holds its frozen weights in --precision",
     }
 
     def check(self) -> None:
@@ -355,14 +365,33 @@ class TrainArguments(
             raise UserError("--resume and --weight both say which weights to start from: drop one")
         if self.eval_only and self.no_eval:
             raise UserError("--eval_only and --no_eval contradict each other: drop one")
+        self._check_bits()
         if self.start_epoch * self.steps_per_epoch >= self.total_steps():
             raise UserError(
                 f"--start_epoch {self.start_epoch} begins at step {self.start_epoch * self.steps_per_epoch}, "
                 f"but the run ends at step {self.total_steps()}"
             )
 
+    def _check_bits(self) -> None:
+        """UserError where weights in few bits do not go with the rest."""
+        if self.bits is None:
+            return
+        flag, other = f"--load_in_{self.bits}bit", None
+        if self.train_language_model:
+            other = "--train_language_model"
+        elif self.weight:
+            other = "--weight"
+        elif "zero_stage" in self.given and self.zero_stage == 3 and self.engine != "plain":
+            other = "--zero_stage 3"
+        if other is not None:
+            raise UserError(
+                f"{flag} and {other} do not go together: frozen layers in few bits stay as the base has them"
+            )
+
     def without_effect(self) -> dict[str, str]:
         found = super().without_effect()
+        if self.load_in_4bit and self.load_in_8bit:
+            found["load_in_4bit"] = "--load_in_8bit is set"
         if self.train_language_model and "lora_r" in self.given and self.lora_r:
             found["lora_r"] = "--train_language_model trains the whole language model instead of LoRA"
         if self.max_steps:

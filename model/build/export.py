@@ -68,18 +68,23 @@ def lora_of(weights: dict[str, torch.Tensor], source: str) -> tuple[int, str] | 
     return next(iter(found.values())), ",".join(sorted(found))
 
 
-def fill_and_merge(built: BuiltModel, weights: dict[str, torch.Tensor], source: str, lora_alpha: int) -> int:
+def fill_and_merge(
+    built: BuiltModel, weights: dict[str, torch.Tensor], source: str, lora_alpha: int, held: tuple[str, ...] = ()
+) -> int:
     """Put trained weights into a model strictly and merge the LoRA among them.
 
-    Its rank and layers are read off the weights. BuildError names a tensor that is missing, superfluous or of another
-    shape. Returns the number of layers merged.
+    Its rank and layers are read off the weights. held: parts whose frozen layers were held in few bits and stay what
+    they are in the model; the whole numbers that stand for them are not taken. BuildError names a tensor that is
+    missing, superfluous or of another shape. Returns the number of layers merged.
     """
+    if held:
+        weights = {name: value for name, value in weights.items() if value.is_floating_point()}
     lora = lora_of(weights, source)
     if lora is not None:
         rank, layers = lora
         recipe = TrainingRecipe(lora_r=rank, lora_alpha=lora_alpha, lora_dropout=0.0, lora_target_modules=layers)
         inject_lora(built.model, recipe)
-    load_weights_into(built.model, weights, source)
+    load_weights_into(built.model, weights, source, held)
     return merge_lora(built.model)
 
 

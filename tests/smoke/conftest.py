@@ -97,14 +97,20 @@ class Trainer:
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(
-        self, name: str, *flags: str, ranks: int = 1, kill: tuple[int, int] | None = None, fails: bool = False
+        self,
+        name: str,
+        *flags: str,
+        ranks: int = 1,
+        kill: tuple[int, int] | None = None,
+        fails: bool = False,
+        counted: bool = False,
     ) -> Outcome:
         """One start of the run called `name`; what its ranks said is in `said`."""
         assert self.process.stdin is not None and self.process.stdout is not None
         every = [*training_flags(self.base, self.data, self.out, "unnamed"), f"--exp_name={name}"]
         every += [f"--grad_accumulation_steps={2 // ranks}", "--no_eval", *flags]
         log = str(self.out / f"{name}.{next(self.numbers)}")
-        self.process.stdin.write(json.dumps(asdict(Job(every, log, ranks, kill, fails))) + "\n")
+        self.process.stdin.write(json.dumps(asdict(Job(every, log, ranks, kill, fails, counted))) + "\n")
         self.process.stdin.flush()
         outcome = Outcome(**json.loads(self.process.stdout.readline()))
         self.said = [Path(f"{log}.rank{rank}").read_text() for rank in range(1 if fails else ranks)]

@@ -5,6 +5,8 @@ event: every call that the engine's code or torch's writing of files makes is on
 fall between two steps, in a step, or anywhere in a checkpoint: half a file, before or after a rename.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -17,8 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 import train_ds
 from utils.engine import saving
+from utils.engine.runtime import deepspeed_problem
 from utils.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +31,12 @@ ENGINE, WRITER = str(ROOT / "utils" / "engine"), "torch/serialization.py"
 # What torch's writer calls for every tensor says less than what it calls for every file and record.
 WRITERS = {"_save", "_legacy_save", "__init__", "__exit__"}
 PATIENCE = 900.0  # seconds
+# What a rank under DeepSpeed would import by itself, for most of the time that a short run takes.
+IMPORTED_ONCE = (
+    "utils.engine.deepspeed_engine",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.utils.tensorboard",
+)
 
 
 @dataclass
@@ -33,6 +44,7 @@ class Job:
     """One start of train_ds.py. kill: (rank, number of the event), or None to run to the end.
 
     fails: the rank raises an error at that event instead of being killed, and all ranks write into the log of rank 0.
+    counted: whether events are counted, which slows a run down several times over; a run that is to be killed does.
     """
 
     flags: list[str]
@@ -40,13 +52,14 @@ class Job:
     ranks: int = 1
     kill: tuple[int, int] | None = None
     fails: bool = False
+    counted: bool = False
 
 
 @dataclass
 class Outcome:
     """statuses: of the ranks, -9 for a killed one. apart: seconds from the first to the last rank's end.
 
-    events: how many there were on each rank; saves: the events at which checkpoints began and ended.
+    events: how many there were on each rank, where they were counted; saves: those between which checkpoints were made.
     """
 
     statuses: list[int]
@@ -71,17 +84,29 @@ class Events:
 
         sys.modules["utils.engine.fit"].save_checkpoint = marked  # type: ignore[attr-defined]
 
-    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        code = frame.f_code
-        watched = code.co_filename.startswith(ENGINE) or (code.co_filename.endswith(WRITER) and code.co_name in WRITERS)
-        if "call" not in event or not watched:
-            return
+    def start(self) -> None:
+        """From here on every call is looked at. Most are of no interest and cost as little as can be."""
+        ours: dict[str, bool] = {}
+
+        def look(frame: FrameType, event: str, argument: object) -> None:
+            if event != "call" and event != "c_call":
+                return
+            code = frame.f_code
+            name = code.co_filename
+            if name not in ours:
+                ours[name] = name.startswith(ENGINE) or name.endswith(WRITER)
+            if ours[name] and (code.co_name in WRITERS or not name.endswith(WRITER)):
+                self.seen(frame, argument)
+
+        sys.setprofile(look)
+
+    def seen(self, frame: FrameType, argument: object) -> None:
         self.count += 1
         if self.count == self.at and self.fails:
             raise ArithmeticError(f"an error at event {self.count}")
         if self.count == self.at:
-            called = getattr(argument, "__qualname__", code.co_name)
-            sys.stderr.write(f"\nkilled at event {self.count}: {called}, {code.co_name}:{frame.f_lineno}\n")
+            called = getattr(argument, "__qualname__", frame.f_code.co_name)
+            sys.stderr.write(f"\nkilled at event {self.count}: {called}, {frame.f_code.co_name}:{frame.f_lineno}\n")
             sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -96,8 +121,10 @@ def rank_of(job: Job, rank: int, port: int) -> int:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks), LOCAL_WORLD_SIZE="2")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     at = job.kill[1] if job.kill is not None and job.kill[0] == rank else None
+    if not job.counted and at is None:
+        return run_script(train_ds.main, job.flags)
     events = Events(at, job.fails)
-    sys.setprofile(events)
+    events.start()
     try:
         status = run_script(train_ds.main, job.flags)
     finally:
@@ -152,6 +179,9 @@ def run(job: Job) -> Outcome:
 
 def main() -> None:
     """A job as a line of JSON on stdin, its outcome as a line on stdout, until an empty line."""
+    for name in IMPORTED_ONCE if deepspeed_problem(torch.device("cpu")) is None else ():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for line in sys.stdin:
         if not line.strip():
             break

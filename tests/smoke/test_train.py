@@ -330,37 +330,42 @@ def slowness(process: psutil.Process) -> float:
 
 
 @pytest.mark.parametrize(
-    "whom",
-    ["deepspeed", pytest.param("its launcher", marks=pytest.mark.long), pytest.param("all", marks=pytest.mark.long)],
+    ("whom", "ranks"),
+    [
+        ("deepspeed", 2),
+        pytest.param("deepspeed", 1, marks=pytest.mark.long),
+        pytest.param("its launcher", 2, marks=pytest.mark.long),
+        pytest.param("all", 2, marks=pytest.mark.long),
+    ],
 )
 def test_sigterm_under_deepspeed_ends_in_good_order(
-    whom: str, smoke_base: Path, smoke_data: Path, tmp_path: Path, child_env: dict[str, str]
+    whom: str, ranks: int, smoke_base: Path, smoke_data: Path, tmp_path: Path, child_env: dict[str, str]
 ) -> None:
     """Whichever of the processes hears it: the one in front, the one that started the ranks, or every one."""
     flags = [*training_flags(smoke_base, smoke_data, tmp_path, "stopped"), "--max_steps=100000", "--no_eval"]
     flags += ["--grad_accumulation_steps=1", "--save_every=1", "--keep_last=3"]
     said = tmp_path / "said.txt"
     with said.open("w") as file:
-        command = [*launcher("deepspeed", 2), "train_ds.py", *flags]
+        command = [*launcher("deepspeed", ranks), "train_ds.py", *flags]
         started = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=file, text=True, start_new_session=True, env=child_env
         )
     try:
-        stopped_in_good_order(started, whom, flags, said, tmp_path / "stopped" / "ckpt_model")
+        stopped_in_good_order(started, whom, ranks, flags, said, tmp_path / "stopped" / "ckpt_model")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
 
 
 def stopped_in_good_order(
-    started: subprocess.Popen[str], whom: str, flags: list[str], said: Path, folder: Path
+    started: subprocess.Popen[str], whom: str, count: int, flags: list[str], said: Path, folder: Path
 ) -> None:
     """Send the signal once there is a checkpoint, and look at what the ranks do."""
     wait_for(folder / "latest", started)
     everyone = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
     ranks = [process for process in everyone if process.cmdline()[-1:] == flags[-1:] and "-u" in process.cmdline()]
     ranks = [process for process in ranks if "train_ds.py" in process.cmdline()[2]]
-    assert len(ranks) == 2
+    assert len(ranks) == count
     limit = 10 * slowness(ranks[0])
     asked = time.monotonic()
     if whom == "all":
@@ -370,6 +375,7 @@ def stopped_in_good_order(
     _, alive = psutil.wait_procs(ranks, timeout=60)
     seconds = time.monotonic() - asked
     text = said.read_text()
+    print(f"{whom}, {count} ranks: {seconds:.1f} s of {limit:.1f}")
     assert not alive and seconds < limit, f"{seconds:.1f} s, not {limit:.1f}: {text[-2000:]}"
     started.wait(timeout=60)
     tag = latest_tag(folder)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from tests.unit.engine_real import real_step
+from tests.unit.engine_real import answer_length, real_step, words_and_targets
 from tests.unit.engine_toys import collate, cut, make_samples, make_toy
 from utils.engine.deepspeed_engine import DeepSpeedEngine
 from utils.engine.plain_engine import PlainEngine
@@ -18,7 +19,7 @@ from utils.engine.saving import load_checkpoint, save_checkpoint
 from utils.engine.stepping import OptimizerSettings
 from utils.scripts import run_script
 
-BETA1 = 0.9
+BETA1, RATE = 0.9, 1e-2
 REAL_ROUNDS = (1, 4)
 
 
@@ -59,6 +60,8 @@ def main(out: Path) -> None:
     real_model(out)
     plain(out)
     lonely(lines)
+    lonely_answers(out, lines)
+    spoiled(lines)
     checkpoint(out, lines)
     if engine.rank == 0:
         (out / "lines.json").write_text(json.dumps(lines))
@@ -112,6 +115,40 @@ def lonely(lines: dict) -> None:
     report = engine.train_step([collate([full if engine.rank == 0 else empty])], 1e-2)
     nothing = engine.train_step([collate([empty])], 1e-2)
     lines["lonely"] = {"counts": report.counts, "nothing": nothing.losses, "norm": nothing.gradient_norm}
+
+
+def lonely_answers(out: Path, lines: dict) -> None:
+    """Under stage 3 a true model, whose layers are gathered by all ranks together: words alone on rank 0 and targets on
+    rank 1, then answers of different lengths, then such a step again."""
+    model, *batches = words_and_targets(out)
+    settings = OptimizerSettings(betas=(BETA1, 0.95), gradient_clip=0.0)
+    engine = DeepSpeedEngine(model, settings, "fp32", torch.device("cpu"), micro_batch=1, rounds=1, zero_stage=3)
+    own = batches[engine.rank]
+    totals = [engine.train_step([own], RATE).total]
+    with engine.inference():
+        length = answer_length(engine.model, own, 2 + 4 * engine.rank)
+    totals.append(engine.train_step([own], RATE).total)
+    lines["lonely answers"] = {"totals": totals, "lengths": engine.gather(length)}
+
+
+def spoiled(lines: dict) -> None:
+    """One rank's batch is not finite: the step is left out on both, whatever the stage, and the next one is taken."""
+    for stage in (0, 1, 2, 3):
+        engine = make_engine(stage, 1, clip=1.0)
+        features, label, targets = make_samples(1)[0]
+        broken = torch.full_like(features, math.nan) if engine.rank == 1 else features
+        weights = list(dict(sorted(engine.model.named_parameters())).values())
+        before = [safe_get_full_fp32_param(weight) if stage else weight.detach().clone() for weight in trained(weights)]
+        left_out = engine.train_step([collate([(broken, label, targets)])], RATE)
+        after = [safe_get_full_fp32_param(weight) if stage else weight.detach().clone() for weight in trained(weights)]
+        taken = engine.train_step([collate([(features, label, targets)])], RATE)
+        same = all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        found = {"applied": [left_out.applied, taken.applied], "same": same, "finite": math.isfinite(taken.total)}
+        lines[f"spoiled{stage}"] = engine.gather(found)
+
+
+def trained(weights: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    return [weight for weight in weights if weight.requires_grad]
 
 
 def checkpoint(out: Path, lines: dict) -> None:

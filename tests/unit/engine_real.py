@@ -5,6 +5,8 @@ import dataclasses
 import io
 from pathlib import Path
 
+import torch
+
 import train_ds
 from model.build.builder import save_model
 from model.build.tiny import make_tiny
@@ -12,7 +14,7 @@ from model.modeling_pixellm import PixelLMForCausalLM
 from model.processing_pixellm import ConversationTooLong
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
 from utils.arguments import parse_train
-from utils.data.collate import Batch
+from utils.data.collate import IGNORED_TOKEN, Batch
 from utils.engine.runtime import Runtime
 from utils.engine.setup import StepBatches, make_mixture, seed_everything
 from utils.scenes import SceneSettings, write_scene_data
@@ -48,3 +50,21 @@ def real_step(folder: Path, runtime: Runtime, rounds: int) -> tuple[PixelLMForCa
         built, _ = train_ds.build(args)
     batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
     return built.model.train(), next(batches(0))
+
+
+def words_and_targets(folder: Path) -> tuple[PixelLMForCausalLM, Batch, Batch]:
+    """The same model, a micro-batch of one picture with words alone, and one with something to mark."""
+    model, batches = real_step(folder, Runtime("plain", 0, 0, 1, torch.device("cpu")), PICTURES)
+    marks = [model.count_losses(**batch.as_kwargs())["bce"] > 0 for batch in batches]
+    return model, batches[marks.index(False)], batches[marks.index(True)]
+
+
+def answer_length(model: PixelLMForCausalLM, batch: Batch, tokens: int) -> int:
+    """How many tokens an answer to the first question of `batch` has that nothing but `tokens` ends."""
+    prompt = batch.input_ids[0][: int((batch.labels[0] != IGNORED_TOKEN).nonzero()[0])]
+    kwargs = batch.as_kwargs()
+    pictures = {name: kwargs[name] for name in ("pixel_values", "resized_sizes")}
+    (answer,) = model.generate_answers(
+        **pictures, prompts=[prompt], image_index=torch.tensor([0]), end_token_id=-1, max_new_tokens=tokens
+    )
+    return len(answer.ids)

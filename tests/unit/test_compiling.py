@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from model.answers import Answer
+from model.build.baselines import training_loss
+from model.build.measured_training import TRAINED_SHAPES, batch_to_train, model_to_train
 from model.compiling import compile_for_answers
 from model.predictor import Predictor
 from tests.unit.tiny_pixellm import make_model, noise, same, saying
@@ -30,6 +32,36 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch) 
         "answering uncompiled, because this machine cannot compile the model: no C++ compiler was found"
     )
     assert built.model.row_kernel is None and built.model.pixel_decoder.decode_scale == before
+
+
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.long), True])
+def test_compiled_layers_give_the_same_losses_and_gradients(checkpointing: bool) -> None:
+    """Batches of different lengths. What the compiler would make is left out: that takes minutes."""
+    compare_layers("aot_eager", checkpointing, (1, 2))
+
+
+def compare_layers(backend: str, checkpointing: bool, sizes: tuple[int, ...]) -> None:
+    """sizes: pictures of each batch. Layers that are compiled in training, without dropout in front of LoRA."""
+    model, names = model_to_train(TRAINED_SHAPES["tiny"], torch.device("cpu"), checkpointing)
+    model = model.float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batches = [batch_to_train(model, pictures) for pictures in sizes]
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_layers(backend)
+        for batch in batches:
+            model.zero_grad()
+            loss = training_loss(model, batch)
+            loss.backward()
+            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            found.append((float(loss.detach()), torch.cat(gradients)))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == names
+    for (loss, gradient), (again, other) in zip(found[: len(sizes)], found[len(sizes) :], strict=True):
+        assert again == pytest.approx(loss, rel=1e-6)
+        assert (gradient - other).norm() <= 1e-5 * gradient.norm()
 
 
 @pytest.mark.long
@@ -87,3 +119,4 @@ def compare_decoder() -> None:
 if __name__ == "__main__":
     compare_kernel()
     compare_decoder()
+    compare_layers("inductor", False, (1,))

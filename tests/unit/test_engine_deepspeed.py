@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.engine_real import real_step, write_real
+from tests.unit.engine_real import real_step, words_and_targets, write_real
 from tests.unit.engine_toys import cut, make_samples, make_toy
 from utils.engine.checkpoints import latest_tag
 from utils.engine.deepspeed_engine import full_config, read_user_config
@@ -91,6 +91,22 @@ def test_a_rank_without_targets_neither_hangs_nor_breaks(ranks: tuple[Path, dict
     lonely = ranks[1]["lonely"]
     assert lonely["counts"] == {"ce": 1.0, "mask": 2.0}
     assert lonely["nothing"] == {"ce": 0.0, "mask": 0.0} and lonely["norm"] == 0.0
+
+
+def test_ranks_that_differ_in_what_they_have_to_do_finish_under_stage_3(ranks: tuple[Path, dict]) -> None:
+    """Words alone against targets, and answers of two and of six tokens; the losses are those of one process."""
+    out, lines = ranks
+    model, *batches = words_and_targets(out)
+    engine = PlainEngine(model, OptimizerSettings(gradient_clip=0.0), "fp32", torch.device("cpu"))
+    totals = [engine.train_step(batches, RATE).total for _ in range(2)]
+    assert lines["lonely answers"] == {"totals": pytest.approx(totals, rel=1e-3), "lengths": [2, 6]}
+    assert lines["lonely answers"]["totals"][0] == pytest.approx(totals[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(stage: int, ranks: tuple[Path, dict]) -> None:
+    wanted = {"applied": [False, True], "same": True, "finite": True}
+    assert ranks[1][f"spoiled{stage}"] == [wanted, wanted]
 
 
 def test_a_checkpoint_goes_on_where_it_was(ranks: tuple[Path, dict]) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -242,6 +243,22 @@ def test_which_engine_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert "needs g++ and ninja" in str(deepspeed_problem(CPU))
+
+
+def test_bits_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --deterministic asks of torch; whether bits do repeat is told by the runs that are killed."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    efficient = torch.backends.cuda.mem_efficient_sdp_enabled()
+    try:
+        open_runtime("plain", 0, "fp32")
+        assert not torch.are_deterministic_algorithms_enabled()
+        open_runtime("plain", 0, "fp32", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled() and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(efficient)
 
 
 def test_only_a_users_error_becomes_a_sentence(capsys: pytest.CaptureFixture) -> None:

@@ -75,6 +75,12 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count anew from here; the system's count for a process cannot be set back, and stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 class Costs:
     """Figures over the last steps.
 
@@ -92,6 +98,10 @@ class Costs:
         pictures = sum(len(getattr(batch, "info", ())) for batch in micro_batches)
         masks = [batch.attention_mask for batch in micro_batches if hasattr(batch, "attention_mask")]
         self._steps.append((seconds, pictures, sum(int(mask.sum()) for mask in masks), spent))
+
+    def seconds(self) -> float:
+        """Of a step, on average; 0 before the first."""
+        return sum(step[0] for step in self._steps) / max(len(self._steps), 1)
 
     def figures(self) -> dict[str, float]:
         """By the names of their curves."""

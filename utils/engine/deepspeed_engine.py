@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS, FROZEN_PARAM_SHAPES
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
@@ -135,6 +136,7 @@ def make_sharder(user_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     A model whose parameters go through it one by one is never whole in any process.
     """
     connect()
+    Peers(torch.device("cpu")).barrier()  # see DeepSpeedEngine: what follows makes groups
     config = user_config | {"zero_optimization": user_config.get("zero_optimization", {}) | {"stage": 3}}
     init = deepspeed.zero.Init(config_dict_or_path=config | {"train_micro_batch_size_per_gpu": 1})
 
@@ -165,7 +167,7 @@ class DeepSpeedEngine(Peers):
         connect()
         super().__init__(device)
         self.precision, self.rounds, self.clock = precision, rounds, StepClock(device)
-        self.loss_normalisation = settings.loss_normalisation
+        self.loss_normalisation, self.clip = settings.loss_normalisation, settings.gradient_clip
         if precision != "fp16":  # DeepSpeed itself halves everything then
             to_precision(model, precision)
         config = full_config(
@@ -175,12 +177,14 @@ class DeepSpeedEngine(Peers):
             micro_batch=micro_batch,
             rounds=rounds,
             world_size=self.world_size,
-            clip=settings.gradient_clip,
+            clip=0.0 if zero_stage == 0 and precision != "fp16" else settings.gradient_clip,
             numel=sum(numbers_in(parameter) for parameter in trainable_parameters(model).values()),
         )
         optimizer = make_optimizer(model, settings)
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.group_names = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        # DeepSpeed makes groups, for which ranks wait up to half an hour; a barrier notices that one is gone.
+        self.barrier()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model: Any = self.deepspeed.module
 
@@ -222,14 +226,24 @@ class DeepSpeedEngine(Peers):
                 self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
             sums.add(losses)
             if number == self.rounds and self.zero_stage == 0 and self.precision != "fp16":
-                gradients = [p.grad for p in trainable_parameters(self.model).values() if p.grad is not None]
-                norm = float(torch.nn.utils.get_total_norm(gradients))
-                if not math.isfinite(norm):
-                    self.model.zero_grad(set_to_none=True)  # the other stages leave such a step out by themselves
+                norm = self._clip_or_leave_out()
             with self.clock("optimizer"):
                 self.deepspeed.step()
         self.sum(sums.values)
         return sums.means(counts), counts, norm
+
+    def _clip_or_leave_out(self) -> float:
+        """Under stage 0, whose steps are not left out by DeepSpeed: drop a gradient that is not finite, else clip it.
+
+        DeepSpeed's own clipping fails where there is none left. Returns the norm before.
+        """
+        trained = list(trainable_parameters(self.model).values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if not math.isfinite(norm):
+            self.model.zero_grad(set_to_none=True)
+        elif self.clip:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
+        return float(norm)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -255,13 +269,20 @@ class DeepSpeedEngine(Peers):
 
     def save(self, place: Path, client_state: dict[str, Any]) -> None:
         """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
-        state = {"client": client_state, GROUP_NAMES: self.group_names}
+        state = {"client": client_state, GROUP_NAMES: self.group_names, **self._left_out()}
         with peers():
             # DeepSpeed would name the tag before it is sealed.
             self.deepspeed.save_checkpoint(str(place.parent), tag=place.name, client_state=state, save_latest=False)
         if self.zero_stage == 0 and self.rank == 0:
             # zero_to_fp32.py has nothing to put together then; merging reads this file as it is.
             torch.save(self.model.state_dict(), place / WEIGHTS)
+
+    def _left_out(self) -> dict[str, Any]:
+        """Weights that do not train: under stage 1 alone DeepSpeed leaves out what zero_to_fp32.py reads of them."""
+        if self.zero_stage != 1:
+            return {}
+        frozen = {name: p.detach().cpu() for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {FROZEN_PARAM_SHAPES: {name: p.shape for name, p in frozen.items()}, FROZEN_PARAM_FRAGMENTS: frozen}
 
     def load(self, place: Path) -> dict[str, Any]:
         """See `protocol.Engine.load`. Another stage or number of ranks takes its parts of the whole."""

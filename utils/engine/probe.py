@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.engine.protocol import B, TrainingBatch
 from utils.engine.stepping import autocast, weighted_loss
-from utils.scripts import UserError
+from utils.scripts import UserError, note
 
 LONGEST_SEARCH = 256  # batches
 
@@ -67,6 +67,14 @@ def probe_gradients(
     _refuse(zero, "should train but its gradient is exactly zero: it cannot learn")
     _refuse(infinite, "gets a gradient that is not finite: look at the weights it was loaded from and at --precision")
     return flops
+
+
+def say_reached(model: nn.Module) -> None:
+    """Say how much trains, once `probe_gradients` has found that all of it does."""
+    trains = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = f"{sum(trains):,} of {total:,} numbers"
+    note(f"gradients reach all of the {len(trains)} tensors that train ({share}), and no other")
 
 
 def _compare_flags(parameters: dict[str, nn.Parameter], expected: set[str]) -> None:

@@ -140,6 +140,8 @@ def _state(moments: Tensors, counts: Mapping[str, Any], like: torch.Tensor) -> d
 
 def _put_weights(module: torch.nn.Module, names: Mapping[Any, str], weights: Tensors, sharded: bool) -> None:
     for parameter, name in names.items():
+        if not parameter.is_floating_point():
+            continue  # held in few bits, as the base has it
         if name not in weights:
             raise UserError(f"the checkpoint has no parameter {name!r}: use the flags it was trained with")
         value = weights[name]

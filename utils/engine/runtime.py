@@ -25,13 +25,16 @@ class Runtime:
     device: torch.device
 
 
-def open_runtime(engine: str, local_rank: int, precision: str) -> Runtime:
+def open_runtime(engine: str, local_rank: int, precision: str, deterministic: bool = False) -> Runtime:
     """Find out where this process stands, choose the engine and the device, and look after threads.
 
     Args:
         engine: "auto" (DeepSpeed under a launcher, else plain), "deepspeed" or "plain".
         local_rank: what --local_rank said; the launcher's LOCAL_RANK wins.
+        deterministic: whether equal calls shall give equal bits on a GPU too.
     """
+    if deterministic:
+        _only_deterministic()
     launched = "WORLD_SIZE" in os.environ
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", str(max(local_rank, 0))))
@@ -48,9 +51,36 @@ def open_runtime(engine: str, local_rank: int, precision: str) -> Runtime:
     chosen = _choose(engine, launched, world_size, device)
     if chosen == "deepspeed":
         clear_stale_locks(first=local_rank == 0)
-    if chosen == "plain" and world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world_size > 1:
+        _join_others(chosen, device)
     return Runtime(chosen, int(os.environ.get("RANK", "0")), local_rank, world_size, device)
+
+
+def _join_others(engine: str, device: torch.device) -> None:
+    """Meet the other ranks before anything that may fail on one of them: who waits for a connection waits up to half an
+    hour, who has one sees it break."""
+    if engine == "deepspeed":
+        from utils.engine.deepspeed_engine import connect  # not installed on every laptop
+
+        connect()
+    elif not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def device_here() -> torch.device:
+    """The device that `open_runtime` chose for this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _only_deterministic() -> None:
+    """From here on equal calls give equal bits on a GPU too; to be called before anything runs there.
+
+    An operation that has no such way raises torch's own error, which names it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds up in any order
 
 
 def _share_cores(processes: int) -> None:

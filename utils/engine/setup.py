@@ -59,6 +59,8 @@ def sharder(args: TrainArguments, runtime: Runtime) -> Callable[[nn.Parameter], 
     user_config = deepspeed_settings(args)
     if user_config.get("zero_optimization", {}).get("stage", args.zero_stage) != 3:
         return None
+    if args.bits is not None:
+        raise UserError(f"--load_in_{args.bits}bit and ZeRO-3 do not go together: take stage 2 in --deepspeed_config")
     whole = [name for name in ("weight", "train_new_tokens_only") if getattr(args, name)]
     if whole or runtime.world_size == 1:
         if whole:
@@ -74,7 +76,7 @@ def deepspeed_settings(args: TrainArguments) -> dict[str, Any]:
     return read_user_config(args.deepspeed_config, args.zero_stage if "zero_stage" in args.given else None)
 
 
-def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_parts: tuple[str, ...] = ()) -> Engine:
+def make_engine(args: TrainArguments, runtime: Runtime, model: Any, mask_parts: tuple[str, ...] = ()) -> Engine:
     """The engine that `runtime` chose, with the model in it.
 
     Args:
@@ -89,12 +91,19 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         name=args.optimizer,
     )
     if runtime.engine == "plain":
+        if args.compile:
+            model.compile_layers()
         return PlainEngine(model, settings, args.precision, runtime.device)
     if args.optimizer == MUON:
         raise UserError("--optimizer muon needs whole matrices, which ZeRO cuts up: add --engine plain, or use adamw")
     from utils.engine.deepspeed_engine import DeepSpeedEngine  # not installed on every laptop
 
     user_config = deepspeed_settings(args)
+    stage = user_config.get("zero_optimization", {}).get("stage", args.zero_stage)
+    if args.compile and stage == 3:
+        raise UserError("--compile and ZeRO-3 do not go together: what fetches weights layer by layer is not compiled")
+    if args.compile:
+        model.compile_layers()
     return DeepSpeedEngine(
         model,
         settings,
@@ -102,7 +111,7 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: nn.Module, mask_p
         runtime.device,
         micro_batch=args.batch_size,
         rounds=args.grad_accumulation_steps,
-        zero_stage=user_config.get("zero_optimization", {}).get("stage", args.zero_stage),
+        zero_stage=stage,
         user_config=user_config,
     )
 
