@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 from ..configuration_pixellm import PixelLMConfig
 from ..modeling_pixellm import PixelLMForCausalLM
 from ..processing_pixellm import PixelLMProcessor, check_groups
+from ..quick_linear import quicken_frozen
 from ..vision_tower import resize_position_table
 from .bases import POSITION_TABLE, TOWER
 from .blueprint import MASK_PARTS, BuiltModel, Manner, ModelOptions, finish, learn_fusion, token_ids
@@ -236,6 +237,7 @@ def choose_trainable(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> list[
         part.requires_grad_(False)
     if recipe.train_new_tokens_only:
         train_rows_from([model.get_input_embeddings(), model.get_output_embeddings()], min(model.config.seg_token_ids))
+    quicken_frozen(model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

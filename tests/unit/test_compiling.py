@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.answers import Answer
-from model.build.baselines import training_loss
+from model.build.baselines import training_step
 from model.build.measured_training import TRAINED_SHAPES, batch_to_train, model_to_train
 from model.compiling import compile_for_answers
 from model.predictor import Predictor
@@ -54,10 +54,9 @@ def compare_layers(backend: str, checkpointing: bool, sizes: tuple[int, ...]) ->
             model.compile_layers(backend)
         for batch in batches:
             model.zero_grad()
-            loss = training_loss(model, batch)
-            loss.backward()
+            loss = training_step(model, batch)
             gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-            found.append((float(loss.detach()), torch.cat(gradients)))
+            found.append((float(loss), torch.cat(gradients)))
     assert [name for name, p in model.named_parameters() if p.requires_grad] == names
     for (loss, gradient), (again, other) in zip(found[: len(sizes)], found[len(sizes) :], strict=True):
         assert again == pytest.approx(loss, rel=1e-6)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.quick_linear import AVAILABLE, quick_linear
+from model import quick_linear as module
+from model.quick_linear import AVAILABLE, FrozenLinear, quick_linear, quicken_frozen
 
 CPU = torch.device("cpu")
 
@@ -61,4 +62,46 @@ def test_what_does_not_suit_goes_its_own_way(through: list[tuple[int, ...]]) -> 
         F.linear(torch.randn(3, 48), weight)
     with torch.no_grad():
         F.linear(torch.randn(3, 48), weight)
+    assert through == []
+
+
+def frozen(monkeypatch: pytest.MonkeyPatch, bias: bool = True) -> nn.Linear:
+    monkeypatch.setattr(module, "SMALLEST_WEIGHT", 48 * 40)
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 40, bias=bias).requires_grad_(False)
+    assert quicken_frozen(nn.Sequential(layer, nn.Linear(40, 40).requires_grad_(False), nn.Linear(48, 40))) == 1
+    assert isinstance(layer, FrozenLinear)
+    return layer
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("bias", [True, False])
+def test_frozen_layers_pass_the_same_gradient_on(
+    bias: bool, through: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = frozen(monkeypatch, bias)
+    inputs, pull = torch.randn(2, 7, 48, requires_grad=True), torch.randn(2, 7, 40)
+    plain = F.linear(inputs, layer.weight, layer.bias)
+    (expected,) = torch.autograd.grad((plain * pull).sum(), inputs)
+    found = layer(inputs)
+    assert through == [(2, 7, 48)]
+    (gradient,) = torch.autograd.grad((found * pull).sum(), inputs)
+    assert through == [(2, 7, 48), (2, 7, 40)]
+    assert torch.allclose(found, plain, atol=1e-5) and torch.allclose(gradient, expected, atol=1e-5)
+    # Where no gradient is to pass, none is prepared for.
+    assert not layer(inputs.detach()).requires_grad and through[-1] == (2, 7, 48)
+
+
+@needs_one_dnn
+def test_frozen_layers_that_do_not_suit_go_their_own_way(
+    through: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = frozen(monkeypatch)
+    inputs = torch.randn(3, 48, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(inputs).dtype == torch.bfloat16
+    layer.double()(inputs.double())
+    layer.float().requires_grad_(True)
+    layer(inputs).sum().backward()
+    assert torch.allclose(layer.weight.grad, inputs.detach().sum(dim=0).expand(40, 48), atol=1e-5)
     assert through == []
