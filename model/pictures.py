@@ -8,8 +8,10 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,8 @@ bits, is as good as PIL's: fewer than one value in a thousand is off by 1. At ot
 
 _DETAIL = 2
 """How many times the side that is needed a JPEG decoded in less detail still has, at least."""
+
+_JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
 
 # What a decoder raises on a file that is not what its name or header says.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -246,28 +250,60 @@ def prepare_picture(source: Any, side: int, *, fast: bool = False) -> PreparedPi
     Raises:
         PictureError: as `open_picture`.
     """
+    picture, (whole_height, whole_width) = _opened(source, side, fast)
+    height, width = resized_shape(whole_height, whole_width, side)
+    square_PPC = np.zeros((side, side, CHANNELS), dtype=np.uint8)
+    square_PPC[:height, :width] = _resized(picture, height, width, fast)
+    return PreparedPicture(torch.from_numpy(square_PPC).permute(2, 0, 1), (height, width), (whole_height, whole_width))
+
+
+def _opened(source: Any, side: int, fast: bool) -> tuple[np.ndarray | Image.Image, tuple[int, ...]]:
+    """(H, W, 3) uint8 or a picture of mode RGB, and its own (height, width), which may be more where `fast`."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        picture = Image.fromarray(open_picture(source))
-        original_size = (picture.height, picture.width)
-    else:
-        picture, original_size = _rgb_picture(source, needed=side if fast else None)
-    height, width = resized_shape(*original_size, side)
-    square_PPC = torch.zeros(side, side, CHANNELS, dtype=torch.uint8)
-    if (height, width) == (picture.height, picture.width):
-        resized_HWC = _pixels(picture)
-    elif fast and {Fraction(picture.height, height), Fraction(picture.width, width)} <= _FAITHFUL:
-        pixels_1CHW = _pixels(picture)[None].permute(0, 3, 1, 2)  # known as channels last, for which torch is fastest
-        resized_HWC = F.interpolate(pixels_1CHW, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    else:
-        resized_HWC = _pixels(picture.resize((width, height), Image.Resampling.BILINEAR))
-    square_PPC[:height, :width] = resized_HWC
-    return PreparedPicture(square_PPC.permute(2, 0, 1), (height, width), original_size)
+        array = open_picture(source)
+        return array, array.shape[:2]
+    quick = _quickly_decoded(source, side) if fast else None
+    return (quick, quick.shape[:2]) if quick is not None else _rgb_picture(source, needed=side if fast else None)
 
 
-def _pixels(picture: Image.Image) -> torch.Tensor:
-    """Of a picture of mode RGB: (H, W, 3) uint8."""
-    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return flat.view(picture.height, picture.width, CHANNELS)
+def _quickly_decoded(source: Any, side: int) -> np.ndarray | None:
+    """(H, W, 3) uint8 of a whole, upright JPEG of three colours that needs all its detail: the pixels that PIL gives, a
+    copy sooner. None for anything else, broken files included, of which PIL then says what is wrong.
+    """
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        return None
+    try:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not (content.startswith(_JPEG_BEGINS) and content.endswith(_JPEG_ENDS)):
+            return None
+        with _open_lazily(io.BytesIO(content)) as header:
+            upright = header.getexif().get(ExifTags.Base.Orientation, _UPRIGHT) == _UPRIGHT
+            plain = header.format == "JPEG" and header.mode == "RGB" and upright
+            too_large = header.width * header.height > (Image.MAX_IMAGE_PIXELS or math.inf)
+            if not plain or too_large or max(header.size) >= 2 * _DETAIL * side:
+                return None
+    except _DECODER_ERRORS:
+        return None
+    return cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def _resized(picture: np.ndarray | Image.Image, height: int, width: int, fast: bool) -> np.ndarray:
+    """(height, width, 3) uint8 of (H, W, 3) uint8 or a picture of mode RGB."""
+    before = (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+    if before == (height, width):
+        return _pixels(picture)
+    if fast and {Fraction(before[0], height), Fraction(before[1], width)} <= _FAITHFUL:
+        # The view is known as channels last, for which torch is fastest.
+        pixels_1CHW = torch.from_numpy(np.require(_pixels(picture), requirements="W"))[None].permute(0, 3, 1, 2)
+        resized_1CHW = F.interpolate(pixels_1CHW, (height, width), mode="bilinear", antialias=True)
+        return resized_1CHW[0].permute(1, 2, 0).numpy()
+    whole = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    return _pixels(whole.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _pixels(picture: np.ndarray | Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of a picture of mode RGB."""
+    return np.asarray(picture)
 
 
 def encode_picture(

@@ -9,7 +9,14 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from model.pictures import PictureError, PixelStatistics, encode_picture, open_picture, prepare_picture
+from model.pictures import (
+    PictureError,
+    PixelStatistics,
+    _quickly_decoded,
+    encode_picture,
+    open_picture,
+    prepare_picture,
+)
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10
 
@@ -233,6 +240,37 @@ def test_fast_resizing_of_photographs(realdata):
     for path in photographs:
         off = differences(open_picture(path), 448)
         assert off.max() <= 1 and (off > 0).mean() <= 0.001, path
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_jpeg_decoded_quickly_has_the_same_pixels(tmp_path, mode, subsampling):
+    path = tmp_path / "picture.jpg"
+    Image.fromarray(grainy(61, 83)).convert(mode).save(path, quality=90, subsampling=subsampling)
+    opened = open_picture(path)
+    assert (_quickly_decoded(path, 64) is not None) == (mode == "RGB")
+    if mode == "RGB":
+        for source in (path, str(path), path.read_bytes()):
+            np.testing.assert_array_equal(_quickly_decoded(source, 64), opened)
+    exact, fast = (prepare_picture(path, 64, fast=fast) for fast in (False, True))
+    assert torch.equal(exact.pixels, fast.pixels) and exact.original_size == fast.original_size == (61, 83)
+
+
+def test_a_broken_jpeg_is_refused_the_quick_way_too(tmp_path):
+    path = tmp_path / "picture.jpg"
+    Image.fromarray(grainy(61, 83)).save(path)
+    content = path.read_bytes()
+    for damaged in (content[:-40], content[: len(content) // 2] + b"\xff\xd9", content[:2] + content[-2:], b""):
+        path.write_bytes(damaged)
+        for fast in (False, True):
+            try:
+                found = prepare_picture(path, 64, fast=fast)
+            except PictureError as error:
+                assert "picture.jpg" in str(error)
+            else:  # what PIL opens in spite of its damage is opened both ways
+                assert damaged.endswith(b"\xff\xd9") and torch.equal(found.pixels, prepare_picture(path, 64).pixels)
+    with pytest.raises(PictureError, match="does not exist"):
+        prepare_picture(tmp_path / "none.jpg", 64, fast=True)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import statistics
 import time
@@ -19,6 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from utils.benchmark import forget_peak, peak_bytes
 from utils.data.dataset import Processor, TrainingDataset, build_loader
 from utils.data.mixture import Mixture
 from utils.data.reader import ReaderOptions
@@ -222,13 +222,9 @@ def _in_a_process(work: Callable[[Path], Any], root: Path) -> Any:
 
 def _opened(root: Path) -> dict[str, float]:
     """Seconds to open the large data set, and the largest memory of the process in bytes, before and after."""
-    before, start = _peak(), time.perf_counter()
+    before, start = forget_peak(), time.perf_counter()
     build_reader(MUSE, root, "train")
-    return {"seconds": time.perf_counter() - start, "before": before, "peak": _peak()}
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return {"seconds": time.perf_counter() - start, "before": before, "peak": peak_bytes()}
 
 
 def _anonymous_memory(root: Path) -> float:
