@@ -105,7 +105,9 @@ def test_what_stage_1_leaves_is_whole(trainer: Trainer) -> None:
 
 
 def mean_apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return float(torch.cat([(value - other[name]).flatten().double() for name, value in one.items()]).abs().mean())
+    """The mean over all numbers of how far two sets of weights are apart."""
+    parts = [(value.detach() - other[name].detach()).flatten().double() for name, value in one.items()]
+    return float(torch.cat(parts).abs().mean())
 
 
 def trained_under(trainer: Trainer, stage: int) -> dict[str, torch.Tensor]:
