@@ -315,18 +315,15 @@ def test_ctrl_c_ends_in_good_order(smoke_base: Path, smoke_data: Path, tmp_path:
     assert tag is not None and problem(folder / tag) is None and f"after step {step_of(tag)} of" in said
 
 
+MOST_SECONDS = 10.0  # from the signal to the end of the last rank; two threads of one core need two to three
+
+
 def wait_for(path: Path, started: subprocess.Popen[str]) -> None:
     """Until a file is there or the process has ended, which would be too early."""
     deadline = time.monotonic() + 240
     while not path.exists() and started.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     assert path.exists()
-
-
-def slowness(process: psutil.Process) -> float:
-    """How much longer than by itself a process takes that others keep from the processor; 1 where they do not."""
-    used = process.cpu_times()
-    return max(1.0, (time.time() - process.create_time()) / (used.user + used.system) / 1.5)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +363,6 @@ def stopped_in_good_order(
     ranks = [process for process in everyone if process.cmdline()[-1:] == flags[-1:] and "-u" in process.cmdline()]
     ranks = [process for process in ranks if "train_ds.py" in process.cmdline()[2]]
     assert len(ranks) == count
-    limit = 10 * slowness(ranks[0])
     asked = time.monotonic()
     if whom == "all":
         os.killpg(started.pid, signal.SIGTERM)
@@ -375,8 +371,8 @@ def stopped_in_good_order(
     _, alive = psutil.wait_procs(ranks, timeout=60)
     seconds = time.monotonic() - asked
     text = said.read_text()
-    print(f"{whom}, {count} ranks: {seconds:.1f} s of {limit:.1f}")
-    assert not alive and seconds < limit, f"{seconds:.1f} s, not {limit:.1f}: {text[-2000:]}"
+    print(f"{whom}, {count} ranks: {seconds:.1f} s")
+    assert not alive and seconds < MOST_SECONDS, f"{seconds:.1f} s: {text[-2000:]}"
     started.wait(timeout=60)
     tag = latest_tag(folder)
     assert tag is not None and problem(folder / tag) is None
