@@ -20,6 +20,7 @@ from model.build.builder import (
 )
 from model.build.export import read_trained_weights
 from model.build.held_layers import hold_in_bits
+from model.build.published import rows_needed
 from model.overlay import draw_overlay
 from model.predictor import Predictor
 from model.processing_pixellm import ConversationTooLong
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     batches, flops = None, 0.0
     if not args.eval_only:
         batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
-        preflight(args, runtime, built.model, len(built.processor.tokenizer), batches.dataset.mixture)
+        preflight(args, runtime, built.model, rows_needed(built.processor.tokenizer), batches.dataset.mixture)
         flops = 0.0 if settle else probe(args, runtime, built, trained, batches)
     held_out = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir, index_dir=args.index_dir)
     engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))

@@ -112,7 +112,6 @@ def test_training_from_what_holds_its_own_tower(layout: str, shell: Shell) -> No
     shell.train(command, **{"PATH_TO_llava-1.5-7b-hf": "saved"})
 
 
-@pytest.mark.long
 def test_training_a_published_pixellm_on(shell: Shell) -> None:
     folders.write_published(shell.place / "published")
     shell.train(commands(shell.repository)[2], PATH_TO_PUBLISHED="published", PATH_TO_CLIP=shell.place / "clip")

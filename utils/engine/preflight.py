@@ -29,7 +29,7 @@ CHECKLIST = (
 
 
 def preflight(args: TrainArguments, runtime: Runtime, model: Any, tokens: int, mixture: Mixture) -> None:
-    """Say what the run is about to do, and refuse what cannot go well. tokens: how many the tokenizer has."""
+    """Say what the run is about to do, and refuse what cannot go well. tokens: see `require_rows`."""
     require_rows(tokens, model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
     note(mixture.describe())
     note(batch_arithmetic(args, runtime.world_size))
@@ -60,9 +60,10 @@ def draws(names: Iterable[str], shares: Iterable[float], sizes: Iterable[int], s
 
 
 def require_rows(tokens: int, rows_in: int, rows_out: int) -> None:
-    """UserError where a token the tokenizer knows has no row in the tables of the language model.
+    """UserError where a token has no row in the tables of the language model.
 
-    tokens: how many the tokenizer has. rows_in, rows_out: rows of the embedding table and of lm_head.
+    tokens: how many the tokenizer has, less a picture's placeholder, which is neither embedded nor predicted. rows_in,
+    rows_out: rows of the embedding table and of lm_head.
     """
     lacking = [name for name, rows in (("embedding table", rows_in), ("lm_head", rows_out)) if rows < tokens]
     if lacking:
