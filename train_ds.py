@@ -20,10 +20,9 @@ from model.build.builder import (
 )
 from model.build.export import read_trained_weights
 from model.build.held_layers import hold_in_bits
-from model.build.published import rows_needed
 from model.overlay import draw_overlay
 from model.predictor import Predictor
-from model.processing_pixellm import ConversationTooLong
+from model.processing_pixellm import ConversationTooLong, rows_needed
 from utils.arguments import TrainArguments, model_options, parse_train
 from utils.data.readers import build_eval_reader
 from utils.engine.fit import Run

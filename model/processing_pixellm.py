@@ -128,6 +128,12 @@ def seg_token_names(num_scales: int, tokens_per_scale: int) -> list[str]:
     return [f"[SEG{index}]" for index in range(num_scales * tokens_per_scale)]
 
 
+def rows_needed(tokenizer: Any) -> int:
+    """Rows for every token that is ever embedded or predicted: all but the picture's placeholder, if that is last."""
+    ids = tokenizer.get_vocab()
+    return 1 + max(number for name, number in ids.items() if name != IMAGE_TOKEN)
+
+
 class _Row:
     """Token ids and labels of one conversation while it is written.
 

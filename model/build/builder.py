@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from ..configuration_pixellm import PixelLMConfig
 from ..modeling_pixellm import PixelLMForCausalLM
-from ..processing_pixellm import PixelLMProcessor, check_groups
+from ..processing_pixellm import PixelLMProcessor, check_groups, rows_needed
 from ..quick_linear import quicken_frozen
 from ..vision_tower import resize_position_table
 from .bases import POSITION_TABLE, TOWER
@@ -23,7 +23,7 @@ from .from_released import build_training_state, is_released_training_state, rel
 from .layouts import LLAVAS, OURS, PUBLISHED_PIXELLM, recognise
 from .load_report import LoadReport
 from .new_rows import train_rows_from
-from .published import PublishedRest, lora_alpha_in, rows_needed
+from .published import PublishedRest, lora_alpha_in
 from .tensor_files import Stored, StoredTensor, stored_in
 
 # What scripts and tests ask of this package comes from here.

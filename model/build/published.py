@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_pixellm import PixelLMConfig
 from ..modeling_pixellm import PixelLMForCausalLM
-from ..processing_pixellm import IMAGE_TOKEN, PixelLMProcessor
+from ..processing_pixellm import PixelLMProcessor, rows_needed
 from .bases import TOWER, TOWER_NAMES, sort_out
 from .folders import BuildError, first_sentence
 from .layouts import ADAPTER_CONFIG
@@ -213,12 +213,6 @@ def prepare_release_tokenizer(tokenizer: Any, rows: int, wanted: int | None, pla
             f"PixelLM are {needed}: they are not of one model, copy both from one place"
         )
     return per_scale
-
-
-def rows_needed(tokenizer: Any) -> int:
-    """Rows for every token that is ever embedded or predicted: all but the picture's placeholder, if that is last."""
-    ids = tokenizer.get_vocab()
-    return 1 + max(number for name, number in ids.items() if name != IMAGE_TOKEN)
 
 
 # --- out ----------------------------------------------------------------------------------------------------------
