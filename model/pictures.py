@@ -291,19 +291,14 @@ def _resized(picture: np.ndarray | Image.Image, height: int, width: int, fast: b
     """(height, width, 3) uint8 of (H, W, 3) uint8 or a picture of mode RGB."""
     before = (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
     if before == (height, width):
-        return _pixels(picture)
+        return np.asarray(picture)
     if fast and {Fraction(before[0], height), Fraction(before[1], width)} <= _FAITHFUL:
         # The view is known as channels last, for which torch is fastest.
-        pixels_1CHW = torch.from_numpy(np.require(_pixels(picture), requirements="W"))[None].permute(0, 3, 1, 2)
+        pixels_1CHW = torch.from_numpy(np.require(picture, requirements="W"))[None].permute(0, 3, 1, 2)
         resized_1CHW = F.interpolate(pixels_1CHW, (height, width), mode="bilinear", antialias=True)
         return resized_1CHW[0].permute(1, 2, 0).numpy()
     whole = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    return _pixels(whole.resize((width, height), Image.Resampling.BILINEAR))
-
-
-def _pixels(picture: np.ndarray | Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of a picture of mode RGB."""
-    return np.asarray(picture)
+    return np.asarray(whole.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def encode_picture(
