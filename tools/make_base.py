@@ -32,12 +32,12 @@ from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scenes import (
     COLOURS,
-    DIRECTIONS,
     EXTREMES,
     FORMS,
-    LIST_WORDS,
+    HOW_ASKED,
     PATCH_WORDS,
     PLURALS,
+    STEPS,
     Scene,
     mask_lessons,
     patch_lessons,
@@ -59,7 +59,9 @@ def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: 
     tower = built.model.vision_tower.requires_grad_(True)
     for part in tower.parts_without_loss():
         part.requires_grad_(False)
-    engine = PlainEngine(PatchReader(built, PATCH_WORDS), OptimizerSettings(name=MUON), "fp32", runtime.device)
+    engine = PlainEngine(
+        PatchReader(built, PATCH_WORDS, **HOW_ASKED), OptimizerSettings(name=MUON), "fp32", runtime.device
+    )
     ranks = engine.world_size
     lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // ranks, engine.rank, ranks)
 
@@ -76,8 +78,7 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     torch.manual_seed(seed)
     asked = word_lessons(scenes, built.processor, random.Random(seed))
     labels = words_of_patches(scenes, built.model.vision_tower.patch_size)
-    meant = Meant(PLURALS, EXTREMES, {**DIRECTIONS, **LIST_WORDS})
-    read = start_looking_up(built, list(PATCH_WORDS.values()), meant, asked, labels)
+    read = start_looking_up(built, list(PATCH_WORDS.values()), Meant(PLURALS, EXTREMES, STEPS), asked, labels)
     shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())
     note(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
 
@@ -107,17 +108,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--tower_steps", type=int, default=1000)
+    parser.add_argument("--tower_steps", type=int, default=1200)
     parser.add_argument("--samples", type=int, default=400, help="scenes whose questions are read where parts start")
     parser.add_argument("--seed", type=int, default=0)
     for name, default in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="last: what train_ds.py's flags override")
     args = parser.parse_args(argv)
-    if not (args.dataset_dir / "scenes.json").is_file():
-        raise UserError(
-            f"{args.dataset_dir} holds no scenes: make them with tools/make_scenes.py --out {args.dataset_dir}"
-        )
+    data = args.dataset_dir
+    if not (data / "scenes.json").is_file():
+        raise UserError(f"{data} holds no scenes: make them with tools/make_scenes.py --out {data}")
     return args
 
 

@@ -16,14 +16,16 @@ from ..losses import LossTerm
 from .builder import BuiltModel
 from .tiny import NUM_MARKS, embeddings_of
 
-# A word that is there scores about 10 above one that is not. What the distance to the sum of words weighs.
-SCORE_SHARPNESS, SUM_WEIGHT = 8.0, 4.0
+# A word that is there scores about 10 above one that is not. What the distance to the sum of words weighs, and the
+# question to an earlier layer.
+SCORE_SHARPNESS, SUM_WEIGHT, EARLY_WEIGHT = 8.0, 4.0, 4.0
+NOT_ASKED = -1
 
 
 @dataclass(frozen=True)
 class PatchBatch:
     """pixel_values: (B, 3, P, P), pictures that fill their square. labels: (B, kinds, patches) long, numbers of words;
-    0 is the word for nothing, and where a patch has it in the first kind, it shows background."""
+    0 is the word for nothing, -1 where a kind is not asked for."""
 
     pixel_values: torch.Tensor
     labels: torch.Tensor
@@ -48,16 +50,27 @@ class PatchReader(nn.Module):
     Args:
         words: for each kind of word (colour, form, …) the words, the first one for what is not there; each must be one
             token.
+        may_lack: kinds, beside the first, that may be asked for where there is nothing of them.
+        early: kinds that the shallowest layer the tower hands out is asked for, too, on every patch, through a linear
+            map of its own: what later layers compare must be there before they can learn to compare it.
     """
 
-    def __init__(self, built: BuiltModel, words: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        built: BuiltModel,
+        words: Mapping[str, Sequence[str]],
+        may_lack: Sequence[str] = (),
+        early: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.tower, self.projector = built.model.vision_tower, built.model.projector
         for kind, embeddings in zip(words, embeddings_of(built, list(words.values())), strict=True):
             self.register_buffer(f"words_{kind}", embeddings, persistent=False)
-        self.kinds = list(words)
+        self.kinds, self.may_lack = list(words), frozenset(may_lack)
         for kind in self.kinds[1:]:
             self.words(kind)[0] = 0  # that there is nothing is said once
+        width = self.tower.model.config.hidden_size
+        self.early = nn.ModuleDict({kind: nn.Linear(width, len(words[kind])) for kind in early})
 
     def words(self, kind: str) -> torch.Tensor:
         """(words, H) embeddings, less their marks."""
@@ -65,30 +78,50 @@ class PatchReader(nn.Module):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The distance to the sums, and the cross entropy of each kind."""
-        return {"sum": SUM_WEIGHT} | dict.fromkeys(self.kinds, 1.0)
+        """The distance to the sums, and the cross entropy of each kind, from the tokens and from the earlier layer."""
+        return (
+            {"sum": SUM_WEIGHT}
+            | dict.fromkeys(self.kinds, 1.0)
+            | {f"early_{kind}": EARLY_WEIGHT for kind in self.early}
+        )
 
     def count_losses(self, labels: torch.Tensor, **_: Any) -> dict[str, float]:
         """The counts `forward` returns: patches, and by kind those that are asked for it."""
         counts = {"sum": float(labels[:, 0].numel())}
-        return counts | {kind: float(self._asked(labels, kind).sum()) for kind in self.kinds}
-
-    def _asked(self, labels: torch.Tensor, kind: str) -> torch.Tensor:
-        """(B, patches) bool. The first kind is asked of all patches, the others where they have a word."""
-        number = self.kinds.index(kind)
-        return labels[:, number] >= min(number, 1)
+        counts |= {kind: float(asked.sum()) for kind, asked in zip(self.kinds, _asked(labels), strict=True)}
+        return counts | {f"early_{kind}": counts["sum"] for kind in self.early}
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> PatchReading:
         """Arguments as the fields of `PatchBatch`."""
         size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).expand(len(pixel_values), -1)
-        tokens = self.projector(self.tower(pixel_values, size)[0])[..., :-NUM_MARKS]
-        tables = {kind: self.words(kind)[:, :-NUM_MARKS] for kind in self.kinds}
-        sums = torch.stack([tables[kind][labels[:, number]] for number, kind in enumerate(self.kinds)]).sum(dim=0)
+        features = self.tower(pixel_values, size)
+        tokens = self.projector(features[0])[..., :-NUM_MARKS]
+        missed = {"sum": (tokens - self._sums(labels)).square().mean(dim=-1).sum()}
+        for kind, truth, asked in zip(self.kinds, labels.unbind(1), _asked(labels), strict=True):
+            scores = self._scores(kind, tokens[asked])
+            missed[kind] = F.cross_entropy(scores / SCORE_SHARPNESS, truth[asked], reduction="sum")
+        for kind, read in self.early.items():
+            truth = labels[:, self.kinds.index(kind)].clamp(min=0)
+            missed[f"early_{kind}"] = F.cross_entropy(read(features[-1]).mT, truth, reduction="sum")
         counts = self.count_losses(labels)
-        losses = {"sum": LossTerm((tokens - sums).square().mean(dim=-1).sum(), torch.tensor(counts["sum"]))}
-        for number, kind in enumerate(self.kinds):
-            asked = self._asked(labels, kind)
-            scores, truth = tokens[asked] @ tables[kind].T, labels[:, number][asked]
-            missed = F.cross_entropy(scores / SCORE_SHARPNESS, truth, reduction="sum")
-            losses[kind] = LossTerm(missed, torch.tensor(counts[kind]))
-        return PatchReading(losses)
+        return PatchReading({name: LossTerm(loss, torch.tensor(counts[name])) for name, loss in missed.items()})
+
+    def _sums(self, labels: torch.Tensor) -> torch.Tensor:
+        """(B, patches, H) the sums of the words that patches bear, less their marks."""
+        tables = (self.words(kind)[:, :-NUM_MARKS] for kind in self.kinds)
+        shown = labels.clamp(min=0).unbind(1)
+        return torch.stack([table[numbers] for table, numbers in zip(tables, shown, strict=True)]).sum(dim=0)
+
+    def _scores(self, kind: str, tokens: torch.Tensor) -> torch.Tensor:
+        """(asked, words). No word says that a kind is lacking: that wins where every word is less than half there."""
+        table = self.words(kind)[:, :-NUM_MARKS]
+        scores = tokens @ table.T
+        if kind in self.may_lack:
+            half = table[1:].square().sum(dim=-1).mean() / 2
+            scores = torch.cat([half.expand(len(scores), 1), scores[:, 1:]], dim=1)
+        return scores
+
+
+def _asked(labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """For each kind (B, patches) bool: where it is asked for."""
+    return (labels != NOT_ASKED).unbind(1)
