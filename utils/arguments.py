@@ -219,7 +219,7 @@ class DataArguments(Arguments):
         0.02, "share of samples that may be unreadable before training stops", low=0.0, high=1.0
     )
     strict_data: bool = option(False, "stop at the first sample that cannot be read")
-    fast_resize: bool = option(False, "prepare pictures faster: bytes may differ by 1, large JPEGs lose fine detail")
+    fast_resize: bool = option(False, "prepare large JPEGs faster: they lose fine detail")
     index_dir: str = option("", "folder of annotation indexes; empty: PIXELLM_INDEX_DIR, else .index in the data root")
 
     def without_effect(self) -> dict[str, str]:
