@@ -343,6 +343,20 @@ def test_a_jpeg_decoded_quickly_has_the_same_pixels(tmp_path, mode, options, siz
     np.testing.assert_array_equal(prepared_pixels(str(path), 64), by_the_book(opened, 64))
 
 
+def test_the_size_of_a_plain_jpeg_is_read_off_its_header():
+    array = grainy(61, 83)
+    plain = [_file(Image.fromarray(array), "JPEG", **more) for more in ({}, {"comment": b"x" * 300})]
+    plain += [_file(Image.fromarray(array), "JPEG", **{more: True}) for more in ("progressive", "optimize")]
+    for content in plain:
+        assert pictures._size_of_plain_jpeg(content) == pictures._size_of_upright_jpeg(content) == (83, 61)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    others = [_file(Image.fromarray(array), "JPEG", **more) for more in ({"exif": exif}, {"icc_profile": b"x" * 9})]
+    others += [_file(Image.fromarray(array).convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    for content in (*others, plain[0][:40], b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\0\0\xff\xd9", b""):
+        assert pictures._size_of_plain_jpeg(content) is None
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_jpeg_is_left_to_pil(tmp_path, orientation):
     exif = Image.Exif()
