@@ -9,7 +9,6 @@ import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -295,7 +294,7 @@ def _quickly_decoded(source: Any, needed: int | None = None) -> np.ndarray | Non
     if not isinstance(source, (str, os.PathLike, bytes)) or not _decoders_agree():
         return None
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        content = source if isinstance(source, bytes) else _read(source)
         if not (content.startswith(_JPEG_BEGINS) and content.endswith(_JPEG_ENDS)):
             return None
         size = _size_of_plain_jpeg(content) or _size_of_upright_jpeg(content)
@@ -305,6 +304,11 @@ def _quickly_decoded(source: Any, needed: int | None = None) -> np.ndarray | Non
         return None
     less_is_enough = needed is not None and max(size) >= 2 * _DETAIL * needed
     return None if less_is_enough else _decoded_by_opencv(content)
+
+
+def _read(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read()
 
 
 def _size_of_plain_jpeg(content: bytes) -> tuple[int, int] | None:
@@ -380,12 +384,12 @@ def _quickly_resized(pixels_HWC: np.ndarray, axis: int, factor: Fraction) -> np.
     resized_HWC = resized_1CHW[0].permute(1, 2, 0).numpy()
     if factor == _TENTHS:
         before, after = pixels_HWC.swapaxes(0, axis), resized_HWC.swapaxes(0, axis)
-        after[0], after[-1] = _end_pixels(before[0], before[1]), _end_pixels(before[-1], before[-2])
+        after[[0, -1]] = _end_pixels(before[[0, -1]], before[[1, -2]])
     return resized_HWC
 
 
 def _end_pixels(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """uint8 of the same shape: what PIL makes of the two pixels at an end of every row."""
+    """uint8 of the same shape: what PIL makes of the two pixels at an end of every row or column."""
     first, second = (int(weight * (1 << _WEIGHT_BITS) + 0.5) for weight in _END_WEIGHTS)
     half = 1 << (_WEIGHT_BITS - 1)
     return ((outer.astype(np.int32) * first + inner.astype(np.int32) * second + half) >> _WEIGHT_BITS).astype(np.uint8)
