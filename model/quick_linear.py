@@ -83,6 +83,8 @@ class FrozenLinear(nn.Linear):
     def _may_be_quick(self, inputs: torch.Tensor) -> bool:
         trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         elsewhere = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or hasattr(self.weight, "ds_id")
+        # A sharded run, which cannot go this way, shall then leave the same bits.
+        elsewhere = elsewhere or torch.are_deterministic_algorithms_enabled()
         return not trains and not elsewhere and suits(self.weight.device) and _whole(inputs, self.weight)
 
 

@@ -219,7 +219,7 @@ class DataArguments(Arguments):
         0.02, "share of samples that may be unreadable before training stops", low=0.0, high=1.0
     )
     strict_data: bool = option(False, "stop at the first sample that cannot be read")
-    fast_resize: bool = option(False, "prepare pictures faster: bytes may differ by 1, large JPEGs lose fine detail")
+    fast_resize: bool = option(False, "prepare large JPEGs faster: they lose fine detail")
     index_dir: str = option("", "folder of annotation indexes; empty: PIXELLM_INDEX_DIR, else .index in the data root")
 
     def without_effect(self) -> dict[str, str]:
@@ -289,7 +289,8 @@ class OptimizationArguments(Arguments):
     seed: int = option(0, "of data order, initial weights and dropout", low=0)
     deterministic: bool = option(
         False,
-        "on a GPU only operations whose bits repeat, so that a resumed run repeats too; slower (a CPU always does)",
+        "on a GPU only operations whose bits repeat, so that a resumed run repeats too (a CPU always does), and one "
+        "order of sums under every ZeRO stage, so that on one or two ranks all leave the same bits; slower",
     )
 
     def total_steps(self) -> int:

@@ -3,12 +3,16 @@
 import io
 import struct
 import zlib
+from fractions import Fraction
+from math import floor, lcm
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+import torch.nn.functional as F
+from PIL import Image, ImageFilter, ImageOps
 
+from model import pictures
 from model.pictures import (
     PictureError,
     PixelStatistics,
@@ -217,43 +221,151 @@ def grainy(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(np.asarray(coarse) + rng.normal(0, 12, (height, width, 1)), 0, 255).astype(np.uint8)
 
 
-def differences(array: np.ndarray, side: int) -> np.ndarray:
-    exact, fast = (prepare_picture(array, side, fast=fast) for fast in (False, True))
-    assert exact.resized_size == fast.resized_size and exact.original_size == fast.original_size
-    return (exact.pixels.int() - fast.pixels.int()).abs().numpy()
+def by_the_book(array: np.ndarray, side: int) -> np.ndarray:
+    """What PIL makes of a picture, (height, width, 3)."""
+    height, width = prepare_picture(array, side).resized_size
+    return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR))
 
 
-@pytest.mark.parametrize("size", [(480, 640), (640, 480), (360, 640), (640, 640), (672, 896)])
-def test_fast_resizing_differs_by_one_in_a_thousand_values_at_most(size):
-    off = differences(grainy(*size), 448)
-    assert off.max() <= 1 and (off > 0).mean() <= 0.001
+def prepared_pixels(source: np.ndarray | str, side: int, fast: bool = False) -> np.ndarray:
+    prepared = prepare_picture(source, side, fast=fast)
+    height, width = prepared.resized_size
+    assert not prepared.pixels[:, height:].any() and not prepared.pixels[:, :, width:].any()
+    return prepared.pixels[:, :height, :width].permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("size", [(333, 500), (420, 560), (428, 640), (100, 90), (449, 448), (448, 300)])
-def test_where_it_would_not_be_good_pictures_are_resized_by_the_book(size):
-    assert differences(grainy(*size), 448).max() == 0
+@pytest.mark.parametrize(
+    "size",
+    [
+        (480, 640),
+        (640, 480),
+        (640, 640),
+        (427, 640),
+        (640, 428),
+        (672, 896),
+        (896, 300),
+        (896, 448),
+        (640, 100),
+        (100, 640),
+        (333, 500),
+        (100, 90),
+    ],
+)
+@pytest.mark.parametrize("look", ["grainy", "noise", "black and white"])
+def test_pictures_of_every_size_are_resized_as_pil_does_it(size, look):
+    """Black and white noise is nearly always as near to the middle between two bytes as can be."""
+    rng = np.random.default_rng(0)
+    array = grainy(*size) if look == "grainy" else rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    if look == "black and white":
+        array = np.where(array < 128, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(prepared_pixels(array, 448), by_the_book(array, 448))
 
 
-def test_fast_resizing_of_photographs(realdata):
+@pytest.mark.parametrize("factor", [pictures._TENTHS, pictures._HALVES])
+def test_no_sum_of_the_quick_filter_is_told_wrong_by_its_15_bits(factor):
+    """The proof beside `_TENTHS`, in whole numbers."""
+    before, after = 40 * factor.numerator, 40 * factor.denominator
+    for place in range(after):
+        centre, reach = (place + Fraction(1, 2)) * factor, factor
+        first, last = (
+            max(0, floor(centre - reach + Fraction(1, 2))),
+            min(before, floor(centre + reach + Fraction(1, 2))),
+        )
+        weights = [1 - abs(pixel + Fraction(1, 2) - centre) / reach for pixel in range(first, last)]
+        weights = [weight / sum(weights) for weight in weights if weight > 0]
+        common = lcm(*(weight.denominator for weight in weights))
+        if common in (2, 8):
+            assert all((weight * 2**15).denominator == 1 for weight in weights)
+        elif common % 2:
+            assert 255 * len(weights) * Fraction(1, 2**16) < Fraction(1, 2 * common)
+        else:
+            assert factor == pictures._TENTHS and place in (0, after - 1)
+            assert sorted(map(float, weights)) == sorted(pictures._END_WEIGHTS)
+
+
+def test_other_filters_and_decoders_are_left_alone(tmp_path, monkeypatch):
+    """Where a library gives other numbers than PIL, PIL does it."""
+    array = grainy(480, 640)
+    path = tmp_path / "picture.jpg"
+    Image.fromarray(array).save(path)
+    expected = prepared_pixels(str(path), 448)
+    calls = []
+    interpolate, decode = F.interpolate, pictures.cv2.imdecode
+
+    def duller(*args, **kwargs):
+        calls.append("filter")
+        return interpolate(*args, **kwargs) // 2
+
+    def darker(*args):
+        calls.append("decoder")
+        return decode(*args) // 2
+
+    monkeypatch.setattr(F, "interpolate", duller)
+    monkeypatch.setattr(pictures.cv2, "imdecode", darker)
+    for check in (pictures._filters_agree, pictures._decoders_agree):
+        check.cache_clear()
+    try:
+        for _ in range(2):
+            np.testing.assert_array_equal(prepared_pixels(str(path), 448), expected)
+        assert set(calls) == {"filter", "decoder"} and len(calls) <= 4, "asked once, and not again"
+    finally:
+        for check in (pictures._filters_agree, pictures._decoders_agree):
+            check.cache_clear()
+
+
+def test_photographs_are_prepared_as_pil_does_it(realdata):
     photographs = sorted((realdata / "dataset").rglob("*.jpg"))
     assert photographs
     for path in photographs:
-        off = differences(open_picture(path), 448)
-        assert off.max() <= 1 and (off > 0).mean() <= 0.001, path
+        with Image.open(path) as opened:
+            array = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        for fast in (False, True):
+            np.testing.assert_array_equal(prepared_pixels(str(path), 448, fast), by_the_book(array, 448), str(path))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("subsampling", [0, 2])
-def test_a_jpeg_decoded_quickly_has_the_same_pixels(tmp_path, mode, subsampling):
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [(mode, {"subsampling": kind}) for mode in ("RGB", "L", "CMYK") for kind in ("4:4:4", "4:2:2", "4:2:0")]
+    + [("RGB", {"progressive": True}), ("RGB", {"restart_marker_blocks": 2}), ("RGB", {"optimize": True, "quality": 1})]
+    + [("RGB", {"keep_rgb": True}), ("YCbCr", {}), ("RGB", {"icc_profile": b"x" * 400})],
+)
+@pytest.mark.parametrize("size", [(61, 83), (16, 16), (1, 1), (7, 130)])
+def test_a_jpeg_decoded_quickly_has_the_same_pixels(tmp_path, mode, options, size):
     path = tmp_path / "picture.jpg"
-    Image.fromarray(grainy(61, 83)).convert(mode).save(path, quality=90, subsampling=subsampling)
+    Image.fromarray(grainy(*size)).convert(mode).save(path, **{"quality": 90, **options})
     opened = open_picture(path)
-    assert (_quickly_decoded(path, 64) is not None) == (mode == "RGB")
-    if mode == "RGB":
+    assert (_quickly_decoded(path) is not None) == (mode in ("RGB", "YCbCr"))
+    if mode in ("RGB", "YCbCr"):
         for source in (path, str(path), path.read_bytes()):
-            np.testing.assert_array_equal(_quickly_decoded(source, 64), opened)
+            np.testing.assert_array_equal(_quickly_decoded(source), opened)
     exact, fast = (prepare_picture(path, 64, fast=fast) for fast in (False, True))
-    assert torch.equal(exact.pixels, fast.pixels) and exact.original_size == fast.original_size == (61, 83)
+    assert torch.equal(exact.pixels, fast.pixels) and exact.original_size == fast.original_size == size
+    np.testing.assert_array_equal(prepared_pixels(str(path), 64), by_the_book(opened, 64))
+
+
+def test_the_size_of_a_plain_jpeg_is_read_off_its_header():
+    array = grainy(61, 83)
+    plain = [_file(Image.fromarray(array), "JPEG", **more) for more in ({}, {"comment": b"x" * 300})]
+    plain += [_file(Image.fromarray(array), "JPEG", **{more: True}) for more in ("progressive", "optimize")]
+    for content in plain:
+        assert pictures._size_of_plain_jpeg(content) == pictures._size_of_upright_jpeg(content) == (83, 61)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    others = [_file(Image.fromarray(array), "JPEG", **more) for more in ({"exif": exif}, {"icc_profile": b"x" * 9})]
+    others += [_file(Image.fromarray(array).convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    for content in (*others, plain[0][:40], b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\0\0\xff\xd9", b""):
+        assert pictures._size_of_plain_jpeg(content) is None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_jpeg_is_left_to_pil(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(grainy(61, 83))
+    picture.save(tmp_path / "picture.jpg", exif=exif)
+    assert (_quickly_decoded(tmp_path / "picture.jpg") is not None) == (orientation == 1)
+    turned = open_picture(tmp_path / "picture.jpg")
+    np.testing.assert_array_equal(prepared_pixels(str(tmp_path / "picture.jpg"), 64), by_the_book(turned, 64))
 
 
 def test_a_broken_jpeg_is_refused_the_quick_way_too(tmp_path):

@@ -100,6 +100,11 @@ def test_frozen_layers_that_do_not_suit_go_their_own_way(
     inputs = torch.randn(3, 48, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(inputs).dtype == torch.bfloat16
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(layer(inputs), F.linear(inputs, layer.weight, layer.bias))
+    finally:
+        torch.use_deterministic_algorithms(False)
     layer.double()(inputs.double())
     layer.float().requires_grad_(True)
     layer(inputs).sum().backward()

@@ -3,13 +3,13 @@
 Axes: B pictures, C conversations, T tokens, Q targets, P side of the square picture, H W pixels.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
+
+from utils.data.passing import received, sent
 
 PICTURE_KEY = "vision_tower"
 """What the prepared picture is keyed by: the tower it is for."""
@@ -93,12 +93,9 @@ class Batch:
         return self._normalised()._arguments()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What a worker sends: bytes in one message. In shared memory every tensor would need a file of its own and new
-        pages, which takes longer than making the batch, and containers have little of it.
-        """
-        packed = {name: _packed(value) for name, value in self._arguments().items() if name != "masks"}
-        packed["masks"] = [_PackedMasks.of(masks) for masks in self.masks]
-        return _received, (packed | {"normalise": self.normalise}, self.info)
+        """What a worker sends."""
+        arguments = {name: value for name, value in self._arguments().items() if name != "masks"}
+        return _received, (sent(arguments, self.masks), self.info, self.normalise)
 
     def _arguments(self) -> dict[str, Any]:
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _NO_ARGUMENTS}
@@ -122,83 +119,11 @@ class Batch:
 
 
 _NO_ARGUMENTS = ("info", "normalise")
-_IGNORED_PIXEL = 255
 
 
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    """A tensor on its way between processes: its bytes, its axes in the order in which they lie in memory."""
-
-    content: bytes
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "_Packed":
-        strides = tensor.stride()
-        order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
-        lying = tensor.permute(order).contiguous()
-        return cls(lying.reshape(-1).view(torch.uint8).numpy().tobytes(), tensor.dtype, tuple(lying.shape), order)
-
-    def tensor(self) -> torch.Tensor:
-        """The tensor again."""
-        if not self.content:
-            return torch.empty(self.shape, dtype=self.dtype).permute(self._back())
-        return torch.frombuffer(bytearray(self.content), dtype=self.dtype).view(self.shape).permute(self._back())
-
-    def _back(self) -> list[int]:
-        return [self.order.index(axis) for axis in range(len(self.order))]
-
-
-@dataclass(frozen=True, slots=True)
-class _PackedMasks:
-    """Masks of 0, 1 and 255 on their way: a bit per pixel, and a second one where any is 255."""
-
-    ones: bytes
-    ignored: bytes
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, masks: torch.Tensor) -> "_PackedMasks":
-        array = masks.numpy().reshape(-1)
-        has_ignored = bool(array.size) and int(array.max()) == _IGNORED_PIXEL
-        ones = np.packbits(array == 1 if has_ignored else array)
-        ignored = np.packbits(array == _IGNORED_PIXEL) if has_ignored else np.empty(0, dtype=np.uint8)
-        return cls(ones.tobytes(), ignored.tobytes(), tuple(masks.shape))
-
-    def tensor(self) -> torch.Tensor:
-        """The masks again."""
-        count = math.prod(self.shape)
-        array = np.unpackbits(np.frombuffer(self.ones, dtype=np.uint8), count=count)
-        if self.ignored:
-            array[np.unpackbits(np.frombuffer(self.ignored, dtype=np.uint8), count=count) == 1] = _IGNORED_PIXEL
-        return torch.from_numpy(array.reshape(self.shape))
-
-
-def _packed(value: Any) -> Any:
-    """`value` with its tensors, in lists and dictionaries too, packed."""
-    if isinstance(value, torch.Tensor):
-        return _Packed.of(value)
-    if isinstance(value, dict):
-        return {key: _packed(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_packed(one) for one in value]
-    return value
-
-
-def _unpacked(value: Any) -> Any:
-    if isinstance(value, _Packed | _PackedMasks):
-        return value.tensor()
-    if isinstance(value, dict):
-        return {key: _unpacked(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_unpacked(one) for one in value]
-    return value
-
-
-def _received(packed: dict[str, Any], info: list[dict[str, Any]]) -> Batch:
-    return Batch(**{name: _unpacked(value) for name, value in packed.items()}, info=info)
+def _received(content: tuple[Any, ...], info: list[dict[str, Any]], normalise: Normalise | None) -> Batch:
+    arguments, masks = received(*content)
+    return Batch(**arguments, masks=masks, info=info, normalise=normalise)
 
 
 def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:

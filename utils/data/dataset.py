@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from multiprocessing.util import Finalize
 from typing import Any, Protocol
@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from utils.data.bad_samples import BAD_SAMPLES, BadSample, as_bad_sample
 from utils.data.collate import EncodedRow, Example, Normalise, collate
 from utils.data.errors import DataError
+from utils.data.masks import CocoMask
 from utils.data.mixture import Mixture
+from utils.data.passing import SharedSlots, make_slots
 from utils.data.samples import NO_PICTURE, Conversation, Sample, Target
 
 _STAND_INS = 8
@@ -171,24 +173,33 @@ _LOSSES = ("dropped_turns", "dropped_targets", "dropped_conversations")
 
 def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -> torch.Tensor:
     """(Q, H, W) uint8 of 0, 1 and 255. DataError when a mask has another size than the picture, or no pixel."""
-    masks = np.empty((len(targets), *size), dtype=np.uint8)
-    for number, target in enumerate(targets):
-        mask = target.decode()
-        if mask.shape != tuple(size):
-            raise DataError(
-                f"the mask of {target.name!r} in {sample.sample_id} has {mask.shape[0]}×{mask.shape[1]} pixels, its "
-                f"picture {sample.image_path} {size[0]}×{size[1]}: the annotations belong to another edition of the "
-                f"picture",
-                cause="mask of another size than its picture",
-            )
-        if mask.max() != 1 and not (mask == 1).any():
+    masks = np.zeros((len(targets), *size), dtype=np.uint8)
+    for target, canvas in zip(targets, masks, strict=True):
+        source = target.decode
+        if isinstance(source, CocoMask) and (source.height, source.width) == canvas.shape:
+            filled = source.draw(canvas)  # most masks by far: no copy of them, nor a search for pixels
+        else:
+            mask = source()
+            _check_size(mask, canvas, target, sample)
+            filled = bool((mask == 1).any())
+            canvas[:] = mask
+        if not filled:
             raise DataError(
                 f"the mask of {target.name!r} in {sample.sample_id} has no pixel in its picture {sample.image_path}: "
                 f"take it out of the annotations",
                 cause="target without a pixel",
             )
-        masks[number] = mask
     return torch.from_numpy(masks)
+
+
+def _check_size(mask: np.ndarray, canvas: np.ndarray, target: Target, sample: Sample) -> None:
+    if mask.shape != canvas.shape:
+        raise DataError(
+            f"the mask of {target.name!r} in {sample.sample_id} has {mask.shape[0]}×{mask.shape[1]} pixels, its "
+            f"picture {sample.image_path} {canvas.shape[0]}×{canvas.shape[1]}: the annotations belong to another "
+            f"edition of the picture",
+            cause="mask of another size than its picture",
+        )
 
 
 class RankBatches(Sampler[list[int]]):
@@ -240,7 +251,7 @@ def build_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=partial(_begin_worker, slots=make_slots(workers)),
         generator=torch.Generator(),
     )
 
@@ -257,7 +268,11 @@ def _kill_daemons() -> None:
             child.kill()
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Launchers and terminals send their signals to workers too, whose batches are needed to finish the step."""
+def _begin_worker(worker: int, slots: Sequence[SharedSlots | None]) -> None:
+    """Leave signals of launchers and terminals, which workers get too, to the run: their batches are needed to finish
+    the step. Send batches through the worker's `slots`, where it has any.
+    """
+    if slots and (own := slots[worker]) is not None:
+        own.send_through()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -42,10 +42,16 @@ class CocoMask:
     rles: tuple[dict[str, Any], ...] = ()
 
     def __call__(self) -> np.ndarray:
+        mask = np.zeros((self.height, self.width), dtype=np.uint8)
+        self.draw(mask)
+        return mask
+
+    def draw(self, canvas: np.ndarray) -> bool:
+        """Write the mask into `canvas` (H, W) uint8 of zeros; returns whether it has any pixel."""
         parts = list(self.rles)
         if self.polygons:
             parts += coco_rle.frPyObjects(list(self.polygons), self.height, self.width)
-        return _rastered(coco_rle.merge(parts) if len(parts) > 1 else parts[0])
+        return _raster(coco_rle.merge(parts) if len(parts) > 1 else parts[0], canvas)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CocoMask) and self.plain() == other.plain()
@@ -280,24 +286,25 @@ def _runs(digits: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return runs
 
 
-def _rastered(rle: dict[str, Any]) -> np.ndarray:
-    """(H, W) uint8 of 0 and 1, what pycocotools decodes.
+def _raster(rle: dict[str, Any], canvas: np.ndarray) -> bool:
+    """Write what pycocotools decodes into `canvas` (H, W) uint8 of zeros; returns whether it has any pixel.
 
-    It writes every pixel, column by column. Most masks cover a small part of their picture, and few of their runs go
-    over the end of a column: then it is faster to note where runs begin and end within that part, and let every such
-    place turn what is below it.
+    pycocotools writes every pixel, column by column. Most masks cover a small part of their picture, and few of their
+    runs go over the end of a column: then it is faster to note where runs begin and end within that part, and let every
+    such place turn what is below it.
     """
-    height, width = rle["size"]
+    height = canvas.shape[0]
     digits = np.frombuffer(rle["counts"], dtype=np.uint8).astype(np.int64) - _FIRST_DIGIT
     edges = _runs(digits, np.flatnonzero((digits & _MORE_FOLLOW) == 0)).cumsum()
-    mask = np.zeros((height, width), dtype=np.uint8)
     count = len(edges) // 2
     if not count:
-        return mask
+        return False
     first_columns, first_rows = np.divmod(edges[: 2 * count : 2], height)
     last_columns, last_rows = np.divmod(edges[1 : 2 * count : 2] - 1, height)
     if (first_columns != last_columns).any() or (edges[1 : 2 * count] == edges[: 2 * count - 1]).any():
-        return cv2.transpose(coco_rle.decode(rle).T)  # a run over the end of a column, or one without a pixel
+        # a run over the end of a column, or one without a pixel
+        cv2.transpose(coco_rle.decode(rle).T, dst=canvas)
+        return bool((edges[1 : 2 * count : 2] > edges[: 2 * count : 2]).any())
     left, right = first_columns[0], first_columns[-1] + 1
     top, bottom = first_rows.min(), last_rows.max() + 1
     words = -(-(right - left) // _PIXELS_OF_A_WORD)
@@ -305,8 +312,8 @@ def _rastered(rle: dict[str, Any]) -> np.ndarray:
     turns[first_rows - top, first_columns - left] = 1
     turns[last_rows + 1 - top, last_columns - left] = 1
     part = np.bitwise_xor.accumulate(turns[:-1].view(np.uint64), axis=0).view(np.uint8)
-    mask[top:bottom, left:right] = part[:, : right - left]
-    return mask
+    canvas[top:bottom, left:right] = part[:, : right - left]
+    return True
 
 
 def _compressed(counts: list[Any], height: int, width: int, where: str) -> dict[str, Any]:
