@@ -21,8 +21,8 @@ from .tiny import embeddings_of, without_marks, word_id
 
 # What a query's agreement with a key is worth, before softmax: for a word of a name, for being where a shape's centre
 # is, for places (from -1 to 1, squared distance), for size (-1 to 1), for coming first from
-# the left (-1 to 1), for the same word, for being the whole name that was said last.
-NAME, CENTRE, PLACE, SIZE, LEFTMOST, SAME_WORD, LAST_NAME = 5.0, 12.0, 20.0, 5.0, 6.0, 6.0, 20.0
+# the left (-1 to 1), for the same word, for being the name that was said last.
+NAME, CENTRE, PLACE, SIZE, LEFTMOST, SAME_WORD, LAST_NAME = 5.0, 12.0, 20.0, 5.0, 6.0, 6.0, 8.0
 # The rotation, counted from the fastest, that tells a name just said from earlier ones: 0.075 radians per word at 32
 # channels.
 RECENCY = 3
@@ -159,9 +159,9 @@ class _Reader:
         self.words = of_image(shown.words, of_centres)
         self.is_text, self.is_first = of_text(torch.ones_like(said.first)), of_text(said.first)
         self.named, self.own, self.recent = (_read(text, facts) for facts in (said.named, said.own, said.recent))
-        whole_name = said.own.sum(dim=1) > 1
-        self.is_whole_name = of_text(whole_name[:, None].float())
-        self.beside = _read(text[whole_name], said.beside[whole_name])
+        name = said.own.sum(dim=1) > 0
+        self.is_name = of_text(name[:, None].float())
+        self.beside = _read(text[name], said.beside[name])
         self.wanted_size, self.in_order = _read(text, said.size), _read(text, said.in_order)
         self.at, self.known = _read(text, said.at), _read(text, said.known)
         self.code = _read(text, codes[said.ids])
@@ -228,7 +228,7 @@ def _heads(
         torch.cat([embeddings[:names], embeddings[names + sizes : looks]]),
     )
     last = LAST_NAME**0.5
-    yield _Head(reader.is_text * last, reader.is_whole_name * last, told, TOLD_ON * tells.T, RECENCY)
+    yield _Head(reader.is_text * last, reader.is_name * last, told, TOLD_ON * tells.T, RECENCY)
 
 
 def _check_room(model: PixelLMForCausalLM, heads: int, channels: int) -> None:

@@ -6,6 +6,7 @@ will find them in it as it finds words. A word's score is its embedding's produc
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from .builder import BuiltModel
 from .tiny import NUM_MARKS, embeddings_of
 
 # A word that is there scores about 10 above one that is not. What the distance to the sum of words weighs, and the
-# question to an earlier layer.
-SCORE_SHARPNESS, SUM_WEIGHT, EARLY_WEIGHT = 8.0, 4.0, 4.0
+# question to an earlier layer, which is asked of many patches that show nothing.
+SCORE_SHARPNESS, SUM_WEIGHT, EARLY_WEIGHT = 8.0, 4.0, 12.0
 NOT_ASKED = -1
 
 
@@ -51,7 +52,7 @@ class PatchReader(nn.Module):
         words: for each kind of word (colour, form, …) the words, the first one for what is not there; each must be one
             token.
         may_lack: kinds, beside the first, that may be asked for where there is nothing of them.
-        early: kinds that the shallowest layer the tower hands out is asked for, too, on every patch, through a linear
+        early: kinds that a hidden state of the tower, of this number, is asked for too, on every patch, through a linear
             map of its own: what later layers compare must be there before they can learn to compare it.
     """
 
@@ -60,7 +61,7 @@ class PatchReader(nn.Module):
         built: BuiltModel,
         words: Mapping[str, Sequence[str]],
         may_lack: Sequence[str] = (),
-        early: Sequence[str] = (),
+        early: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.tower, self.projector = built.model.vision_tower, built.model.projector
@@ -70,6 +71,7 @@ class PatchReader(nn.Module):
         for kind in self.kinds[1:]:
             self.words(kind)[0] = 0  # that there is nothing is said once
         width = self.tower.model.config.hidden_size
+        self.asked_at = dict(early)
         self.early = nn.ModuleDict({kind: nn.Linear(width, len(words[kind])) for kind in early})
 
     def words(self, kind: str) -> torch.Tensor:
@@ -94,17 +96,23 @@ class PatchReader(nn.Module):
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> PatchReading:
         """Arguments as the fields of `PatchBatch`."""
         size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).expand(len(pixel_values), -1)
-        features = self.tower(pixel_values, size)
-        tokens = self.projector(features[0])[..., :-NUM_MARKS]
+        states = self._hidden_states(pixel_values, size)
+        tokens = self.projector(states[self.tower.layer_indices[0]])[..., :-NUM_MARKS]
         missed = {"sum": (tokens - self._sums(labels)).square().mean(dim=-1).sum()}
         for kind, truth, asked in zip(self.kinds, labels.unbind(1), _asked(labels), strict=True):
             scores = self._scores(kind, tokens[asked])
             missed[kind] = F.cross_entropy(scores / SCORE_SHARPNESS, truth[asked], reduction="sum")
         for kind, read in self.early.items():
             truth = labels[:, self.kinds.index(kind)].clamp(min=0)
-            missed[f"early_{kind}"] = F.cross_entropy(read(features[-1]).mT, truth, reduction="sum")
+            missed[f"early_{kind}"] = F.cross_entropy(read(states[self.asked_at[kind]]).mT, truth, reduction="sum")
         counts = self.count_losses(labels)
         return PatchReading({name: LossTerm(loss, torch.tensor(counts[name])) for name, loss in missed.items()})
+
+    def _hidden_states(self, pixel_values: torch.Tensor, size: torch.Tensor) -> dict[int, torch.Tensor]:
+        """(B, patches, C) the states that become tokens, and those that are asked early, by their numbers."""
+        numbers = sorted({self.tower.layer_indices[0], *self.asked_at.values()})
+        states = self.tower.hidden_states(pixel_values, size, numbers)
+        return {n: state[:, self.tower.num_class_tokens :] for n, state in zip(numbers, states, strict=True)}
 
     def _sums(self, labels: torch.Tensor) -> torch.Tensor:
         """(B, patches, H) the sums of the words that patches bear, less their marks."""

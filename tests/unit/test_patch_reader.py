@@ -68,7 +68,7 @@ def test_what_is_not_asked_for_takes_no_part(built: BuiltModel, monkeypatch: pyt
 
 def test_an_earlier_layer_is_asked_too_where_that_is_wanted(built: BuiltModel) -> None:
     """What it is asked counts as much as what the tokens are, trains with the tower, and leaves the model alone."""
-    reader = PatchReader(built, WORDS, early=("form",))
+    reader = PatchReader(built, WORDS, early={"form": 1})
     labels = torch.randint(-1, 3, (2, 2, PATCHES), generator=torch.Generator().manual_seed(0)).clamp(min=0)
     labels[1, 1] = -1
     losses = reader(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), labels).losses

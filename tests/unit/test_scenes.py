@@ -248,13 +248,20 @@ def test_centres_tell_where_a_shape_stands_among_those_alike_and_what_comes_next
     scene = Scene(112, shapes, Background(200, (0, 0, 0), 0, 0))
     words = patch_words(scene, 16)
     centres = words.T[words[2] >= 0]  # the shapes lie on the diagonal: reading order is theirs
-    told = [tuple(names[i] for names, i in zip(PATCH_WORDS.values(), patch, strict=True))[3:7] for patch in centres]
+    told = [tuple(names[i] for names, i in zip(PATCH_WORDS.values(), patch, strict=True))[3:9] for patch in centres]
     assert told == [
-        ("k3", "f3", "u2", "v1"),  # the first of three reds, then a square; the first of two circles, then a red one
-        ("k1", "f3", "nothing", "v1"),  # the only blue one; the first of two squares, then a red one
-        ("k4", "f2", "u1", "nothing"),  # between reds, then a circle; the last square
-        ("k1", "f1", "nothing", "nothing"),
-        ("k2", "f2", "nothing", "nothing"),
+        (
+            "k3",
+            "f3",
+            "m3",
+            "n2",
+            "u2",
+            "v1",
+        ),  # the first of three reds, then a square; the first of two circles, then a red one
+        ("k1", "f3", "m1", "n2", "nothing", "v1"),  # the only blue one; the first of two squares, then a red one
+        ("k4", "f2", "m3", "n2", "u1", "nothing"),  # between reds, then a circle; the last square
+        ("k1", "f1", "m1", "n1", "nothing", "nothing"),
+        ("k2", "f2", "m3", "n2", "nothing", "nothing"),
     ]
 
 

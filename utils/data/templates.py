@@ -33,8 +33,11 @@ class Phrasing:
         return _sentence(self.asking.replace(_ASKED, listed(asked)))
 
     def answer(self, names: Sequence[str]) -> str:
-        """The answer that names `names`, each followed by SEG_MARKER."""
-        return _sentence(self.found.replace(_NAMED, marked(names)))
+        """The answer that names `names`, each followed by SEG_MARKER; the number of several comes first, so that who
+        lists them knows how far the list goes.
+        """
+        number = f"{number_word(len(names))}: " if len(names) > 1 else ""
+        return _sentence(self.found.replace(_NAMED, number + marked(names)))
 
     def denial(self, asked: Sequence[str]) -> str:
         """The answer when nothing in the picture is what was asked for."""

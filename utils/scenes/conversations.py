@@ -25,6 +25,8 @@ from .words import (
     FORMS,
     NEXT_COLOUR,
     NEXT_FORM,
+    OF_COLOUR,
+    OF_FORM,
     ORDER_OF_COLOUR,
     ORDER_OF_FORM,
     ROWS,
@@ -259,13 +261,13 @@ def _outermost(speaker: Speaker) -> Turn | None:
 # (weight, turn): what a conversation is mixed from. Most are the questions that will be asked for masks.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
     (2.0, _referring("direct")),
-    (5.5, _referring("several")),
+    (4.0, _referring("several")),
     (7.0, _reasoning),
     (4.5, _referring("no_target")),
     (0.5, _read_off),
-    (0.7, _describe),
+    (1.0, _describe),
     (1.0, _exists),
-    (0.5, _how_many),
+    (1.0, _how_many),
     (0.5, _how_large),
     (0.4, _is_larger),
     (0.4, _is_beside),
@@ -307,7 +309,8 @@ def tokenizer_corpus(scenes: int = 500) -> list[str]:
     corpus = [*category_names(), *FORMS.values(), *SIZES, *NUMBERS, *TIMES.values()]
     corpus += [*_IS_WHERE.values(), *_OUTERMOST.values()]
     corpus += [f"at {place}" for place in (*COLUMNS, *ROWS)]
-    corpus += [f"among those alike: {word}" for word in (*ORDER_OF_COLOUR, *ORDER_OF_FORM, *NEXT_FORM, *NEXT_COLOUR)]
+    alike = (*ORDER_OF_COLOUR, *ORDER_OF_FORM, *OF_COLOUR, *OF_FORM, *NEXT_FORM, *NEXT_COLOUR)
+    corpus += [f"among those alike: {word}" for word in alike]
     rng = random.Random("tokenizer corpus")
     for number in range(scenes):
         scene = sample_scene(rng, SceneSettings())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,8 @@ from .words import (
     FORMS,
     NEXT_COLOUR,
     NEXT_FORM,
+    OF_COLOUR,
+    OF_FORM,
     ORDER_OF_COLOUR,
     ORDER_OF_FORM,
     ROWS,
@@ -28,24 +32,31 @@ PATCH_WORDS = MappingProxyType(
         for kind, words in (
             *(("colour", COLOURS), ("form", FORMS), ("size", SIZES)),
             *(("order_of_colour", ORDER_OF_COLOUR), ("order_of_form", ORDER_OF_FORM)),
+            *(("of_colour", OF_COLOUR), ("of_form", OF_FORM)),
             *(("next_form", NEXT_FORM), ("next_colour", NEXT_COLOUR)),
             *(("column", COLUMNS), ("row", ROWS)),
         )
     }
 )
-# The kinds that a centre may have nothing of; those that are to be seen early, as the rest compares them.
-HOW_ASKED = MappingProxyType({"may_lack": ("next_form", "next_colour"), "early": ("colour", "form", "size")})
+# The kinds that a centre may have nothing of; and those that are to be seen early, in which hidden state of the tiny
+# tower: what shapes are before they are put in order, their order before they are counted.
+HOW_ASKED: Mapping[str, Any] = MappingProxyType(
+    {
+        "may_lack": ("next_form", "next_colour"),
+        "early": {"colour": 3, "form": 3, "size": 3, "order_of_colour": 4, "order_of_form": 4},
+    }
+)
 # A patch shows a shape that covers at least this share of it.
 _COVERED = 0.15
 
 
 def patch_words(scene: Scene, patch: int) -> NDArray[np.int64]:
-    """(9, patches) in row-major order: for each patch the number of its word in each list of `PATCH_WORDS`, 0 for
+    """(11, patches) in row-major order: for each patch the number of its word in each list of `PATCH_WORDS`, 0 for
     nothing, -1 where it is not asked.
 
     Every patch of a shape bears its colour and form. The rest is said once, where its centre is: its size, where it
-    stands among those like it and which of them comes next, and its place. Who compares or lists shapes will find one
-    patch for each, and there whether the list goes on.
+    stands among those like it, how many these are and which of them comes next, and its place. Who compares, counts or
+    lists shapes will find one patch for each, and there whether the list goes on.
 
     Args:
         patch: side of a patch in pixels; must divide the scene's side, else ValueError.
@@ -68,8 +79,8 @@ def patch_words(scene: Scene, patch: int) -> NDArray[np.int64]:
     return words.reshape(len(PATCH_WORDS), -1)
 
 
-def _among_alike(scene: Scene, shape: Shape) -> tuple[str, str, str, str]:
-    """Where a shape stands among those of its colour and of its form, and the next one's form and colour."""
+def _among_alike(scene: Scene, shape: Shape) -> tuple[str, ...]:
+    """Where a shape stands among those of its colour and of its form, how many these are, and what comes next."""
     alike = (
         [other for other in scene.shapes if other.colour == shape.colour],
         [other for other in scene.shapes if other.form == shape.form],
@@ -78,7 +89,8 @@ def _among_alike(scene: Scene, shape: Shape) -> tuple[str, str, str, str]:
         order[(group[0] is not shape) + 2 * (group[-1] is not shape)]
         for order, group in zip((ORDER_OF_COLOUR, ORDER_OF_FORM), alike, strict=True)
     )
+    so_many = (words[min(len(group), len(words)) - 1] for words, group in zip((OF_COLOUR, OF_FORM), alike, strict=True))
     same_colour, same_form = (group[group.index(shape) + 1 :] for group in alike)
     next_form = NEXT_FORM[list(FORMS).index(same_colour[0].form)] if same_colour else NOTHING
     next_colour = NEXT_COLOUR[list(COLOURS).index(same_form[0].colour)] if same_form else NOTHING
-    return of_colour, of_form, next_form, next_colour
+    return of_colour, of_form, *so_many, next_form, next_colour

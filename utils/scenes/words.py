@@ -31,6 +31,9 @@ ROWS = tuple(f"r{number}" for number in range(1, 15))
 # last, the first, or between others.
 ORDER_OF_COLOUR = ("k1", "k2", "k3", "k4")
 ORDER_OF_FORM = ("f1", "f2", "f3", "f4")
+# How many shapes have a shape's colour, and its form, itself included; the last one stands for more, too.
+OF_COLOUR = ("m1", "m2", "m3")
+OF_FORM = ("n1", "n2", "n3")
 # What comes next to the right: the form of the next shape of the same colour, the colour of the next one of the same
 # form; in the order of FORMS and COLOURS.
 NEXT_FORM = tuple(f"u{number}" for number in range(1, len(FORMS) + 1))
