@@ -32,12 +32,13 @@ from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scenes import (
     COLOURS,
+    DIRECTIONS,
     EXTREMES,
     FORMS,
-    HOW_ASKED,
+    LIST_WORDS,
     PATCH_WORDS,
     PLURALS,
-    STEPS,
+    SEEN_EARLY,
     Scene,
     mask_lessons,
     patch_lessons,
@@ -60,16 +61,15 @@ def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: 
     for part in tower.parts_without_loss():
         part.requires_grad_(False)
     engine = PlainEngine(
-        PatchReader(built, PATCH_WORDS, **HOW_ASKED), OptimizerSettings(name=MUON), "fp32", runtime.device
+        PatchReader(built, PATCH_WORDS, SEEN_EARLY), OptimizerSettings(name=MUON), "fp32", runtime.device
     )
-    ranks = engine.world_size
-    lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // ranks, engine.rank, ranks)
+    lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
 
     def batches(_: int) -> Iterator[list[PatchBatch]]:
         return ([PatchBatch(pixels, words)] for pixels, words in lessons)
 
-    plan = Plan(Schedule(TOWER_RATE, steps, min(TOWER_WARMUP, steps // 2), "cosine"), steps, 0, 0, print_every=10)
-    Run(engine, plan, folder).fit(batches)
+    schedule = Schedule(TOWER_RATE, steps, min(TOWER_WARMUP, steps // 2), "cosine")
+    Run(engine, Plan(schedule, steps, 0, 0, print_every=10), folder).fit(batches)
     built.model.cpu().eval()
 
 
@@ -78,7 +78,8 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     torch.manual_seed(seed)
     asked = word_lessons(scenes, built.processor, random.Random(seed))
     labels = words_of_patches(scenes, built.model.vision_tower.patch_size)
-    read = start_looking_up(built, list(PATCH_WORDS.values()), Meant(PLURALS, EXTREMES, STEPS), asked, labels)
+    meant, words = Meant(PLURALS, EXTREMES, {**DIRECTIONS, **LIST_WORDS}), list(PATCH_WORDS.values())
+    read = start_looking_up(built, words, meant, asked, labels)
     shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())
     note(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
 
@@ -108,7 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--tower_steps", type=int, default=1100)
+    parser.add_argument("--tower_steps", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=400, help="scenes whose questions are read where parts start")
     parser.add_argument("--seed", type=int, default=0)
     for name, default in SHAPE.items():
@@ -135,8 +136,9 @@ def main(argv: list[str] | None = None) -> None:
     warm_tower(built, scenes, runtime, args.tower_steps, work / "tower")
     note("--- talk about scenes")
     start_lookups(built, scenes[: args.samples], args.seed)
-    where = ["--dataset_dir", data, "--log_base_dir", str(work), "--exp_name", "words"]
-    train_words(built, runtime, [*where, *args.words])
+    train_words(
+        built, runtime, ["--dataset_dir", data, "--log_base_dir", str(work), "--exp_name", "words", *args.words]
+    )
     if runtime.rank == 0:
         start_masks(built, data, args.samples, args.seed)
         save_model(built.model, built.processor, args.out)

@@ -21,20 +21,16 @@ from .tiny import embeddings_of, without_marks, word_id
 
 # What a query's agreement with a key is worth, before softmax: for a word of a name, for being where a shape's centre
 # is, for places (from -1 to 1, squared distance), for size (-1 to 1), for coming first from
-# the left (-1 to 1), for the same word, for being the name that was said last.
-NAME, CENTRE, PLACE, SIZE, LEFTMOST, SAME_WORD, LAST_NAME = 5.0, 12.0, 20.0, 5.0, 6.0, 6.0, 8.0
-# The rotation, counted from the fastest, that tells a name just said from earlier ones: 0.075 radians per word at 32
-# channels.
-RECENCY = 3
+# the left (-1 to 1), for the same word, for any name in the text.
+NAME, CENTRE, PLACE, SIZE, LEFTMOST, SAME_WORD, ANY_NAME = 5.0, 12.0, 20.0, 5.0, 6.0, 6.0, 6.0
 # How far off, in places, a shape is looked for in a direction. How many words back one looks for what to look for.
 A_STEP, WINDOW = 0.7, 5
 # What other patches are worth beside a centre. How much of each word of a name the first token answers to: a shape that
 # bears both words of a name outdoes it, a shape that bears one does not.
 # The first token's say, beside that of one shape, where shapes are counted.
 ELSEWHERE, NOT_FOUND, COUNT = 0.6, 0.6, 1.0
-# How much of a word is added where it is found, of what is told about the name said last, and of random weights left in
-# queries and keys.
-PASSED_ON, TOLD_ON, LEFT_RANDOM = 0.2, 0.5, 0.3
+# How much of a word is added where it is found, and of random weights left in queries and keys.
+PASSED_ON, LEFT_RANDOM = 0.2, 0.3
 # Numbers a word is told by, where any word of the text may be meant.
 CODE_SIZE = 18
 RIDGE = 1e-4
@@ -64,7 +60,7 @@ class Meant:
 class Said:
     """What words of the text mean.
 
-    beside (M, beside): for names that end here, the words that such shapes bear beside their size, the mean over them.
+    counts (M, counts): for names that end here, the words for how many such shapes their picture shows.
     own (M, names): the words of a name that end here: one, or a form with the colour before it. named (M, names): the
     same, after a name its last word, and with a colour a form up to three words before it ("the star that is red").
     recent (M, names), size (M, 1), in_order (M, 1): names and the extreme of size among the last WINDOW words, and
@@ -74,7 +70,7 @@ class Said:
     word.
     """
 
-    beside: torch.Tensor
+    counts: torch.Tensor
     own: torch.Tensor
     named: torch.Tensor
     recent: torch.Tensor
@@ -99,10 +95,10 @@ def start_looking_up(
 
     Args:
         words: of colours, forms, sizes (from small to large), columns and rows, as `PatchReader` had them; after sizes
-            may stand others that centres bear beside these.
+            may stand how many share a colour, how many a form, and others that are said beside these.
         meant: which words say what to look for.
         examples: arguments of forward, of one conversation about each of B pictures.
-        labels: (B, kinds, patches) what each patch bears, numbers of `words`, -1 for none.
+        labels: (B, kinds, patches) what each patch bears, numbers of `words`.
 
     Returns:
         For each layer that was started, how much of colours and forms its queries read in the text: the share of
@@ -113,6 +109,7 @@ def start_looking_up(
     """
     model = built.model
     rows = _rows(model, examples)
+    names = [*words[0][1:], *words[1][1:]]
     shown, said = _shown(words, labels), _said(built, words, meant, rows, labels)
     embeddings = torch.cat([kind[1:] for kind in embeddings_of(built, words)])
     width = embeddings.shape[1]
@@ -124,11 +121,11 @@ def start_looking_up(
     for number in range(1, len(layers)):
         image, text = _normed_states(model, rows, number)
         reader = _Reader(image, text, shown, said, codes)
-        sizes = len(words[2]) - 1
-        heads = list(_heads(reader, embeddings, torch.cat([away, not_found]), counting, sizes))
-        _check_room(model, len(heads), max(len(head.query) for head in heads))
-        for place, head in enumerate(heads):
-            _write_head(layers[number].self_attn, place, head)
+        beside = sum(len(kind) - 1 for kind in words[2:-2])
+        heads = list(_heads(reader, embeddings, torch.cat([away, not_found]), counting, len(names), beside))
+        _check_room(model, len(heads), max(max(len(query), len(value)) for query, _, value, _ in heads))
+        for head, (query, key, value, output) in enumerate(heads):
+            _write_head(layers[number].self_attn, head, query, key, value, PASSED_ON * output)
         read[number] = reader.share_of_names_read()
     return read
 
@@ -159,11 +156,10 @@ class _Reader:
         self.words = of_image(shown.words, of_centres)
         self.is_text, self.is_first = of_text(torch.ones_like(said.first)), of_text(said.first)
         self.named, self.own, self.recent = (_read(text, facts) for facts in (said.named, said.own, said.recent))
-        name = said.own.sum(dim=1) > 0
-        self.is_name = of_text(name[:, None].float())
-        self.beside = _read(text[name], said.beside[name])
+        self.counts = _read(text, said.counts)
         self.wanted_size, self.in_order = _read(text, said.size), _read(text, said.in_order)
         self.at, self.known = _read(text, said.at), _read(text, said.known)
+        self.is_name = of_text((said.own.sum(dim=1, keepdim=True) > 0).float())
         self.code = _read(text, codes[said.ids])
         self.previous_code = _read(text, codes[said.previous.clamp(min=0)] * known[:, None])
 
@@ -172,29 +168,14 @@ class _Reader:
         return float(1 - missed / self._said.named.var(dim=0).mean())
 
 
-@dataclass(frozen=True)
-class _Head:
-    """Query, key and value (channels, H) and output (H, channels) of a head.
-
-    rotation: the one, counted from the fastest, that query and key turn with; None: the slowest there are.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
-    rotation: int | None = None
-
-
 def _heads(
-    reader: _Reader, embeddings: torch.Tensor, away: torch.Tensor, counting: torch.Tensor, sizes: int
-) -> Iterator[_Head]:
-    """The heads that are started.
+    reader: _Reader, embeddings: torch.Tensor, away: torch.Tensor, counting: torch.Tensor, names: int, beside: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Query, key and value (channels, H) and output (H, channels) of each head that is started.
 
     All heads that look at the picture have the same keys, so that training may turn any of them to anything.
     """
-    names = len(reader.own)
-    looks = names + sizes + len(reader.beside)  # what a head passes on together; places are another head's
+    looks = names + beside  # colour, form, size …, which a head passes on together; places are another head's
 
     def nothing(channels: int) -> torch.Tensor:
         return torch.zeros(channels, embeddings.shape[1])
@@ -211,24 +192,19 @@ def _heads(
     near = query(reader.recent, torch.cat([nothing(1), 2 * reader.at, -reader.known]))
     leftmost = -reader.in_order * LEFTMOST / PLACE
     extreme = query(reader.recent, torch.cat([reader.wanted_size * SIZE / PLACE, leftmost, nothing(3)]))
-    whether_found = torch.cat([reader.words[:looks], reader.is_first])
-    seen, places = (reader.words[:looks], embeddings[:looks].T), (reader.words[looks:], embeddings[looks:].T)
     # What is found by its name is kept apart from the name, and whether anything was; the rest is added as words are.
-    yield _Head(named, key, whether_found, PASSED_ON * torch.cat([away[:looks], away[-1:]]).T)
-    yield _Head(named, key, places[0], PASSED_ON * places[1])
-    yield _Head(counted, key, whether_found, PASSED_ON * torch.cat([embeddings[:looks], counting]).T)
-    yield _Head(near, key, seen[0], PASSED_ON * seen[1])
-    yield _Head(near, key, places[0], PASSED_ON * places[1])
-    yield _Head(extreme, key, places[0], PASSED_ON * places[1])
+    yield named, key, torch.cat([reader.words[:looks], reader.is_first]), torch.cat([away[:looks], away[-1:]]).T
+    yield named, key, reader.words[looks:], embeddings[looks:].T
+    yield counted, key, torch.cat([reader.words[:looks], reader.is_first]), torch.cat([embeddings[:looks], counting]).T
+    yield near, key, reader.words[:looks], embeddings[:looks].T
+    yield near, key, reader.words[looks:], embeddings[looks:].T
+    yield extreme, key, reader.words[looks:], embeddings[looks:].T
     same = SAME_WORD**0.5
-    yield _Head(reader.code * same, reader.previous_code * same, reader.own, PASSED_ON * embeddings[:names].T)
-    # With the name said last goes what was found there about it: whether a list goes on, and with what.
-    told, tells = (
-        torch.cat([reader.own, reader.beside]),
-        torch.cat([embeddings[:names], embeddings[names + sizes : looks]]),
-    )
-    last = LAST_NAME**0.5
-    yield _Head(reader.is_text * last, reader.is_name * last, told, TOLD_ON * tells.T, RECENCY)
+    yield reader.code * same, reader.previous_code * same, reader.own, embeddings[:names].T
+    # With a name goes what was found there about it: who says how many there are says it later.
+    counts = slice(looks - len(reader.counts), looks)
+    told, tells = torch.cat([reader.own, reader.counts]), torch.cat([embeddings[:names], embeddings[counts]])
+    yield reader.is_text * ANY_NAME**0.5, reader.is_name * ANY_NAME**0.5, told, tells.T
 
 
 def _check_room(model: PixelLMForCausalLM, heads: int, channels: int) -> None:
@@ -240,31 +216,19 @@ def _check_room(model: PixelLMForCausalLM, heads: int, channels: int) -> None:
         )
 
 
-def _write_head(attention: Any, place: int, head: _Head) -> None:
-    """Put query and key of head number `place` where they belong: what they compare may be far apart, or must be near.
-
-    Where more is passed on than a head has channels, these get what comes nearest to it.
-    """
+def _write_head(
+    attention: Any, head: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+) -> None:
+    """Put a head's query and key where rotations are slowest, as what they compare may be far apart."""
     channels = attention.head_dim
-    half, first = channels // 2, place * channels
-    pairs = range(half - 1, -1, -1) if head.rotation is None else [head.rotation]
-    turned = [channel for pair in pairs for channel in (pair, pair + half)]
-    own, compared = slice(first, first + channels), [first + channel for channel in turned[: len(head.query)]]
-    for projection, rows in ((attention.q_proj, head.query), (attention.k_proj, head.key)):
+    half, first = channels // 2, head * channels
+    slowest = [channel for pair in range(half - 1, -1, -1) for channel in (pair, pair + half)]
+    own, places = slice(first, first + channels), [first + channel for channel in slowest[: len(query)]]
+    for projection, rows in ((attention.q_proj, query), (attention.k_proj, key)):
         projection.weight[own] *= LEFT_RANDOM
-        projection.weight[compared] += rows * channels**0.25  # attention divides by the root of its channels
-    value, output = _fitted(head.value, head.output, channels)
+        projection.weight[places] += rows * channels**0.25  # attention divides by the root of its channels
     attention.v_proj.weight[first : first + len(value)] = value
     attention.o_proj.weight[:, first : first + len(value)] = output
-
-
-def _fitted(value: torch.Tensor, output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(at most `channels`, H) and (H, as many) whose product is nearest to that of output and value."""
-    if len(value) <= channels:
-        return value, output
-    left, strengths, right = torch.linalg.svd(output @ value)
-    roots = strengths[:channels].sqrt()
-    return right[:channels] * roots[:, None], left[:, :channels] * roots
 
 
 def _read(states: torch.Tensor, facts: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -298,7 +262,10 @@ def _normed_states(model: PixelLMForCausalLM, rows: ExpandedRows, layer: int) ->
 
 
 def _shown(words: Sequence[Sequence[str]], labels: torch.Tensor) -> Shown:
-    kinds = [kind.flatten(0, 1) for kind in _one_hot(words, labels)]
+    kinds = [
+        F.one_hot(numbers.flatten(), len(kind))[:, 1:].float()
+        for kind, numbers in zip(words, labels.unbind(1), strict=True)
+    ]
     ordered = [kind @ torch.tensor(_spread(kind.shape[1])) for kind in (kinds[2], *kinds[-2:])]
     centre = kinds[2].sum(dim=1, keepdim=True)
     return Shown(torch.cat(kinds, dim=1), centre, ordered[0][:, None], torch.stack(ordered[1:], dim=1))
@@ -336,7 +303,7 @@ def _said(
     first = torch.zeros(*ids.shape, 1).index_fill(1, torch.tensor([0]), 1.0)
     text = rows.attention_mask & ~in_picture
     return Said(
-        beside=_beside(own, words, labels)[text],
+        counts=(own @ _counts(words, labels))[text],
         own=own[text],
         named=named[text],
         recent=_window(here).amax(dim=0)[text],
@@ -350,19 +317,18 @@ def _said(
     )
 
 
-def _beside(own: torch.Tensor, words: Sequence[Sequence[str]], labels: torch.Tensor) -> torch.Tensor:
-    """(B, P, beside) what the shapes bear, beside their size, whose name ends here: the mean over them."""
-    kinds = _one_hot(words, labels)
-    names, beside = torch.cat(kinds[:2], dim=-1), torch.cat(kinds[3:-2], dim=-1)
-    asked = own.sum(dim=-1, keepdim=True)
-    meant = (own @ names.mT == asked) & (asked > 0) & (kinds[2].sum(dim=-1)[:, None] > 0)
-    return meant.float() @ beside / meant.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def _one_hot(words: Sequence[Sequence[str]], labels: torch.Tensor) -> list[torch.Tensor]:
-    """For each kind (B, patches, words) of 0 and 1, without the word for nothing."""
-    shown = labels.clamp(min=0).unbind(1)
-    return [F.one_hot(numbers, len(kind))[..., 1:].float() for kind, numbers in zip(words, shown, strict=True)]
+def _counts(words: Sequence[Sequence[str]], labels: torch.Tensor) -> torch.Tensor:
+    """(B, names, counts) what patches of each colour say beside their size about colours, of each form about forms."""
+    kinds = [
+        F.one_hot(numbers, len(kind))[..., 1:].float() for kind, numbers in zip(words, labels.unbind(1), strict=True)
+    ]
+    tables = []
+    for own, names in enumerate(kinds[:2]):
+        said = [names.new_zeros(len(labels), names.shape[-1], 0)]
+        for other, beside in enumerate(kinds[3:-2]):
+            said.append((names.mT @ beside).clamp(max=1) * (other == own or other > 1))
+        tables.append(torch.cat(said, dim=-1))
+    return torch.cat(tables, dim=1)
 
 
 def _earlier(facts: torch.Tensor, distance: int) -> torch.Tensor:

@@ -20,13 +20,12 @@ from .tiny import NUM_MARKS, embeddings_of
 # A word that is there scores about 10 above one that is not. What the distance to the sum of words weighs, and the
 # question to an earlier layer, which is asked of many patches that show nothing.
 SCORE_SHARPNESS, SUM_WEIGHT, EARLY_WEIGHT = 8.0, 4.0, 12.0
-NOT_ASKED = -1
 
 
 @dataclass(frozen=True)
 class PatchBatch:
     """pixel_values: (B, 3, P, P), pictures that fill their square. labels: (B, kinds, patches) long, numbers of words;
-    0 is the word for nothing, -1 where a kind is not asked for."""
+    0 is the word for nothing, and where a patch has it in the first kind, it shows background."""
 
     pixel_values: torch.Tensor
     labels: torch.Tensor
@@ -51,23 +50,18 @@ class PatchReader(nn.Module):
     Args:
         words: for each kind of word (colour, form, …) the words, the first one for what is not there; each must be one
             token.
-        may_lack: kinds, beside the first, that may be asked for where there is nothing of them.
-        early: kinds that a hidden state of the tower, of this number, is asked for too, on every patch, through a linear
-            map of its own: what later layers compare must be there before they can learn to compare it.
+        early: kinds that a hidden state of the tower, of this number, is asked for too, on every patch, through a map
+            of its own: what later layers compare must be there before they can learn to compare it.
     """
 
     def __init__(
-        self,
-        built: BuiltModel,
-        words: Mapping[str, Sequence[str]],
-        may_lack: Sequence[str] = (),
-        early: Mapping[str, int] = MappingProxyType({}),
+        self, built: BuiltModel, words: Mapping[str, Sequence[str]], early: Mapping[str, int] = MappingProxyType({})
     ) -> None:
         super().__init__()
         self.tower, self.projector = built.model.vision_tower, built.model.projector
         for kind, embeddings in zip(words, embeddings_of(built, list(words.values())), strict=True):
             self.register_buffer(f"words_{kind}", embeddings, persistent=False)
-        self.kinds, self.may_lack = list(words), frozenset(may_lack)
+        self.kinds = list(words)
         for kind in self.kinds[1:]:
             self.words(kind)[0] = 0  # that there is nothing is said once
         width = self.tower.model.config.hidden_size
@@ -80,56 +74,43 @@ class PatchReader(nn.Module):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The distance to the sums, and the cross entropy of each kind, from the tokens and from the earlier layer."""
-        return (
-            {"sum": SUM_WEIGHT}
-            | dict.fromkeys(self.kinds, 1.0)
-            | {f"early_{kind}": EARLY_WEIGHT for kind in self.early}
-        )
+        """The distance to the sums, and the cross entropy of each kind, from the tokens and from an earlier layer."""
+        of_tokens = {"sum": SUM_WEIGHT} | dict.fromkeys(self.kinds, 1.0)
+        return of_tokens | {f"early_{kind}": EARLY_WEIGHT for kind in self.early}
 
     def count_losses(self, labels: torch.Tensor, **_: Any) -> dict[str, float]:
         """The counts `forward` returns: patches, and by kind those that are asked for it."""
         counts = {"sum": float(labels[:, 0].numel())}
-        counts |= {kind: float(asked.sum()) for kind, asked in zip(self.kinds, _asked(labels), strict=True)}
+        counts |= {kind: float(self._asked(labels, kind).sum()) for kind in self.kinds}
         return counts | {f"early_{kind}": counts["sum"] for kind in self.early}
+
+    def _asked(self, labels: torch.Tensor, kind: str) -> torch.Tensor:
+        """(B, patches) bool. The first kind is asked of all patches, the others where they have a word."""
+        number = self.kinds.index(kind)
+        return labels[:, number] >= min(number, 1)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> PatchReading:
         """Arguments as the fields of `PatchBatch`."""
         size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).expand(len(pixel_values), -1)
         states = self._hidden_states(pixel_values, size)
         tokens = self.projector(states[self.tower.layer_indices[0]])[..., :-NUM_MARKS]
-        missed = {"sum": (tokens - self._sums(labels)).square().mean(dim=-1).sum()}
-        for kind, truth, asked in zip(self.kinds, labels.unbind(1), _asked(labels), strict=True):
-            scores = self._scores(kind, tokens[asked])
-            missed[kind] = F.cross_entropy(scores / SCORE_SHARPNESS, truth[asked], reduction="sum")
-        for kind, read in self.early.items():
-            truth = labels[:, self.kinds.index(kind)].clamp(min=0)
-            missed[f"early_{kind}"] = F.cross_entropy(read(states[self.asked_at[kind]]).mT, truth, reduction="sum")
+        tables = {kind: self.words(kind)[:, :-NUM_MARKS] for kind in self.kinds}
+        sums = torch.stack([tables[kind][labels[:, number]] for number, kind in enumerate(self.kinds)]).sum(dim=0)
         counts = self.count_losses(labels)
-        return PatchReading({name: LossTerm(loss, torch.tensor(counts[name])) for name, loss in missed.items()})
+        losses = {"sum": LossTerm((tokens - sums).square().mean(dim=-1).sum(), torch.tensor(counts["sum"]))}
+        for number, kind in enumerate(self.kinds):
+            asked = self._asked(labels, kind)
+            scores, truth = tokens[asked] @ tables[kind].T, labels[:, number][asked]
+            missed = F.cross_entropy(scores / SCORE_SHARPNESS, truth, reduction="sum")
+            losses[kind] = LossTerm(missed, torch.tensor(counts[kind]))
+        for kind, read in self.early.items():
+            scores, truth = read(states[self.asked_at[kind]]), labels[:, self.kinds.index(kind)]
+            missed = F.cross_entropy(scores.mT, truth, reduction="sum")
+            losses[f"early_{kind}"] = LossTerm(missed, torch.tensor(counts["sum"]))
+        return PatchReading(losses)
 
     def _hidden_states(self, pixel_values: torch.Tensor, size: torch.Tensor) -> dict[int, torch.Tensor]:
         """(B, patches, C) the states that become tokens, and those that are asked early, by their numbers."""
         numbers = sorted({self.tower.layer_indices[0], *self.asked_at.values()})
         states = self.tower.hidden_states(pixel_values, size, numbers)
         return {n: state[:, self.tower.num_class_tokens :] for n, state in zip(numbers, states, strict=True)}
-
-    def _sums(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B, patches, H) the sums of the words that patches bear, less their marks."""
-        tables = (self.words(kind)[:, :-NUM_MARKS] for kind in self.kinds)
-        shown = labels.clamp(min=0).unbind(1)
-        return torch.stack([table[numbers] for table, numbers in zip(tables, shown, strict=True)]).sum(dim=0)
-
-    def _scores(self, kind: str, tokens: torch.Tensor) -> torch.Tensor:
-        """(asked, words). No word says that a kind is lacking: that wins where every word is less than half there."""
-        table = self.words(kind)[:, :-NUM_MARKS]
-        scores = tokens @ table.T
-        if kind in self.may_lack:
-            half = table[1:].square().sum(dim=-1).mean() / 2
-            scores = torch.cat([half.expand(len(scores), 1), scores[:, 1:]], dim=1)
-        return scores
-
-
-def _asked(labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """For each kind (B, patches) bool: where it is asked for."""
-    return (labels != NOT_ASKED).unbind(1)

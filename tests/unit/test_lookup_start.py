@@ -10,27 +10,25 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from model.build.builder import BuildError
-from model.build.lookup_start import Meant, _fitted, start_looking_up
+from model.build.lookup_start import Meant, start_looking_up
 from model.build.tiny import MARK, embeddings_of, make_tiny
 from model.modeling_pixellm import EncodedPictures, ExpandedRows
 from tests.unit.tiny_pixellm import SHAPE
 
 COLOURS, FORMS, SIZES = ("red", "blue", "green"), ("circle", "square", "star"), ("small", "large")
 COLUMNS, ROWS = ("c1", "c2", "c3", "c4"), ("r1", "r2", "r3", "r4")
-MORE = ("m1", "m2")  # what is said beside size: whether the form has another shape in the picture
-WORDS = [("nothing", *kind) for kind in (COLOURS, FORMS, SIZES, MORE, COLUMNS, ROWS)]
+WORDS = [("nothing", *kind) for kind in (COLOURS, FORMS, SIZES, COLUMNS, ROWS)]
 MEANT = Meant({f"{form}s": form for form in FORMS}, {"largest": 1.0, "smallest": -1.0}, {"left": (-1.0, 0.0)})
 PICTURES, SIDE, SHAPES = 200, 4, 3
 PATCHES = SIDE * SIDE
 
 
 def draw(rng: random.Random) -> tuple[torch.Tensor, list[str]]:
-    """(6, patches) what the patches of a picture bear, three of them a shape each, and the three names."""
+    """(5, patches) what the patches of a picture bear, three of them a shape each, and the three names."""
     labels, names = torch.zeros(len(WORDS), PATCHES, dtype=torch.long), []
     kinds = rng.sample([(c, f) for c in range(1, 4) for f in range(1, 4)], SHAPES)
     for place, (colour, form) in zip(rng.sample(range(PATCHES), SHAPES), kinds, strict=True):
-        more = 1 + ([other for _, other in kinds].count(form) > 1)
-        shape = [colour, form, rng.randint(1, 2), more, 1 + place % SIDE, 1 + place // SIDE]
+        shape = [colour, form, rng.randint(1, 2), 1 + place % SIDE, 1 + place // SIDE]
         labels[:, place] = torch.tensor(shape)
         names.append(f"{COLOURS[colour - 1]} {FORMS[form - 1]}")
     return labels, names
@@ -120,35 +118,6 @@ def test_a_name_that_is_not_there_looks_at_the_first_token(looked: tuple[World, 
     absent = torch.tensor([patch_of(world, picture) is None for picture in range(PICTURES)])
     on_first = looks[:, 0, 0]
     assert on_first[absent].mean() > on_first[~absent].mean() + 0.2
-
-
-def test_words_after_a_name_look_back_at_it(looked: tuple[World, torch.Tensor, torch.Tensor]) -> None:
-    """The last head of the question's end: the two words of the name, rather than the words around them."""
-    world, _, ids = looked
-    decoder = world.built.model.language_model.get_decoder()
-    rows = world.rows()
-    with torch.no_grad():
-        looks = decoder(
-            inputs_embeds=rows.embeddings, attention_mask=rows.attention_mask.long(), output_attentions=True
-        ).attentions[1][:, 7]
-    words = [
-        world.built.processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in (*COLOURS, *FORMS)
-    ]
-    named = torch.isin(ids, torch.tensor(words))
-    after = named.long().cumsum(dim=1).argmax(dim=1) + 1
-    at_names = looks[torch.arange(PICTURES), after].mul(named).sum(dim=1)
-    assert at_names.mean() > 0.8, at_names.mean()
-
-
-def test_more_than_a_head_has_channels_is_passed_on_as_nearly_as_it_can_be() -> None:
-    """Seven words through four channels, of which three are hardly used: what is lost is their share."""
-    torch.manual_seed(0)
-    output, value = torch.linalg.qr(torch.randn(16, 7))[0], torch.linalg.qr(torch.randn(16, 7))[0].T
-    strengths = torch.tensor([4.0, 3, 2, 1, 0.03, 0.02, 0.01])
-    fitted_value, fitted_output = _fitted(value * strengths[:, None], output, 4)
-    assert fitted_value.shape == (4, 16) and fitted_output.shape == (16, 4)
-    lost = output @ (value * strengths[:, None]) - fitted_output @ fitted_value
-    torch.testing.assert_close(torch.linalg.svdvals(lost)[:3], strengths[4:], atol=1e-5, rtol=1e-4)
 
 
 def test_the_layers_before_and_the_words_stay_as_they_are() -> None:

@@ -5,19 +5,20 @@ from .conversations import make_conversation, tokenizer_corpus
 from .drawing import Scene, Shape, draw_scene, scene_masks
 from .lessons import mask_lessons, patch_lessons, word_lessons, words_of_patches
 from .manifest import SceneRecord, read_scenes
-from .patches import HOW_ASKED, PATCH_WORDS, patch_words
+from .patches import PATCH_WORDS, SEEN_EARLY, patch_words
 from .planning import SceneDataSettings
 from .questions import find_asks
 from .sampling import SceneSettings, sample_scenes
 from .words import (
     COLOURS,
     COLUMNS,
+    DIRECTIONS,
     EXTREMES,
     FORMS,
+    LIST_WORDS,
     PLURALS,
     ROWS,
     SIZES,
-    STEPS,
     category_names,
     named_shape,
 )
@@ -26,15 +27,16 @@ from .writers import HELD_OUT_SPEC, write_scene_data
 __all__ = [
     "COLOURS",
     "COLUMNS",
+    "DIRECTIONS",
     "EXTREMES",
     "FORMS",
     "HELD_OUT_SPEC",
-    "HOW_ASKED",
+    "LIST_WORDS",
     "PATCH_WORDS",
     "PLURALS",
     "ROWS",
+    "SEEN_EARLY",
     "SIZES",
-    "STEPS",
     "Difficulty",
     "LeakReport",
     "Scene",

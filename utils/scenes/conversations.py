@@ -23,12 +23,9 @@ from .words import (
     COLUMNS,
     DIRECTIONS,
     FORMS,
-    NEXT_COLOUR,
-    NEXT_FORM,
+    OF_ALL,
     OF_COLOUR,
     OF_FORM,
-    ORDER_OF_COLOUR,
-    ORDER_OF_FORM,
     ROWS,
     SIZES,
     TIMES,
@@ -309,8 +306,7 @@ def tokenizer_corpus(scenes: int = 500) -> list[str]:
     corpus = [*category_names(), *FORMS.values(), *SIZES, *NUMBERS, *TIMES.values()]
     corpus += [*_IS_WHERE.values(), *_OUTERMOST.values()]
     corpus += [f"at {place}" for place in (*COLUMNS, *ROWS)]
-    alike = (*ORDER_OF_COLOUR, *ORDER_OF_FORM, *OF_COLOUR, *OF_FORM, *NEXT_FORM, *NEXT_COLOUR)
-    corpus += [f"among those alike: {word}" for word in alike]
+    corpus += [f"so many: {number}" for number in (*OF_COLOUR, *OF_FORM, *OF_ALL)]
     rng = random.Random("tokenizer corpus")
     for number in range(scenes):
         scene = sample_scene(rng, SceneSettings())

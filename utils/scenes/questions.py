@@ -199,9 +199,8 @@ class Ask:
         named = [f"{shape.name} {mark(shape)}" for shape in shapes]
         placed = [f"{scene.where(shape)} {words}" for shape, words in zip(shapes, named, strict=True)]
         fields |= {"found": placed[0], "placed": " and ".join(placed)}
-        verdicts = {i: f"{scene.shapes[i].name} no" for i in self.looked_at} | dict(
-            zip(self.targets, named, strict=True)
-        )
+        verdicts = {i: f"{scene.shapes[i].name} no" for i in self.looked_at}
+        verdicts |= dict(zip(self.targets, named, strict=True))
         fields["verdicts"] = ", ".join(f"{scene.place(scene.shapes[i])[0]} {verdicts[i]}" for i in self.looked_at)
         return Phrased(question, self.answers[wording].format(**fields))
 

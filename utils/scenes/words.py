@@ -27,21 +27,14 @@ TIMES = MappingProxyType({1: "once", 2: "twice", 3: "three times", 4: "four time
 # Places along the picture's width and height, from the top left.
 COLUMNS = tuple(f"c{number}" for number in range(1, 15))
 ROWS = tuple(f"r{number}" for number in range(1, 15))
-# Where a shape stands, from left to right, among those of its colour, and among those of its form: the only one, the
-# last, the first, or between others.
-ORDER_OF_COLOUR = ("k1", "k2", "k3", "k4")
-ORDER_OF_FORM = ("f1", "f2", "f3", "f4")
-# How many shapes have a shape's colour, and its form, itself included; the last one stands for more, too.
-OF_COLOUR = ("m1", "m2", "m3")
-OF_FORM = ("n1", "n2", "n3")
-# What comes next to the right: the form of the next shape of the same colour, the colour of the next one of the same
-# form; in the order of FORMS and COLOURS.
-NEXT_FORM = tuple(f"u{number}" for number in range(1, len(FORMS) + 1))
-NEXT_COLOUR = tuple(f"v{number}" for number in range(1, len(COLOURS) + 1))
-# Word -> (to the right, down).
+# How many shapes of a scene share a shape's colour, or its form, itself included, and how many there are; the last one
+# stands for more, too.
+OF_COLOUR = tuple(f"k{number}" for number in range(1, 6))
+OF_FORM = tuple(f"f{number}" for number in range(1, 6))
+OF_ALL = tuple(f"n{number}" for number in range(1, 7))
+# Word -> (to the right, down). What comes next in a list is to the right of what was named last.
 DIRECTIONS = MappingProxyType({"left": (-1.0, 0.0), "right": (1.0, 0.0), "above": (0.0, -1.0), "below": (0.0, 1.0)})
-# The same, and what comes next in a list, which is to the right of what was named last.
-STEPS = MappingProxyType({**DIRECTIONS, "and": (0.5, 0.0)})
+LIST_WORDS = MappingProxyType({"and": (0.5, 0.0)})
 # Word -> which extreme of size: 1 for the largest, -1 for the smallest.
 EXTREMES = MappingProxyType({"largest": 1.0, "biggest": 1.0, "smallest": -1.0, "tiniest": -1.0})
 
