@@ -60,9 +60,8 @@ def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: 
     tower = built.model.vision_tower.requires_grad_(True)
     for part in tower.parts_without_loss():
         part.requires_grad_(False)
-    engine = PlainEngine(
-        PatchReader(built, PATCH_WORDS, SEEN_EARLY), OptimizerSettings(name=MUON), "fp32", runtime.device
-    )
+    reader = PatchReader(built, PATCH_WORDS, SEEN_EARLY)
+    engine = PlainEngine(reader, OptimizerSettings(name=MUON), "fp32", runtime.device)
     lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
 
     def batches(_: int) -> Iterator[list[PatchBatch]]:
@@ -78,8 +77,8 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     torch.manual_seed(seed)
     asked = word_lessons(scenes, built.processor, random.Random(seed))
     labels = words_of_patches(scenes, built.model.vision_tower.patch_size)
-    meant, words = Meant(PLURALS, EXTREMES, {**DIRECTIONS, **LIST_WORDS}), list(PATCH_WORDS.values())
-    read = start_looking_up(built, words, meant, asked, labels)
+    meant = Meant(PLURALS, EXTREMES, {**DIRECTIONS, **LIST_WORDS})
+    read = start_looking_up(built, list(PATCH_WORDS.values()), meant, asked, labels)
     shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())
     note(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
 
@@ -136,9 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     warm_tower(built, scenes, runtime, args.tower_steps, work / "tower")
     note("--- talk about scenes")
     start_lookups(built, scenes[: args.samples], args.seed)
-    train_words(
-        built, runtime, ["--dataset_dir", data, "--log_base_dir", str(work), "--exp_name", "words", *args.words]
-    )
+    where = ["--dataset_dir", data, "--log_base_dir", str(work), "--exp_name", "words"]
+    train_words(built, runtime, [*where, *args.words])
     if runtime.rank == 0:
         start_masks(built, data, args.samples, args.seed)
         save_model(built.model, built.processor, args.out)
