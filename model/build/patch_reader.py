@@ -6,7 +6,6 @@ will find them in it as it finds words. A word's score is its embedding's produc
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,13 +49,11 @@ class PatchReader(nn.Module):
     Args:
         words: for each kind of word (colour, form, …) the words, the first one for what is not there; each must be one
             token.
-        early: kinds that a hidden state of the tower, of this number, is asked for too, on every patch, through a map
-            of its own: what later layers compare must be there before they can learn to compare it.
+        early: kinds that the shallowest layer the tower hands out is asked for too, on every patch, through a map of its
+            own: what later layers compare must be there before they can learn to compare it.
     """
 
-    def __init__(
-        self, built: BuiltModel, words: Mapping[str, Sequence[str]], early: Mapping[str, int] = MappingProxyType({})
-    ) -> None:
+    def __init__(self, built: BuiltModel, words: Mapping[str, Sequence[str]], early: Sequence[str] = ()) -> None:
         super().__init__()
         self.tower, self.projector = built.model.vision_tower, built.model.projector
         for kind, embeddings in zip(words, embeddings_of(built, list(words.values())), strict=True):
@@ -65,7 +62,6 @@ class PatchReader(nn.Module):
         for kind in self.kinds[1:]:
             self.words(kind)[0] = 0  # that there is nothing is said once
         width = self.tower.model.config.hidden_size
-        self.asked_at = dict(early)
         self.early = nn.ModuleDict({kind: nn.Linear(width, len(words[kind])) for kind in early})
 
     def words(self, kind: str) -> torch.Tensor:
@@ -92,8 +88,8 @@ class PatchReader(nn.Module):
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> PatchReading:
         """Arguments as the fields of `PatchBatch`."""
         size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).expand(len(pixel_values), -1)
-        states = self._hidden_states(pixel_values, size)
-        tokens = self.projector(states[self.tower.layer_indices[0]])[..., :-NUM_MARKS]
+        features = self.tower(pixel_values, size)
+        tokens = self.projector(features[0])[..., :-NUM_MARKS]
         tables = {kind: self.words(kind)[:, :-NUM_MARKS] for kind in self.kinds}
         sums = torch.stack([tables[kind][labels[:, number]] for number, kind in enumerate(self.kinds)]).sum(dim=0)
         counts = self.count_losses(labels)
@@ -104,13 +100,7 @@ class PatchReader(nn.Module):
             missed = F.cross_entropy(scores / SCORE_SHARPNESS, truth, reduction="sum")
             losses[kind] = LossTerm(missed, torch.tensor(counts[kind]))
         for kind, read in self.early.items():
-            scores, truth = read(states[self.asked_at[kind]]), labels[:, self.kinds.index(kind)]
+            scores, truth = read(features[-1]), labels[:, self.kinds.index(kind)]
             missed = F.cross_entropy(scores.mT, truth, reduction="sum")
             losses[f"early_{kind}"] = LossTerm(missed, torch.tensor(counts["sum"]))
         return PatchReading(losses)
-
-    def _hidden_states(self, pixel_values: torch.Tensor, size: torch.Tensor) -> dict[int, torch.Tensor]:
-        """(B, patches, C) the states that become tokens, and those that are asked early, by their numbers."""
-        numbers = sorted({self.tower.layer_indices[0], *self.asked_at.values()})
-        states = self.tower.hidden_states(pixel_values, size, numbers)
-        return {n: state[:, self.tower.num_class_tokens :] for n, state in zip(numbers, states, strict=True)}

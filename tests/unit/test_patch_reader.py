@@ -65,7 +65,7 @@ def test_where_there_is_no_word_only_the_sum_is_asked_for(built: BuiltModel, mon
 def test_an_earlier_layer_is_asked_too_where_that_is_wanted(built: BuiltModel) -> None:
     """It is asked on every patch, for nothing too; what it learns trains the layers before it, and is no part of the
     model."""
-    reader = PatchReader(built, WORDS, early={"form": 1})
+    reader = PatchReader(built, WORDS, early=("form",))
     labels = torch.randint(0, 3, (2, 2, PATCHES), generator=torch.Generator().manual_seed(0))
     losses = reader(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), labels).losses
     counts = {name: float(term.count) for name, term in losses.items()}

@@ -23,8 +23,8 @@ PATCH_WORDS = MappingProxyType(
         )
     }
 )
-# The kinds that are seen early, in which hidden state of the tiny tower: what shapes are, before they are counted.
-SEEN_EARLY = MappingProxyType({"colour": 3, "form": 3, "size": 3})
+# The kinds that are seen first: what shapes are, before they are counted.
+SEEN_EARLY = ("colour", "form", "size")
 # A patch shows a shape that covers at least this share of it.
 _COVERED = 0.15
 
