@@ -49,8 +49,8 @@ class PatchReader(nn.Module):
     Args:
         words: for each kind of word (colour, form, …) the words, the first one for what is not there; each must be one
             token.
-        early: kinds that the shallowest layer the tower hands out is asked for too, on every patch, through a map of its
-            own: what later layers compare must be there before they can learn to compare it.
+        early: kinds that the shallowest layer the tower hands out is asked for too, on every patch, through a map of
+            its own: what later layers compare must be there before they can learn to compare it.
     """
 
     def __init__(self, built: BuiltModel, words: Mapping[str, Sequence[str]], early: Sequence[str] = ()) -> None:
