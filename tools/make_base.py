@@ -38,7 +38,6 @@ from utils.scenes import (
     LIST_WORDS,
     PATCH_WORDS,
     PLURALS,
-    SEEN_EARLY,
     Scene,
     mask_lessons,
     patch_lessons,
@@ -60,15 +59,15 @@ def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: 
     tower = built.model.vision_tower.requires_grad_(True)
     for part in tower.parts_without_loss():
         part.requires_grad_(False)
-    reader = PatchReader(built, PATCH_WORDS, SEEN_EARLY)
-    engine = PlainEngine(reader, OptimizerSettings(name=MUON), "fp32", runtime.device)
-    lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
+    engine = PlainEngine(PatchReader(built, PATCH_WORDS), OptimizerSettings(name=MUON), "fp32", runtime.device)
+    ranks = engine.world_size
+    lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // ranks, engine.rank, ranks)
 
     def batches(_: int) -> Iterator[list[PatchBatch]]:
         return ([PatchBatch(pixels, words)] for pixels, words in lessons)
 
-    schedule = Schedule(TOWER_RATE, steps, min(TOWER_WARMUP, steps // 2), "cosine")
-    Run(engine, Plan(schedule, steps, 0, 0, print_every=10), folder).fit(batches)
+    plan = Plan(Schedule(TOWER_RATE, steps, min(TOWER_WARMUP, steps // 2), "cosine"), steps, 0, 0, print_every=10)
+    Run(engine, plan, folder).fit(batches)
     built.model.cpu().eval()
 
 
@@ -115,9 +114,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="last: what train_ds.py's flags override")
     args = parser.parse_args(argv)
-    data = args.dataset_dir
-    if not (data / "scenes.json").is_file():
-        raise UserError(f"{data} holds no scenes: make them with tools/make_scenes.py --out {data}")
+    if not (args.dataset_dir / "scenes.json").is_file():
+        raise UserError(
+            f"{args.dataset_dir} holds no scenes: make them with tools/make_scenes.py --out {args.dataset_dir}"
+        )
     return args
 
 

@@ -16,9 +16,8 @@ from ..losses import LossTerm
 from .builder import BuiltModel
 from .tiny import NUM_MARKS, embeddings_of
 
-# A word that is there scores about 10 above one that is not. What the distance to the sum of words weighs, and the
-# question to an earlier layer, which is asked of many patches that show nothing.
-SCORE_SHARPNESS, SUM_WEIGHT, EARLY_WEIGHT = 8.0, 4.0, 12.0
+# A word that is there scores about 10 above one that is not. What the distance to the sum of words weighs.
+SCORE_SHARPNESS, SUM_WEIGHT = 8.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,9 @@ class PatchReader(nn.Module):
     Args:
         words: for each kind of word (colour, form, …) the words, the first one for what is not there; each must be one
             token.
-        early: kinds that the shallowest layer the tower hands out is asked for too, on every patch, through a map of
-            its own: what later layers compare must be there before they can learn to compare it.
     """
 
-    def __init__(self, built: BuiltModel, words: Mapping[str, Sequence[str]], early: Sequence[str] = ()) -> None:
+    def __init__(self, built: BuiltModel, words: Mapping[str, Sequence[str]]) -> None:
         super().__init__()
         self.tower, self.projector = built.model.vision_tower, built.model.projector
         for kind, embeddings in zip(words, embeddings_of(built, list(words.values())), strict=True):
@@ -61,8 +58,6 @@ class PatchReader(nn.Module):
         self.kinds = list(words)
         for kind in self.kinds[1:]:
             self.words(kind)[0] = 0  # that there is nothing is said once
-        width = self.tower.model.config.hidden_size
-        self.early = nn.ModuleDict({kind: nn.Linear(width, len(words[kind])) for kind in early})
 
     def words(self, kind: str) -> torch.Tensor:
         """(words, H) embeddings, less their marks."""
@@ -70,15 +65,13 @@ class PatchReader(nn.Module):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The distance to the sums, and the cross entropy of each kind, from the tokens and from an earlier layer."""
-        of_tokens = {"sum": SUM_WEIGHT} | dict.fromkeys(self.kinds, 1.0)
-        return of_tokens | {f"early_{kind}": EARLY_WEIGHT for kind in self.early}
+        """The distance to the sums, and the cross entropy of each kind."""
+        return {"sum": SUM_WEIGHT} | dict.fromkeys(self.kinds, 1.0)
 
     def count_losses(self, labels: torch.Tensor, **_: Any) -> dict[str, float]:
         """The counts `forward` returns: patches, and by kind those that are asked for it."""
         counts = {"sum": float(labels[:, 0].numel())}
-        counts |= {kind: float(self._asked(labels, kind).sum()) for kind in self.kinds}
-        return counts | {f"early_{kind}": counts["sum"] for kind in self.early}
+        return counts | {kind: float(self._asked(labels, kind).sum()) for kind in self.kinds}
 
     def _asked(self, labels: torch.Tensor, kind: str) -> torch.Tensor:
         """(B, patches) bool. The first kind is asked of all patches, the others where they have a word."""
@@ -88,8 +81,7 @@ class PatchReader(nn.Module):
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> PatchReading:
         """Arguments as the fields of `PatchBatch`."""
         size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device).expand(len(pixel_values), -1)
-        features = self.tower(pixel_values, size)
-        tokens = self.projector(features[0])[..., :-NUM_MARKS]
+        tokens = self.projector(self.tower(pixel_values, size)[0])[..., :-NUM_MARKS]
         tables = {kind: self.words(kind)[:, :-NUM_MARKS] for kind in self.kinds}
         sums = torch.stack([tables[kind][labels[:, number]] for number, kind in enumerate(self.kinds)]).sum(dim=0)
         counts = self.count_losses(labels)
@@ -99,8 +91,4 @@ class PatchReader(nn.Module):
             scores, truth = tokens[asked] @ tables[kind].T, labels[:, number][asked]
             missed = F.cross_entropy(scores / SCORE_SHARPNESS, truth, reduction="sum")
             losses[kind] = LossTerm(missed, torch.tensor(counts[kind]))
-        for kind, read in self.early.items():
-            scores, truth = read(features[-1]), labels[:, self.kinds.index(kind)]
-            missed = F.cross_entropy(scores.mT, truth, reduction="sum")
-            losses[f"early_{kind}"] = LossTerm(missed, torch.tensor(counts["sum"]))
         return PatchReading(losses)

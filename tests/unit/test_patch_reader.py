@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.build.builder import BuildError, BuiltModel
-from model.build.patch_reader import EARLY_WEIGHT, SCORE_SHARPNESS, SUM_WEIGHT, PatchBatch, PatchReader
+from model.build.patch_reader import SCORE_SHARPNESS, PatchBatch, PatchReader
 from model.build.tiny import make_tiny
 from tests.unit.tiny_pixellm import SHAPE
 from utils.engine.plain_engine import PlainEngine
@@ -60,23 +60,6 @@ def test_where_there_is_no_word_only_the_sum_is_asked_for(built: BuiltModel, mon
     torch.testing.assert_close(losses["colour"].sum, told)
     form = F.cross_entropy(sums[0, 7] @ forms.T / SCORE_SHARPNESS, torch.tensor(2))
     torch.testing.assert_close(losses["form"].sum, form)
-
-
-def test_an_earlier_layer_is_asked_too_where_that_is_wanted(built: BuiltModel) -> None:
-    """It is asked on every patch, for nothing too; what it learns trains the layers before it, and is no part of the
-    model."""
-    reader = PatchReader(built, WORDS, early=("form",))
-    labels = torch.randint(0, 3, (2, 2, PATCHES), generator=torch.Generator().manual_seed(0))
-    losses = reader(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), labels).losses
-    counts = {name: float(term.count) for name, term in losses.items()}
-    formed = int((labels[:, 1] > 0).sum())
-    assert counts == {"sum": 32, "colour": 32, "form": formed, "early_form": 32} == reader.count_losses(labels)
-    assert reader.loss_weights == {"sum": SUM_WEIGHT, "colour": 1, "form": 1, "early_form": EARLY_WEIGHT}
-    losses["early_form"].sum.backward()
-    assert reader.early["form"].weight.grad is not None
-    layers = built.model.vision_tower.model.encoder.layers
-    assert layers[0].mlp.fc1.weight.grad is not None and layers[1].mlp.fc1.weight.grad is None
-    assert not any("early" in name for name in built.model.state_dict())
 
 
 def test_a_word_of_several_tokens_is_refused(built: BuiltModel) -> None:

@@ -23,8 +23,6 @@ PATCH_WORDS = MappingProxyType(
         )
     }
 )
-# The kinds that are seen first: what shapes are, before they are counted.
-SEEN_EARLY = ("colour", "form", "size")
 # A patch shows a shape that covers at least this share of it.
 _COVERED = 0.15
 
