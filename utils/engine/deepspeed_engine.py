@@ -151,7 +151,8 @@ def make_sharder(user_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
 class DeepSpeedEngine(Peers):
     """A model under ZeRO. See `protocol.Engine`.
 
-    same_sums: whether every stage adds up in one order, so that all leave the same bits (stage 1 of one round only).
+    same_sums: whether every stage adds up in one order, so that all leave the same bits (stage 1 of one round only, and
+        nothing offloaded).
     """
 
     name = "deepspeed"
