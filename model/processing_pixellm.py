@@ -227,6 +227,8 @@ class PixelLMProcessor(ProcessorMixin):
         self._check_tokens()
         self._format: ConversationFormat = build_format(conversation_format, tokenizer)
         self._encoder = PieceEncoder(tokenizer)
+        # A tokenizer looks them up by their names every time, which takes as long as a piece of text.
+        self._bos_token_id, self._end_token_id = tokenizer.bos_token_id, int(tokenizer.eos_token_id)
         word = tokenizer.encode("x", add_special_tokens=False)
         self._implies_space = tokenizer.encode("x x", add_special_tokens=False) == word * 2
         if text_rules == RELEASE_RULES:
@@ -297,7 +299,7 @@ class PixelLMProcessor(ProcessorMixin):
     @property
     def end_token_id(self) -> int:
         """Id with which every answer ends: the tokenizer's own end token."""
-        return int(self.tokenizer.eos_token_id)
+        return self._end_token_id
 
     @property
     def num_image_tokens(self) -> int:
@@ -478,7 +480,7 @@ class PixelLMProcessor(ProcessorMixin):
     def _add_question(self, row: _Row, question: str, index: int, with_picture: bool = True) -> None:
         scaffold = self._format
         if scaffold.bos_at_turns or (index == 0 and scaffold.bos_at_start):
-            row.add_ids([self.tokenizer.bos_token_id])
+            row.add_ids([self._bos_token_id])
         row.add_text(scaffold.between if index else scaffold.opening, scaffold=True)
         if index == 0 and with_picture:
             image = [self._image_token_id]

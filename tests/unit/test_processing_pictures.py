@@ -261,6 +261,23 @@ def test_pictures_of_every_size_are_resized_as_pil_does_it(size, look):
     np.testing.assert_array_equal(prepared_pixels(array, 448), by_the_book(array, 448))
 
 
+def assert_nearly_by_the_book(found: np.ndarray, expected: np.ndarray) -> None:
+    """At most one value in a thousand is off, by 1, and only at the edges: there alone torch's weights fall short."""
+    off = np.abs(found.astype(int) - expected)
+    assert off.max() <= 1 and (off > 0).mean() <= 0.001 and not off[1:-1, 1:-1].any()
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (640, 640), (672, 896), (427, 640), (333, 500), (896, 300)])
+@pytest.mark.parametrize("look", ["grainy", "noise"])
+def test_fast_resizing_is_off_at_the_edges_only(size, look):
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    array = grainy(*size) if look == "grainy" else noise
+    found = prepared_pixels(array, 448, fast=True)
+    assert_nearly_by_the_book(found, by_the_book(array, 448))
+    if size not in ((480, 640), (640, 480), (640, 640)):
+        np.testing.assert_array_equal(found, by_the_book(array, 448), "only tenths both ways are resized otherwise")
+
+
 @pytest.mark.parametrize("factor", [pictures._TENTHS, pictures._HALVES])
 def test_no_sum_of_the_quick_filter_is_told_wrong_by_its_15_bits(factor):
     """The proof beside `_TENTHS`, in whole numbers."""
@@ -319,8 +336,8 @@ def test_photographs_are_prepared_as_pil_does_it(realdata):
     for path in photographs:
         with Image.open(path) as opened:
             array = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-        for fast in (False, True):
-            np.testing.assert_array_equal(prepared_pixels(str(path), 448, fast), by_the_book(array, 448), str(path))
+        np.testing.assert_array_equal(prepared_pixels(str(path), 448), by_the_book(array, 448), str(path))
+        assert_nearly_by_the_book(prepared_pixels(str(path), 448, fast=True), by_the_book(array, 448))
 
 
 @pytest.mark.parametrize(
