@@ -88,6 +88,17 @@ def test_many_outlines_come_out_as_pycocotools_has_them() -> None:
         assert np.array_equal(CocoMask(HEIGHT, WIDTH, tuple(outlines))(), expected)
 
 
+def test_a_window_is_as_small_as_its_mask_but_for_whole_words() -> None:
+    for left, top, side in ((3, 2, 5), (0, 0, 8), (25, 18, 6), (9, 1, 11)):
+        window = source_of([square(left, top, side)]).window()
+        assert window is not None and window.top == top and window.pixels.shape[0] == side
+        width = window.pixels.shape[1]
+        assert window.left == min(left, WIDTH - width) and width == -(-side // 8) * 8
+        assert window.pixels.sum() == side * side and window.pixels.flags.c_contiguous
+    narrow = CocoMask(4, 5, (np.array(square(1, 1, 3), dtype=np.float64),)).window()
+    assert narrow is not None and narrow.pixels.shape == (3, 5), "no word has room: the picture's own width"
+
+
 def test_polygons_without_an_inside_are_left_out() -> None:
     # Four numbers would be a box to pycocotools, and a box first makes boxes of all that follow.
     assert source_of([[1, 1, 20, 20], square(2, 2, 5), []])().sum() == 25

@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 from tests.unit import data_sets
 from utils.arguments import TrainArguments
 from utils.data.collate import IGNORED_TOKEN, PICTURE_KEY, Batch, collate
-from utils.data.dataset import RankBatches, TrainingDataset, build_loader
+from utils.data.dataset import TOGETHER, Joined, RankBatches, TrainingDataset, build_loader
 from utils.data.errors import DataError
 from utils.data.mixture import Mixture, build_mixture
 from utils.data.reader import Reader, ReaderOptions
@@ -163,8 +163,8 @@ class TooLong(ValueError):
 
 @dataclass
 class FakePicture:
-    pixels: torch.Tensor
-    resized_size: tuple[int, int]
+    resized: np.ndarray
+    side: int
     original_size: tuple[int, int]
 
 
@@ -188,8 +188,8 @@ class FakeProcessor:
 
     def prepare_picture(self, source: Any, fast: bool) -> FakePicture:
         array = self.open_picture(source) if isinstance(source, str) else source
-        pixels = torch.full((3, SIDE, SIDE), int(array.mean()), dtype=torch.uint8)
-        return FakePicture(pixels, (5 if fast else 6, SIDE), array.shape[:2])
+        resized = np.full((5 if fast else 6, SIDE, 3), int(array.mean()), dtype=np.uint8)
+        return FakePicture(resized, SIDE, array.shape[:2])
 
     @staticmethod
     def pixel_statistics(pixels: torch.Tensor, resized_sizes: torch.Tensor) -> torch.Tensor:
@@ -283,7 +283,9 @@ def test_batches_without_any_target_and_moving_them(picture: str) -> None:
     assert batch.pixel_values[PICTURE_KEY].dtype == torch.uint8, "the batch itself must not change"
     for done in (batch.to("cpu"), batch.to("cpu").to("cpu")):
         assert done.pixel_values[PICTURE_KEY].dtype == torch.float32 and done.normalise is None
-        assert (done.pixel_values[PICTURE_KEY] == 90 - 6).all(), "normalised once: 90 less the height of 6"
+        pixels = done.pixel_values[PICTURE_KEY]
+        assert (pixels[:, :, :6] == 90 - 6).all(), "normalised once: 90 less the height of 6"
+        assert (pixels[:, :, 6:] == -6).all(), "black beside the picture"
     assert torch.equal(batch.as_kwargs()["pixel_values"][PICTURE_KEY], done.pixel_values[PICTURE_KEY])
     assert list(batch.as_kwargs()) == [
         *("input_ids", "attention_mask", "labels", "pixel_values", "resized_sizes", "original_sizes"),
@@ -314,7 +316,7 @@ def test_a_batch_is_the_same_after_a_journey_between_processes(picture: str) -> 
 def test_dropped_turns_take_their_masks_along_and_are_counted(picture: str) -> None:
     sample = Sample(picture, ((turn(1), turn(2, 3), turn(4)), (turn(5, words=50),), (turn(6),)), "d", "s")
     example = dataset([sample], FakeProcessor(most=11))[0]
-    assert example.masks.sum(dim=(1, 2)).tolist() == [1, 2, 3, 6]
+    assert example.masks.drawn().sum(dim=(1, 2)).tolist() == [1, 2, 3, 6]
     assert [row.target_turns for row in example.rows] == [[0, 1, 1], [0]]
     lost = {name: example.info[name] for name in ("dropped_turns", "dropped_targets", "dropped_conversations")}
     assert lost == {"dropped_turns": 2, "dropped_targets": 2, "dropped_conversations": 1}
@@ -330,6 +332,30 @@ def test_a_sample_that_is_too_long_altogether_is_replaced_by_one_that_follows_fr
         dataset([long], FakeProcessor(most=20))[0]
     with pytest.raises(TooLong):
         TrainingDataset(Listed([long]), FakeProcessor(most=20), 1)[0]  # type: ignore[arg-type]
+
+
+def test_samples_that_are_made_together_are_those_made_alone(picture: str) -> None:
+    """Words of all, then pictures of all; what is too long is replaced before the others go on."""
+    long, short = (Sample(picture, ((turn(1, words=n),),), "d", f"{n} words") for n in (50, 2))
+    done: list[str] = []
+
+    class Noting(FakeProcessor):
+        def prepare_picture(self, source: Any, fast: bool) -> FakePicture:
+            done.append("picture")
+            return super().prepare_picture(source, fast)
+
+        def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> FakeEncoded:
+            done.append("words")
+            return super().encode_conversation(turns, with_picture)
+
+    made = dataset([long, short], Noting(most=20), length=3)
+    together = made.__getitems__([0, 1, 2])
+    assert done == ["words"] * 5 + ["picture"] * 3, "two are too long"
+    alone = [made[number] for number in range(3)]
+    for one, other in zip(together, alone, strict=True):
+        assert one.info == other.info and torch.equal(one.masks.drawn(), other.masks.drawn())
+        assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(one.rows, other.rows, strict=True))
+    assert [one.info["number"] for one in together] == [0, 1, 2]
 
 
 def test_a_mask_of_another_size_is_refused(picture: str) -> None:
@@ -390,6 +416,23 @@ def test_the_order_does_not_depend_on_workers(tmp_path: Path) -> None:
         assert one.info == other.info
         assert torch.equal(one.input_ids, other.input_ids)
         assert all(torch.equal(a, b) for a, b in zip(one.masks, other.masks, strict=True))
+
+
+def test_batches_are_joined_but_for_the_last() -> None:
+    batches = RankBatches(1, 2, 3, stop=30)
+    assert len(batches) == 5 and len(Joined(batches, 2)) == 3
+    assert list(Joined(batches, 2)) == [[3, 4, 5, 9, 10, 11], [15, 16, 17, 21, 22, 23], [27, 28, 29]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_gives_its_batches_as_often_as_asked(picture: str, workers: int) -> None:
+    """Of 34 samples in twos a worker makes 16, 16 and 2 at once."""
+    made = dataset([Sample(picture, ((turn(1),),), "d", "s")], FakeProcessor(), length=34)
+    loader = build_loader(made, rank=0, world_size=1, batch_size=2, pad_token_id=0, workers=workers)
+    assert TOGETHER == 16 and len(loader) == 17
+    for _ in range(2):
+        numbers = [[info["number"] for info in batch.info] for batch in loader]
+        assert numbers == [[2 * place, 2 * place + 1] for place in range(17)]
 
 
 def test_batches_that_do_not_come_out_even_are_refused() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from utils.data import passing
-from utils.data.collate import PICTURE_KEY, Batch
-from utils.data.passing import SharedSlots, make_slots
+from utils.data.collate import PICTURE_KEY, Batch, EncodedRow, Example, collated, parcel
+from utils.data.masks import Window, WindowedMasks
+from utils.data.passing import Corner, SharedSlots, make_slots
 
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="workers are not forked")
 
@@ -65,6 +66,42 @@ def test_a_batch_is_the_same_through_a_slot_and_in_a_message(own_slots: SharedSl
     assert len(through_slot) < 2000 < 2 * 80 * 80 * 3 < len(in_message)
     for content, batch in ((through_slot, small), (in_message, large)):
         assert_same(pickle.loads(content), batch)
+
+
+def make_example(number: int) -> Example:
+    """A picture of 3 by 5 pixels in a square of 8, with a row of `number` tokens, and masks of which one has 255."""
+    rng = np.random.default_rng(number)
+    corner = Corner(rng.integers(1, 256, (3, 5, 3), dtype=np.uint8), 8)
+    windows = [Window(2, 1, np.ones((4, 3), dtype=np.uint8)), Window(0, 0, np.full((1, 9), 255, dtype=np.uint8))]
+    ids = torch.arange(number)
+    rows = [EncodedRow(ids, -ids, [0, 0])]
+    return Example(corner, (3, 5), (7, 9), rows, WindowedMasks((7, 9), windows[: number % 3]), {"number": number})
+
+
+@needs_fork
+@pytest.mark.parametrize("slot_bytes", [1 << 14, 1 << 8])
+def test_a_parcel_arrives_as_its_batches(monkeypatch: pytest.MonkeyPatch, slot_bytes: int) -> None:
+    """Squares and masks are drawn by who receives them; three examples are a batch of two and one of one."""
+    monkeypatch.setattr(SharedSlots, "_own", None)
+    SharedSlots(slots=1, slot_bytes=slot_bytes).send_through()
+    examples = [make_example(number) for number in (4, 5, 6)]
+    arrived, expected = pickle.loads(pickle.dumps(parcel(examples, 2, 9))), collated(examples, 2, 9)
+    assert [len(batch.masks) for batch in arrived] == [2, 1]
+    for one, other in zip(arrived, expected, strict=True):
+        assert_same(one, other)
+    pixels, masks = arrived[0].pixel_values[PICTURE_KEY], arrived[0].masks
+    np.testing.assert_array_equal(pixels[1, :, :3, :5].permute(1, 2, 0), examples[1].pixel_values.pixels)
+    assert not pixels[:, :, 3:].any() and not pixels[:, :, :, 5:].any(), "black beside the pictures"
+    assert [one.shape for one in masks] == [(1, 7, 9), (2, 7, 9)]
+    assert masks[1].sum(dim=(1, 2)).tolist() == [4 * 3, 9 * 255] and masks[1][0, 2:6, 1:4].all()
+    assert arrived[0].input_ids.tolist() == [[0, 1, 2, 3, 9], [0, 1, 2, 3, 4]]
+    assert arrived[0].attention_mask.sum(1).tolist() == [4, 5] and arrived[0].labels[0].tolist() == [
+        0,
+        -1,
+        -2,
+        -3,
+        -100,
+    ]
 
 
 @needs_fork

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from utils.data.passing import received, sent
+from utils.data.masks import Window, WindowedMasks
+from utils.data.passing import Corner, Squares, received, sent
 
 PICTURE_KEY = "vision_tower"
 """What the prepared picture is keyed by: the tower it is for."""
@@ -36,16 +38,16 @@ class EncodedRow:
 class Example:
     """One picture with its conversations, ready to be put into a batch.
 
-    pixel_values (3, P, P) uint8, to be normalised by `normalise`, or float32, where that is None; sizes (height, width)
-    after resizing and of the picture itself; masks (Q, H, W) uint8 of 0, 1 and 255 in the order of the rows' targets;
-    info: what people and logs want to know.
+    pixel_values (3, P, P) uint8, to be normalised by `normalise`, or float32, where that is None; of an opened picture
+    the corner of its square; sizes (height, width) after resizing and of the picture itself; masks, in the order of the
+    rows' targets, in their windows or drawn: (Q, H, W) uint8 of 0, 1 and 255; info: what people and logs want to know.
     """
 
-    pixel_values: torch.Tensor
+    pixel_values: torch.Tensor | Corner
     resized_size: tuple[int, int]
     original_size: tuple[int, int]
     rows: list[EncodedRow]
-    masks: torch.Tensor
+    masks: WindowedMasks | torch.Tensor
     info: dict[str, Any]
     normalise: Normalise | None = None
 
@@ -68,11 +70,11 @@ class Batch:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
-    pixel_values: dict[str, torch.Tensor]
+    pixel_values: dict[str, Any]
     resized_sizes: torch.Tensor
     original_sizes: torch.Tensor
     image_index: torch.Tensor
-    masks: list[torch.Tensor]
+    masks: list[Any]
     target_questions: torch.Tensor
     info: list[dict[str, Any]] = field(default_factory=list)
     normalise: Normalise | None = None
@@ -93,12 +95,10 @@ class Batch:
         return self._normalised()._arguments()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What a worker sends."""
-        arguments = {name: value for name, value in self._arguments().items() if name != "masks"}
-        return _received, (sent(arguments, self.masks), self.info, self.normalise)
+        return _only, (Parcel([self]),)
 
     def _arguments(self) -> dict[str, Any]:
-        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _NO_ARGUMENTS}
+        return {name: getattr(self, name) for name in _ARGUMENTS}
 
     def _normalised(self) -> "Batch":
         if self.normalise is None:
@@ -118,31 +118,81 @@ class Batch:
         return replace(self, **changed)
 
 
-_NO_ARGUMENTS = ("info", "normalise")
+_ARGUMENTS = tuple(entry.name for entry in fields(Batch) if entry.name not in ("info", "normalise"))
 
 
-def _received(content: tuple[Any, ...], info: list[dict[str, Any]], normalise: Normalise | None) -> Batch:
-    arguments, masks = received(*content)
-    return Batch(**arguments, masks=masks, info=info, normalise=normalise)
+class Parcel:
+    """Batches on their way, which may hold squares and masks as their examples do. What arrives, once, is the list of
+    the batches in whole.
+
+    They are written where they can be received at once: the thread that sends, on another core maybe, would have to
+    fetch them from this one.
+    """
+
+    def __init__(self, batches: list[Batch]) -> None:
+        arguments = [batch._arguments() for batch in batches]
+        for one in arguments:
+            one["masks"] = [_whole(masks) if isinstance(masks, torch.Tensor) else masks for masks in one["masks"]]
+        self._content = sent(arguments)
+        self._rest = [(batch.info, batch.normalise) for batch in batches]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (self._content, self._rest)
+
+
+def _unpacked(content: tuple[Any, ...], rest: list[tuple[list[dict[str, Any]], Normalise | None]]) -> list[Batch]:
+    return [
+        Batch(**arguments, info=info, normalise=normalise)
+        for arguments, (info, normalise) in zip(received(*content), rest, strict=True)
+    ]
+
+
+def _only(batches: list[Batch]) -> Batch:
+    (batch,) = batches
+    return batch
+
+
+def _whole(masks: torch.Tensor) -> WindowedMasks:
+    """The windows of masks (Q, H, W) uint8 that are drawn already."""
+    height, width = masks.shape[1:]
+    return WindowedMasks((height, width), [Window(0, 0, mask) for mask in masks.numpy()])
 
 
 def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
     """One Batch of at least one example, each with at least one row; `pad_token_id` fills short rows, unlabelled."""
+    batch = _joined(examples, pad_token_id)
+    pixels = {key: _drawn(pictures) for key, pictures in batch.pixel_values.items()}
+    return replace(batch, pixel_values=pixels, masks=[_drawn(masks) for masks in batch.masks])
+
+
+def _drawn(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else value.drawn()
+
+
+def collated(examples: list[Example], batch_size: int, pad_token_id: int = 0) -> list[Batch]:
+    """Batches of `batch_size` examples each."""
+    return [collate(some, pad_token_id) for some in _parted(examples, batch_size)]
+
+
+def parcel(examples: list[Example], batch_size: int, pad_token_id: int = 0) -> Parcel:
+    """What arrives as the batches that `collated` makes of the same, and is to be sent."""
+    return Parcel([_joined(some, pad_token_id) for some in _parted(examples, batch_size)])
+
+
+def _parted(examples: list[Example], batch_size: int) -> list[list[Example]]:
+    return [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
+
+
+def _joined(examples: list[Example], pad_token_id: int) -> Batch:
+    """The batch of the examples, with squares and masks as they have them."""
     rows = [row for example in examples for row in example.rows]
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
-    labels = torch.full(shape, IGNORED_TOKEN, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[number, :length] = row.input_ids
-        labels[number, :length] = row.labels
-        attention_mask[number, :length] = True
+    lengths = torch.tensor([row.input_ids.shape[0] for row in rows])
+    input_ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad_token_id)
     return Batch(
         input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
-        pixel_values={PICTURE_KEY: _stacked([example.pixel_values for example in examples])},
+        attention_mask=torch.arange(input_ids.shape[1]) < lengths[:, None],
+        labels=pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED_TOKEN),
+        pixel_values={PICTURE_KEY: _together([example.pixel_values for example in examples])},
         resized_sizes=torch.tensor([example.resized_size for example in examples], dtype=torch.long),
         original_sizes=torch.tensor([example.original_size for example in examples], dtype=torch.long),
         image_index=torch.tensor([b for b, example in enumerate(examples) for _ in example.rows], dtype=torch.long),
@@ -153,9 +203,9 @@ def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
     )
 
 
-def _stacked(pictures: list[torch.Tensor]) -> torch.Tensor:
-    """(B, 3, P, P) of (3, P, P). Channels are last in the memory of opened pictures: so they are copied as they lie."""
-    return torch.stack([picture.movedim(0, -1) for picture in pictures]).movedim(-1, 1)
+def _together(pictures: list[Any]) -> Any:
+    """Squares of corners, or (B, 3, P, P) of (3, P, P)."""
+    return Squares(pictures) if isinstance(pictures[0], Corner) else torch.stack(pictures)
 
 
 def _numbered_questions(rows: list[EncodedRow]) -> torch.Tensor:

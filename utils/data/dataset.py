@@ -1,10 +1,13 @@
 """Samples into tensors, in an order that depends on neither ranks nor workers."""
 
+import gc
+import math
 import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cache, partial
+from itertools import islice
 from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
@@ -13,12 +16,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.data.bad_samples import BAD_SAMPLES, BadSample, as_bad_sample
-from utils.data.collate import EncodedRow, Example, Normalise, collate
+from utils.data.collate import Batch, EncodedRow, Example, Normalise, collated, parcel
 from utils.data.errors import DataError
-from utils.data.masks import CocoMask
+from utils.data.masks import CocoMask, Window, WindowedMasks
 from utils.data.mixture import Mixture
-from utils.data.passing import SharedSlots, make_slots
+from utils.data.passing import Corner, SharedSlots, make_slots
 from utils.data.samples import NO_PICTURE, Conversation, Sample, Target
+
+TOGETHER = 16
+"""Samples that a worker makes and sends at once, in whole batches: what is done for several in a row costs half."""
 
 _STAND_INS = 8
 """Most samples tried in place of one that cannot be used."""
@@ -27,10 +33,12 @@ _STAND_IN_STEP = 7919
 
 
 class Picture(Protocol):
-    """A picture in the square that the model takes: pixels (3, P, P) uint8, and sizes (height, width)."""
+    """A picture that fits into the square of `side` pixels that the model takes: resized (h, w, 3) uint8, for its top
+    left corner; original_size (height, width).
+    """
 
-    pixels: torch.Tensor
-    resized_size: tuple[int, int]
+    resized: np.ndarray
+    side: int
     original_size: tuple[int, int]
 
 
@@ -89,13 +97,29 @@ class TrainingDataset(Dataset):
         return self.length
 
     def __getitem__(self, i: int) -> Example:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+        """Examples, all of them a stage further at a time: their words, their pictures, their masks.
+
+        A picture takes the processor's caches for itself: the words of a sample cost twice as much after one as after
+        other words.
+        """
+        makings = [self._making(number) for number in numbers]
+        examples: list[Example | None] = [None] * len(makings)
+        while None in examples:
+            examples = [example or next(making) for example, making in zip(examples, makings, strict=True)]
+        return examples  # type: ignore[return-value]
+
+    def _making(self, i: int) -> Iterator[Example | None]:
+        """None after every stage but the last, then example i."""
         lost: Counter[str] = Counter()
         bad: list[BadSample] = []
         for attempt in range(_STAND_INS + 1):
-            example = self._readable(i + attempt * _STAND_IN_STEP, lost, bad)
+            example = yield from self._readable(i + attempt * _STAND_IN_STEP, lost, bad)
             if example is not None:
                 example.info |= {"number": i, "replaced_samples": attempt, BAD_SAMPLES: bad}
-                return example
+                yield example
         why = (
             f"for the last: {bad[-1].message}"
             if bad
@@ -103,12 +127,18 @@ class TrainingDataset(Dataset):
         )
         raise DataError(f"{_STAND_INS + 1} samples in a row, from number {i} on, cannot be used; {why}")
 
-    def _readable(self, number: int, lost: Counter[str], bad: list[BadSample]) -> Example | None:
+    def _readable(self, number: int, lost: Counter[str], bad: list[BadSample]) -> Generator[None, None, Example | None]:
         """Sample `number`, or None where it cannot be used: too long (see `lost`) or unreadable (added to `bad`)."""
         try:
             sample = self.mixture[number]
             encoded = self._encode_conversations(sample, lost)
-            return self._example(sample, encoded, lost) if encoded else None
+            if not encoded:
+                return None
+            yield
+            source = _NOTHING_TO_SEE if sample.image_path == NO_PICTURE else sample.image_path
+            picture = self.processor.prepare_picture(source, fast=self.fast_resize)
+            yield
+            return self._example(sample, encoded, picture, lost)
         except Exception as error:
             reason = as_bad_sample(error)
             if reason is None:
@@ -134,10 +164,12 @@ class TrainingDataset(Dataset):
         return encoded
 
     def _example(
-        self, sample: Sample, encoded: list[tuple[Conversation, EncodedConversation]], lost: Counter[str]
+        self,
+        sample: Sample,
+        encoded: list[tuple[Conversation, EncodedConversation]],
+        picture: Picture,
+        lost: Counter[str],
     ) -> Example:
-        source = _NOTHING_TO_SEE if sample.image_path == NO_PICTURE else sample.image_path
-        picture = self.processor.prepare_picture(source, fast=self.fast_resize)
         rows, targets = [], []
         for conversation, tokens in encoded:
             kept = conversation[: tokens.kept_turns]
@@ -159,8 +191,9 @@ class TrainingDataset(Dataset):
             **{name: lost[name] for name in _LOSSES},
         }
         masks = decode_masks(targets, picture.original_size, sample)
-        sizes = picture.resized_size, picture.original_size
-        return Example(picture.pixels, *sizes, rows, masks, info, self.processor.pixel_statistics)
+        height, width = picture.resized.shape[:2]
+        pixels, sizes = Corner(picture.resized, picture.side), ((height, width), picture.original_size)
+        return Example(pixels, *sizes, rows, masks, info, self.processor.pixel_statistics)
 
 
 _NOTHING_TO_SEE = np.zeros((1, 1, 3), dtype=np.uint8)
@@ -171,32 +204,35 @@ see it.
 _LOSSES = ("dropped_turns", "dropped_targets", "dropped_conversations")
 
 
-def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -> torch.Tensor:
-    """(Q, H, W) uint8 of 0, 1 and 255. DataError when a mask has another size than the picture, or no pixel."""
-    masks = np.zeros((len(targets), *size), dtype=np.uint8)
-    for target, canvas in zip(targets, masks, strict=True):
-        source = target.decode
-        if isinstance(source, CocoMask) and (source.height, source.width) == canvas.shape:
-            filled = source.draw(canvas)  # most masks by far: no copy of them, nor a search for pixels
-        else:
-            mask = source()
-            _check_size(mask, canvas, target, sample)
-            filled = bool((mask == 1).any())
-            canvas[:] = mask
-        if not filled:
-            raise DataError(
-                f"the mask of {target.name!r} in {sample.sample_id} has no pixel in its picture {sample.image_path}: "
-                f"take it out of the annotations",
-                cause="target without a pixel",
-            )
-    return torch.from_numpy(masks)
+def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -> WindowedMasks:
+    """The masks in a picture of `size` (height, width). DataError when one has another size than the picture, or no
+    pixel.
+    """
+    return WindowedMasks(size, [_decoded(target, size, sample) for target in targets])
 
 
-def _check_size(mask: np.ndarray, canvas: np.ndarray, target: Target, sample: Sample) -> None:
-    if mask.shape != canvas.shape:
+def _decoded(target: Target, size: tuple[int, int], sample: Sample) -> Window:
+    source = target.decode
+    if isinstance(source, CocoMask) and (source.height, source.width) == size:
+        window = source.window()  # most masks by far: no copy of them, nor a search for pixels
+    else:
+        mask = source()
+        _check_size(mask, size, target, sample)
+        window = Window(0, 0, mask) if (mask == 1).any() else None
+    if window is None:
+        raise DataError(
+            f"the mask of {target.name!r} in {sample.sample_id} has no pixel in its picture {sample.image_path}: "
+            f"take it out of the annotations",
+            cause="target without a pixel",
+        )
+    return window
+
+
+def _check_size(mask: np.ndarray, size: tuple[int, int], target: Target, sample: Sample) -> None:
+    if mask.shape != size:
         raise DataError(
             f"the mask of {target.name!r} in {sample.sample_id} has {mask.shape[0]}×{mask.shape[1]} pixels, its "
-            f"picture {sample.image_path} {canvas.shape[0]}×{canvas.shape[1]}: the annotations belong to another "
+            f"picture {sample.image_path} {size[0]}×{size[1]}: the annotations belong to another "
             f"edition of the picture",
             cause="mask of another size than its picture",
         )
@@ -226,6 +262,37 @@ class RankBatches(Sampler[list[int]]):
         return (list(range(start, start + self._batch_size)) for start in self._starts)
 
 
+class Joined(Sampler[list[int]]):
+    """The samples of `together` micro batches at a time, of fewer at the end."""
+
+    def __init__(self, batches: RankBatches, together: int) -> None:
+        self._batches = batches
+        self._together = together
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._batches) / self._together)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = iter(self._batches)
+        while chosen := list(islice(batches, self._together)):
+            yield [number for batch in chosen for number in batch]
+
+
+class Loader:
+    """The micro batches of a rank, in order, each time it is asked. Workers, where there are any, stay."""
+
+    def __init__(self, several: DataLoader, length: int) -> None:
+        self._several = several
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batches in self._several:
+            yield from batches
+
+
 def build_loader(
     dataset: TrainingDataset,
     *,
@@ -236,24 +303,27 @@ def build_loader(
     workers: int,
     first: int = 0,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> Loader:
     """Batches of this rank from sample `first` to the end of the dataset; `batch_size` is that of one rank.
 
     `first` and the dataset's length are multiples of world_size · batch_size. The order does not depend on `workers`,
-    and the process's random numbers are not drawn from: a resumed run must find them as a straight one does.
+    and the process's random numbers are not drawn from: a resumed run must find them as a straight one does. What a
+    worker cannot make is raised before the batches that it would have made together with it.
     """
     if workers:
         _end_workers_at_exit()
-    return DataLoader(
+    batches = RankBatches(rank, world_size, batch_size, stop=len(dataset), first=first)
+    several = DataLoader(
         dataset,
-        batch_sampler=RankBatches(rank, world_size, batch_size, stop=len(dataset), first=first),
-        collate_fn=partial(collate, pad_token_id=pad_token_id),
+        batch_sampler=Joined(batches, max(1, TOGETHER // batch_size) if workers else 1),
+        collate_fn=partial(parcel if workers else collated, batch_size=batch_size, pad_token_id=pad_token_id),
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         worker_init_fn=partial(_begin_worker, slots=make_slots(workers)),
         generator=torch.Generator(),
     )
+    return Loader(several, len(batches))
 
 
 @cache
@@ -274,5 +344,6 @@ def _begin_worker(worker: int, slots: Sequence[SharedSlots | None]) -> None:
     """
     if slots and (own := slots[worker]) is not None:
         own.send_through()
+    gc.freeze()  # what the run has made before: looking through it takes time, and makes copies of its pages
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -57,10 +57,13 @@ class DataRoot:
 
     def folder(self, *parts: str) -> str:
         """Path of a folder of the official layout. DataError, with the archive that holds it, when it is not there."""
-        path = os.path.join(self.path, *parts)
-        if not os.path.isdir(path):
-            raise DataError(_missing(path, parts, "the folder "), cause="missing folder")
-        return path
+        known = self._folders.get(parts)  # asked for with every sample, and looked up on the disk once
+        if known is None:
+            known = os.path.join(self.path, *parts)
+            if not os.path.isdir(known):
+                raise DataError(_missing(known, parts, "the folder "), cause="missing folder")
+            self._folders[parts] = known
+        return known
 
     def has(self, *parts: str) -> bool:
         """Whether the official layout's file or folder is there."""
@@ -75,7 +78,7 @@ class DataRoot:
         for folder in folders:
             rest = name.removeprefix(f"{folder}/")
             if rest != name:
-                return self._known_folder((*base, *folder.split("/"))), rest
+                return self.folder(*base, *folder.split("/")), rest
         raise DataError(
             f"{named_by} names the picture {name!r}; expected a path that begins with {' or '.join(folders)}: correct "
             f"the file",
@@ -118,13 +121,6 @@ class DataRoot:
                 cause="path out of the data root",
             )
         return path
-
-    def _known_folder(self, parts: tuple[str, ...]) -> str:
-        """`folder`, looked up on the disk once."""
-        known = self._folders.get(parts)
-        if known is None:
-            known = self._folders[parts] = self.folder(*parts)
-        return known
 
     def _real_folder(self, folder: str) -> str:
         known = self._real_folders.get(folder)

@@ -5,10 +5,11 @@ Parts of one object are a union, never a sum: a pixel covered twice is still 1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from pycocotools import mask as coco_rle
 
 from utils.data.errors import DataError
@@ -32,6 +33,35 @@ PlainMask = tuple[int, int, tuple[bytes, ...], tuple[bytes, ...]]
 """Of a CocoMask: height, width, the float64 numbers of each polygon, the compressed counts of each RLE."""
 
 
+class Window(NamedTuple):
+    """The part of a mask beside which it is 0: `pixels` (h, w) uint8 of 0, 1 and IGNORE_LABEL, the first of which lies
+    at row `top` and column `left`.
+    """
+
+    top: int
+    left: int
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class WindowedMasks:
+    """Masks of one picture of `size` (height, width). Most are small, and whole ones would be most of a sample."""
+
+    size: tuple[int, int]
+    windows: list[Window]
+
+    def drawn(self) -> torch.Tensor:
+        """(Q, H, W) uint8 of 0, 1 and IGNORE_LABEL."""
+        masks = np.zeros((len(self.windows), *self.size), dtype=np.uint8)
+        for canvas, (top, left, pixels) in zip(masks, self.windows, strict=True):
+            height, width = pixels.shape
+            canvas[top : top + height, left : left + width] = pixels
+        return torch.from_numpy(masks)
+
+
+_NOTHING = Window(0, 0, np.zeros((0, 0), dtype=np.uint8))
+
+
 @dataclass(frozen=True, slots=True)
 class CocoMask:
     """The union of polygons (each x0 y0 x1 y1 …) and run-length encodings, rastered as pycocotools does it."""
@@ -42,16 +72,15 @@ class CocoMask:
     rles: tuple[dict[str, Any], ...] = ()
 
     def __call__(self) -> np.ndarray:
-        mask = np.zeros((self.height, self.width), dtype=np.uint8)
-        self.draw(mask)
-        return mask
+        window = self.window()
+        return WindowedMasks((self.height, self.width), [window or _NOTHING]).drawn()[0].numpy()
 
-    def draw(self, canvas: np.ndarray) -> bool:
-        """Write the mask into `canvas` (H, W) uint8 of zeros; returns whether it has any pixel."""
+    def window(self) -> Window | None:
+        """The window that holds all of the mask; None when it has no pixel."""
         parts = list(self.rles)
         if self.polygons:
             parts += coco_rle.frPyObjects(list(self.polygons), self.height, self.width)
-        return _raster(coco_rle.merge(parts) if len(parts) > 1 else parts[0], canvas)
+        return _raster(coco_rle.merge(parts) if len(parts) > 1 else parts[0], self.height, self.width)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CocoMask) and self.plain() == other.plain()
@@ -286,34 +315,36 @@ def _runs(digits: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return runs
 
 
-def _raster(rle: dict[str, Any], canvas: np.ndarray) -> bool:
-    """Write what pycocotools decodes into `canvas` (H, W) uint8 of zeros; returns whether it has any pixel.
+def _raster(rle: dict[str, Any], height: int, width: int) -> Window | None:
+    """The window of what pycocotools decodes, a mask of `height` by `width` pixels; None when it has no pixel.
 
     pycocotools writes every pixel, column by column. Most masks cover a small part of their picture, and few of their
     runs go over the end of a column: then it is faster to note where runs begin and end within that part, and let every
     such place turn what is below it.
     """
-    height = canvas.shape[0]
     digits = np.frombuffer(rle["counts"], dtype=np.uint8).astype(np.int64) - _FIRST_DIGIT
     edges = _runs(digits, np.flatnonzero((digits & _MORE_FOLLOW) == 0)).cumsum()
     count = len(edges) // 2
     if not count:
-        return False
-    first_columns, first_rows = np.divmod(edges[: 2 * count : 2], height)
-    last_columns, last_rows = np.divmod(edges[1 : 2 * count : 2] - 1, height)
-    if (first_columns != last_columns).any() or (edges[1 : 2 * count] == edges[: 2 * count - 1]).any():
+        return None
+    places = edges[: 2 * count].copy()
+    places[1::2] -= 1
+    columns = places // height
+    rows = places - columns * height
+    if (columns[::2] != columns[1::2]).any() or (edges[1 : 2 * count] == edges[: 2 * count - 1]).any():
         # a run over the end of a column, or one without a pixel
-        cv2.transpose(coco_rle.decode(rle).T, dst=canvas)
-        return bool((edges[1 : 2 * count : 2] > edges[: 2 * count : 2]).any())
-    left, right = first_columns[0], first_columns[-1] + 1
-    top, bottom = first_rows.min(), last_rows.max() + 1
-    words = -(-(right - left) // _PIXELS_OF_A_WORD)
+        if not (edges[1 : 2 * count : 2] > edges[: 2 * count : 2]).any():
+            return None
+        return Window(0, 0, cv2.transpose(coco_rle.decode(rle).T))
+    words = -(-int(columns[-1] + 1 - columns[0]) // _PIXELS_OF_A_WORD)
+    # As wide as its words where there is room: what is cut off has to be copied.
+    left = max(0, min(int(columns[0]), width - words * _PIXELS_OF_A_WORD))
+    top, bottom = int(rows[::2].min()), int(rows[1::2].max()) + 1
     turns = np.zeros((bottom - top + 1, words * _PIXELS_OF_A_WORD), dtype=np.uint8)
-    turns[first_rows - top, first_columns - left] = 1
-    turns[last_rows + 1 - top, last_columns - left] = 1
+    rows[1::2] += 1
+    turns[rows - top, columns - left] = 1
     part = np.bitwise_xor.accumulate(turns[:-1].view(np.uint64), axis=0).view(np.uint8)
-    canvas[top:bottom, left:right] = part[:, : right - left]
-    return True
+    return Window(top, left, part[:, : width - left])
 
 
 def _compressed(counts: list[Any], height: int, width: int, where: str) -> dict[str, Any]:

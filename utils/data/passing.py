@@ -1,35 +1,70 @@
-"""How a batch travels from a worker to the run: its tensors lie as bytes in one row, masks in a bit or two per pixel.
+"""How batches travel from a worker to the run: their tensors lie as bytes in one row, masks in a bit or two per pixel
+of their windows.
 
 The row lies in memory that a worker shares with the run, in one of a few slots that are used again and again; the
 message between them then holds no more than the layout. Sent in messages, bytes are copied six times and more, with
-new pages each time; with a shared file for every tensor, new pages alone take longer than making the batch. What finds
-no slot goes as a message: where a batch is too large for one, or workers were not forked.
+new pages each time; with a shared file for every tensor, new pages alone take longer than making the batches. What
+finds no slot goes as a message: where batches are too large for one, or workers were not forked.
 """
 
 import math
 import mmap
 import multiprocessing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
+from utils.data.masks import Window, WindowedMasks
+from utils.data.samples import IGNORE_LABEL
+
 SLOTS = 3
-"""Batches of a worker on their way at most: two that DataLoader asks for ahead, and one that is being unpacked."""
+"""Parcels of a worker on their way at most: two that DataLoader asks for ahead, and one that is being unpacked."""
 
-SLOT_BYTES = 32 << 20
-"""Address space of a slot; it takes memory for what batches need of it only."""
+SLOT_BYTES = 64 << 20
+"""Address space of a slot; it takes memory for what parcels need of it only."""
 
-_IGNORED_PIXEL = 255
 _ALIGNED = 64
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
+class Corner(NamedTuple):
+    """A square of `side` pixels that is 0 but for its top left corner, `pixels` (h, w, 3) uint8."""
+
+    pixels: np.ndarray
+    side: int
+
+    @property
+    def size(self) -> int:
+        """How many bytes the square takes."""
+        return self.side * self.side * self.pixels.shape[2]
+
+    def write(self, memory: np.ndarray) -> None:
+        """Put the square into `memory`, (size,) uint8, row by row, channels last."""
+        height, width, channels = self.pixels.shape
+        square = memory.reshape(self.side, self.side, channels)
+        square[:height, :width] = self.pixels
+        square[height:], square[:height, width:] = 0, 0
+
+
+class Squares(NamedTuple):
+    """Squares of one size, at least one, which arrive as one tensor."""
+
+    corners: list[Corner]
+
+    def drawn(self) -> torch.Tensor:
+        """(B, 3, side, side) uint8, channels last in memory."""
+        first = self.corners[0]
+        squares = np.empty((len(self.corners), first.size), dtype=np.uint8)
+        for square, corner in zip(squares, self.corners, strict=True):
+            corner.write(square)
+        return torch.from_numpy(squares.reshape(-1, first.side, first.side, first.pixels.shape[2])).permute(0, 3, 1, 2)
+
+
+class _Tensor(NamedTuple):
     """Where a tensor lies in the row, and its axes in the order in which they lie in memory."""
 
     start: int
@@ -46,22 +81,34 @@ class _Tensor:
         return tensor.permute([self.order.index(axis) for axis in range(len(self.order))])
 
 
-@dataclass(frozen=True, slots=True)
-class _Masks:
-    """Where masks of 0, 1 and 255 lie in the row: a bit per pixel, and a second one where any is 255."""
+class _Window(NamedTuple):
+    """Where the pixels of a mask's window lie in the row: a bit each, and a second one where any is 255."""
 
     start: int
     size: int
     has_ignored: bool
-    shape: tuple[int, ...]
+    top: int
+    left: int
+    shape: tuple[int, int]
 
-    def read(self, row: np.ndarray) -> torch.Tensor:
-        """The masks again."""
+    def read(self, row: np.ndarray) -> Window:
+        """The window again."""
         pixels, end = math.prod(self.shape), self.start + self.size
         array = np.unpackbits(row[self.start : end], count=pixels)
         if self.has_ignored:
-            array[np.unpackbits(row[end : end + self.size], count=pixels) == 1] = _IGNORED_PIXEL
-        return torch.from_numpy(array.reshape(self.shape))
+            array[np.unpackbits(row[end : end + self.size], count=pixels) == 1] = IGNORE_LABEL
+        return Window(self.top, self.left, array.reshape(self.shape))
+
+
+class _Masks(NamedTuple):
+    """Where the windows of the masks of a picture of `size` (height, width) lie in the row."""
+
+    size: tuple[int, int]
+    windows: list[_Window]
+
+    def read(self, row: np.ndarray) -> torch.Tensor:
+        """The masks, drawn."""
+        return WindowedMasks(self.size, [window.read(row) for window in self.windows]).drawn()
 
 
 class _Row:
@@ -69,39 +116,49 @@ class _Row:
 
     def __init__(self) -> None:
         self.size = 0
-        self._parts: list[tuple[int, np.ndarray]] = []
+        self._parts: list[tuple[int, np.ndarray | Corner]] = []
 
     def laid(self, value: Any) -> Any:
-        """`value` with every tensor, in lists and dictionaries too, replaced by where it lies."""
+        """`value` with all tensors and masks, in lists and dictionaries too, replaced by where they lie."""
         if isinstance(value, torch.Tensor):
             return self._laid_tensor(value)
+        if isinstance(value, Squares):
+            return self._laid_squares(value.corners)
+        if isinstance(value, WindowedMasks):
+            return _Masks(value.size, [self._laid_window(window) for window in value.windows])
         if isinstance(value, dict):
             return {key: self.laid(one) for key, one in value.items()}
         if isinstance(value, list):
             return [self.laid(one) for one in value]
         return value
 
-    def laid_masks(self, masks: torch.Tensor) -> _Masks:
-        """(Q, H, W) uint8 of 0, 1 and 255."""
-        array = masks.numpy().reshape(-1)
-        has_ignored = bool(array.size) and int(array.max()) == _IGNORED_PIXEL
-        ones = np.packbits(array == 1 if has_ignored else array)
-        parts = [ones, np.packbits(array == _IGNORED_PIXEL)] if has_ignored else [ones]
-        return _Masks(self._place(*parts), ones.size, has_ignored, tuple(masks.shape))
-
     def write(self, memory: np.ndarray) -> None:
         """Put the row into `memory`, (at least `size`,) uint8."""
         for start, part in self._parts:
-            memory[start : start + part.size] = part
+            place = memory[start : start + part.size]
+            if isinstance(part, Corner):
+                part.write(place)
+            else:
+                place[:] = part
 
     def _laid_tensor(self, tensor: torch.Tensor) -> _Tensor:
-        strides = tensor.stride()
-        order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
-        lying = tensor.permute(order).contiguous()
-        content = lying.reshape(-1).view(torch.uint8).numpy()
+        lying, order = _as_it_lies(tensor)
+        content = _bytes_of(lying)
         return _Tensor(self._place(content), content.size, tensor.dtype, tuple(lying.shape), order)
 
-    def _place(self, *parts: np.ndarray) -> int:
+    def _laid_squares(self, corners: list[Corner]) -> _Tensor:
+        side, channels = corners[0].side, corners[0].pixels.shape[2]
+        shape = (len(corners), side, side, channels)
+        return _Tensor(self._place(*corners), math.prod(shape), torch.uint8, shape, (0, 2, 3, 1))
+
+    def _laid_window(self, window: Window) -> _Window:
+        top, left, pixels = window
+        has_ignored = bool(pixels.size) and int(pixels.max()) == IGNORE_LABEL
+        ones = np.packbits(pixels == 1 if has_ignored else pixels)
+        parts = [ones, np.packbits(pixels == IGNORE_LABEL)] if has_ignored else [ones]
+        return _Window(self._place(*parts), ones.size, has_ignored, top, left, pixels.shape)
+
+    def _place(self, *parts: np.ndarray | Corner) -> int:
         """Where `parts` (bytes) will lie, one right behind the other."""
         start = -(-self.size // _ALIGNED) * _ALIGNED
         self.size = start
@@ -109,6 +166,19 @@ class _Row:
             self._parts.append((self.size, part))
             self.size += part.size
         return start
+
+
+def _as_it_lies(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """A contiguous tensor with the axes in the order in which they lie in memory, and that order."""
+    if tensor.is_contiguous():
+        return tensor, tuple(range(tensor.dim()))
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
+    return tensor.permute(order).contiguous(), order
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 class SharedSlots:
@@ -162,13 +232,13 @@ def make_slots(workers: int) -> list[SharedSlots]:
         return []
 
 
-def sent(fields: dict[str, Any], masks: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """What `received` makes the same `fields` and `masks` of, in another process: once only, for a slot is free then.
+def sent(value: Any) -> tuple[Any, ...]:
+    """What `received` makes the same of, in another process: once only, for a slot is free then.
 
-    fields: tensors, in lists and dictionaries too, and what can be pickled. masks: (Q, H, W) uint8 of 0, 1 and 255.
+    value: tensors, squares and masks, in lists and dictionaries too, and what can be pickled.
     """
     row = _Row()
-    layout = row.laid(fields), [row.laid_masks(one) for one in masks]
+    layout = row.laid(value)
     own = SharedSlots._own
     slot = own.put(row) if own is not None else None
     if own is not None and slot is not None:
@@ -178,20 +248,15 @@ def sent(fields: dict[str, Any], masks: Sequence[torch.Tensor]) -> tuple[Any, ..
     return layout, memory.tobytes(), 0
 
 
-def received(layout: Any, place: int | bytes, slot: int) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Fields and masks again, in memory of their own."""
-
-    def read(row: np.ndarray) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        fields, masks = layout
-        return {name: _read(value, row) for name, value in fields.items()}, [one.read(row) for one in masks]
-
+def received(layout: Any, place: int | bytes, slot: int) -> Any:
+    """The value again, in memory of its own, and the masks drawn: (Q, H, W) uint8 of 0, 1 and 255."""
     if isinstance(place, bytes):
-        return read(np.frombuffer(place, dtype=np.uint8))
-    return SharedSlots._known[place].take(slot, read)
+        return _read(layout, np.frombuffer(place, dtype=np.uint8))
+    return SharedSlots._known[place].take(slot, partial(_read, layout))
 
 
 def _read(value: Any, row: np.ndarray) -> Any:
-    if isinstance(value, _Tensor):
+    if isinstance(value, _Tensor | _Masks):
         return value.read(row)
     if isinstance(value, dict):
         return {key: _read(one, row) for key, one in value.items()}
