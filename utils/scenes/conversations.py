@@ -255,21 +255,22 @@ def _outermost(speaker: Speaker) -> Turn | None:
     return f"Which shape is the {word}?", f"The {word} shape is the {shape.name}."
 
 
-# (weight, turn): what a conversation is mixed from. Most are the questions that will be asked for masks.
+# (weight, turn): what a conversation is mixed from. Nearly all are the questions that will be asked for masks, most of
+# all those that need a list.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
     (2.0, _referring("direct")),
-    (4.0, _referring("several")),
-    (7.0, _reasoning),
+    (7.0, _referring("several")),
+    (8.0, _reasoning),
     (4.5, _referring("no_target")),
-    (0.5, _read_off),
-    (1.0, _describe),
-    (1.0, _exists),
-    (1.0, _how_many),
-    (0.5, _how_large),
-    (0.4, _is_larger),
-    (0.4, _is_beside),
-    (0.5, _neighbours),
-    (0.4, _outermost),
+    (0.3, _read_off),
+    (0.5, _describe),
+    (0.5, _exists),
+    (1.5, _how_many),
+    (0.3, _how_large),
+    (0.2, _is_larger),
+    (0.2, _is_beside),
+    (0.2, _neighbours),
+    (0.2, _outermost),
 )
 
 
