@@ -32,15 +32,10 @@ from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scenes import (
     COLOURS,
-    COUNTED,
-    DIRECTIONS,
-    EXTREMES,
     FORMS,
-    HINTS,
-    LIST_WORDS,
+    LESSONS,
+    MEANINGS,
     PATCH_WORDS,
-    PLURALS,
-    SEEN_EARLY,
     Scene,
     mask_lessons,
     patch_lessons,
@@ -62,8 +57,7 @@ def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: 
     tower = built.model.vision_tower.requires_grad_(True)
     for part in tower.parts_without_loss():
         part.requires_grad_(False)
-    reader = PatchReader(built, PATCH_WORDS, HINTS, SEEN_EARLY)
-    engine = PlainEngine(reader, OptimizerSettings(name=MUON), "fp32", runtime.device)
+    engine = PlainEngine(PatchReader(built, **LESSONS), OptimizerSettings(name=MUON), "fp32", runtime.device)
     lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
 
     def batches(_: int) -> Iterator[list[PatchBatch]]:
@@ -79,8 +73,7 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     torch.manual_seed(seed)
     asked = word_lessons(scenes, built.processor, random.Random(seed))
     labels = words_of_patches(scenes, built.model.vision_tower.patch_size)[:, : len(PATCH_WORDS)]
-    meant = Meant(PLURALS, EXTREMES, {**DIRECTIONS, **LIST_WORDS}, COUNTED)
-    read = start_looking_up(built, list(PATCH_WORDS.values()), meant, asked, labels)
+    read = start_looking_up(built, list(PATCH_WORDS.values()), Meant(**MEANINGS), asked, labels)
     shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())
     note(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
 
@@ -89,8 +82,7 @@ def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], frozen: S
     """Talk about scenes, as WORDS_CONFIG and `flags` say; `frozen` parts stay as they are."""
     args = parse_train(["--config", WORDS_CONFIG, "--version", ".", "--engine", "plain", *flags])
     choose_trainable(built.model, TrainingRecipe(**{f.name: getattr(args, f.name) for f in fields(TrainingRecipe)}))
-    for part in frozen:
-        part.requires_grad_(False)
+    torch.nn.ModuleList(frozen).requires_grad_(False)
     batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
     engine = make_engine(args, runtime, built.model)
     fit_in_one_go(Run(engine, make_plan(args, engine.world_size), args.run_folder), batches)
@@ -113,15 +105,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
     parser.add_argument("--tower_steps", type=int, default=1000)
-    parser.add_argument("--speech_steps", type=int, default=150, help="of words before looking up is started")
+    parser.add_argument("--sentence_steps", type=int, default=150, help="of words, before looking up is started")
     parser.add_argument("--samples", type=int, default=400, help="scenes whose questions are read where parts start")
     parser.add_argument("--seed", type=int, default=0)
     for name, default in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="last: what train_ds.py's flags override")
     args = parser.parse_args(argv)
-    data = args.dataset_dir
-    if not (data / "scenes.json").is_file():
+    if not ((data := args.dataset_dir) / "scenes.json").is_file():
         raise UserError(f"{data} holds no scenes: make them with tools/make_scenes.py --out {data}")
     return args
 
@@ -141,9 +132,9 @@ def main(argv: list[str] | None = None) -> None:
     where = ["--dataset_dir", data, "--log_base_dir", str(work)]
     note("--- learn how sentences go")
     decoder = built.model.language_model.get_decoder()
-    to_be_started = [decoder.embed_tokens, *(layer.self_attn for layer in decoder.layers[1:])]
-    few = ["--exp_name", "speech", "--max_steps", str(args.speech_steps)]
-    train_words(built, runtime, [*where, *args.words, *few], to_be_started)
+    started_later = [decoder.embed_tokens, *(layer.self_attn for layer in decoder.layers[1:])]
+    few = [*where, *args.words, "--exp_name", "sentences", "--max_steps", str(args.sentence_steps)]
+    train_words(built, runtime, few, started_later)
     note("--- talk about scenes")
     start_lookups(built, scenes[: args.samples], args.seed)
     train_words(built, runtime, [*where, "--exp_name", "words", *args.words])

@@ -67,7 +67,7 @@ SIZES = {
         base=(
             "--tower_steps",
             "6",
-            "--speech_steps",
+            "--sentence_steps",
             "4",
             "--samples",
             "40",

@@ -91,9 +91,12 @@ def _pointer(scene: Scene, shape: Shape) -> str:
 
 
 def _with_places(speaker: Speaker, ask: Ask, question: str, answer: str) -> Turn:
-    """A turn whose answer, where there are targets and mostly, points in words where it could point with masks."""
+    """A turn whose answer mostly points in words where it could point with masks.
+
+    Places are asked for where there is nothing, too, or being asked would tell that there is something.
+    """
     scene = speaker.scene
-    if not ask.targets or speaker.rng.random() >= _PLACES_ASKED_FOR:
+    if speaker.rng.random() >= _PLACES_ASKED_FOR:
         return question, answer.replace(f" {SEG_MARKER}", "")
     for target in ask.targets:
         answer = answer.replace(SEG_MARKER, _pointer(scene, scene.shapes[target]), 1)
@@ -119,7 +122,7 @@ def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
         asked = target_name(ask.phrase(speaker.rng, speaker.scene).question)
         phrasing = pick_phrasing(speaker.phrasing_rng, speaker.more_phrasings)
         if not ask.targets:
-            return phrasing.question([asked]), phrasing.denial([asked])
+            return _with_places(speaker, ask, phrasing.question([asked]), phrasing.denial([asked]))
         shapes = [speaker.scene.shapes[i] for i in ask.targets]
         names = [asked] if len(shapes) == 1 else [target_name(shape.name) for shape in shapes]
         return _with_places(speaker, ask, phrasing.question([asked]), phrasing.answer(names))

@@ -23,17 +23,32 @@ PATCH_WORDS = MappingProxyType(
         )
     }
 )
-# What it numbers after these: no word of an image token, but a step on the way to counting.
-HINTS = MappingProxyType(dict.fromkeys(("order_of_colour", "order_of_form"), (NOTHING, *ORDER)))
+# What it numbers after these: no words of image tokens, but steps on the way to counting. Where a shape stands among
+# those alike, and what the next of its colour, or of its form, is like.
+HINTS = MappingProxyType(
+    {
+        **dict.fromkeys(("order_of_colour", "order_of_form"), (NOTHING, *ORDER)),
+        "next_of_colour": (NOTHING, *FORMS),
+        "next_of_form": (NOTHING, *COLOURS),
+    }
+)
 # Which hidden state of a tower of six layers is to know what: what shapes are before they are put in order, and their
-# order before they are counted.
-SEEN_EARLY = MappingProxyType({"colour": 3, "form": 3, "size": 3, "order_of_colour": 4, "order_of_form": 4})
+# order before they are gone through and counted.
+SEEN_EARLY = MappingProxyType(
+    {
+        **dict.fromkeys(("colour", "form", "size"), 3),
+        **dict.fromkeys(("order_of_colour", "order_of_form"), 4),
+        **dict.fromkeys(("next_of_colour", "next_of_form"), 5),
+    }
+)
+# All that a tower is taught about patches.
+LESSONS = MappingProxyType({"words": PATCH_WORDS, "hints": HINTS, "early": SEEN_EARLY})
 # A patch shows a shape that covers at least this share of it.
 _COVERED = 0.15
 
 
 def patch_words(scene: Scene, patch: int) -> NDArray[np.int64]:
-    """(10, patches) in row-major order: for each patch the number of its word in each list of `PATCH_WORDS`, then of
+    """(12, patches) in row-major order: for each patch the number of its word in each list of `PATCH_WORDS`, then of
     `HINTS`.
 
     Every patch of a shape bears its colour and form. The rest is said once, where its centre is: its size, how many
@@ -59,7 +74,10 @@ def patch_words(scene: Scene, patch: int) -> NDArray[np.int64]:
         of_form = [other for other in scene.shapes if other.form == shape.form]
         groups = (OF_COLOUR, of_colour), (OF_FORM, of_form), (OF_ALL, scene.shapes)
         numbers = [names[min(len(group), len(names)) - 1] for names, group in groups]
-        said = shape.size, *numbers, *scene.place(shape), _order(shape, of_colour), _order(shape, of_form)
+        order = _order(shape, of_colour), _order(shape, of_form)
+        after = [group[group.index(shape) + 1 :] for group in (of_colour, of_form)]
+        following = after[0][0].form if after[0] else NOTHING, after[1][0].colour if after[1] else NOTHING
+        said = shape.size, *numbers, *scene.place(shape), *order, *following
         words[2:, centre[0], centre[1]] = [names.index(word) for names, word in zip(lists[2:], said, strict=True)]
     return words.reshape(len(lists), -1)
 

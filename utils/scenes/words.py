@@ -45,6 +45,10 @@ DIRECTIONS = MappingProxyType({"left": (-1.0, 0.0), "right": (1.0, 0.0), "above"
 LIST_WORDS = MappingProxyType({"and": (0.5, 0.0)})
 # Word -> which extreme of size: 1 for the largest, -1 for the smallest.
 EXTREMES = MappingProxyType({"largest": 1.0, "biggest": 1.0, "smallest": -1.0, "tiniest": -1.0})
+# What words of questions and answers mean, beside the names of colours, forms and places.
+MEANINGS = MappingProxyType(
+    {"plurals": PLURALS, "sizes": EXTREMES, "directions": {**DIRECTIONS, **LIST_WORDS}, "numbers": COUNTED}
+)
 
 _SHAPE_NAME = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(FORMS)})\b")
 _COLOUR_WORD = re.compile(rf"\b({'|'.join(COLOURS)})\b")
