@@ -55,8 +55,7 @@ SHAPE = {field.name: field.default for field in fields(TinyShape) if isinstance(
 def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: int, folder: Path) -> None:
     """Teach the tower and the projector which colour, form, size and place each patch shows."""
     tower = built.model.vision_tower.requires_grad_(True)
-    for part in tower.parts_without_loss():
-        part.requires_grad_(False)
+    torch.nn.ModuleList(tower.parts_without_loss()).requires_grad_(False)
     engine = PlainEngine(PatchReader(built, **LESSONS), OptimizerSettings(name=MUON), "fp32", runtime.device)
     lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
 
@@ -132,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     where = ["--dataset_dir", data, "--log_base_dir", str(work)]
     note("--- learn how sentences go")
     decoder = built.model.language_model.get_decoder()
-    started_later = [decoder.embed_tokens, *(layer.self_attn for layer in decoder.layers[1:])]
+    started_later = decoder.embed_tokens, *(layer.self_attn for layer in decoder.layers[1:])
     few = [*where, *args.words, "--exp_name", "sentences", "--max_steps", str(args.sentence_steps)]
     train_words(built, runtime, few, started_later)
     note("--- talk about scenes")

@@ -51,8 +51,8 @@ class PatchReader(nn.Module):
         words: for each kind of word (colour, form, …) the words, the first one for what is not there; each must be one
             token.
         hints: kinds that no token bears, numbered in the labels after `words`.
-        early: kinds of either that a hidden state of the tower, of this number, is asked for, on every patch, through a
-            map of its own: what later layers compare must be there before they can learn to compare it.
+        early: kinds of either that the hidden state so many layers before the tokens, or the tower's first, is asked
+            for, on every patch, through a map of its own: what is compared must be there before it can be.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class PatchReader(nn.Module):
         for kind in self.kinds[1:]:
             self.words(kind)[0] = 0  # that there is nothing is said once
         numbered = {**words, **hints}
-        self.early = [(f"early_{kind}", state, list(numbered).index(kind)) for kind, state in early.items()]
+        states = {kind: max(0, self.tower.layer_indices[0] - before) for kind, before in early.items()}
+        self.early = [(f"early_{kind}", states[kind], list(numbered).index(kind)) for kind in early]
         width = self.tower.model.config.hidden_size
         self.maps = nn.ModuleList(nn.Linear(width, len(numbered[kind])) for kind in early)
 

@@ -66,7 +66,7 @@ def test_earlier_states_are_asked_too_where_that_is_wanted(built: BuiltModel) ->
     """On every patch, for nothing too; a hint is no word of a token. What is learned there trains the layers before it,
     and is no part of the model."""
     hints = {"order": ("nothing", "only", "first", "last")}
-    reader = PatchReader(built, WORDS, hints, early={"form": 1, "order": 2})
+    reader = PatchReader(built, WORDS, hints, early={"form": 1, "order": 0})
     labels = torch.randint(0, 3, (2, 3, PATCHES), generator=torch.Generator().manual_seed(0))
     pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     losses = reader(pictures, labels).losses
@@ -77,7 +77,9 @@ def test_earlier_states_are_asked_too_where_that_is_wanted(built: BuiltModel) ->
     early = {"early_form": EARLY_WEIGHT, "early_order": EARLY_WEIGHT}
     assert reader.loss_weights == {"sum": SUM_WEIGHT, "colour": 1, "form": 1, **early}
     size = torch.tensor([[32, 32]] * 2)
-    (state,) = built.model.vision_tower.hidden_states(pictures, size, [2])
+    last = built.model.vision_tower.layer_indices[0]
+    assert [state for _, state, _ in reader.early] == [last - 1, last]
+    (state,) = built.model.vision_tower.hidden_states(pictures, size, [last])
     asked = reader.maps[1](state[:, built.model.vision_tower.num_class_tokens :])
     assert asked.shape == (2, PATCHES, 4)
     torch.testing.assert_close(
@@ -85,7 +87,7 @@ def test_earlier_states_are_asked_too_where_that_is_wanted(built: BuiltModel) ->
     )
     losses["early_form"].sum.backward()
     layers = built.model.vision_tower.model.encoder.layers
-    assert layers[0].mlp.fc1.weight.grad is not None and layers[1].mlp.fc1.weight.grad is None
+    assert layers[last - 2].mlp.fc1.weight.grad is not None and layers[last - 1].mlp.fc1.weight.grad is None
     assert not any("maps" in name for name in built.model.state_dict())
 
 

@@ -229,7 +229,7 @@ def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
                 found += [(name, int(c), int(r)) for c, r, name in told.findall(answer)]
             checked["read" if question.startswith("Read ") else "pointed"] += len(found)
             assert set(found) <= true, (question, answer)
-    assert len(checked) == 2 and min(checked.values()) > 200
+    assert len(checked) == 2 and min(checked.values()) > 100
 
 
 def order(alike: list[Shape], own: Shape) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,17 +33,17 @@ HINTS = MappingProxyType(
         "next_of_form": (NOTHING, *COLOURS),
     }
 )
-# Which hidden state of a tower of six layers is to know what: what shapes are before they are put in order, and their
-# order before they are gone through and counted.
+# How many layers before the one whose states become tokens what is to be known: what shapes are before they are put in
+# order, and their order before they are gone through and counted.
 SEEN_EARLY = MappingProxyType(
     {
-        **dict.fromkeys(("colour", "form", "size"), 3),
-        **dict.fromkeys(("order_of_colour", "order_of_form"), 4),
-        **dict.fromkeys(("next_of_colour", "next_of_form"), 5),
+        **dict.fromkeys(("colour", "form", "size"), 2),
+        **dict.fromkeys(("order_of_colour", "order_of_form"), 1),
+        **dict.fromkeys(("next_of_colour", "next_of_form"), 0),
     }
 )
 # All that a tower is taught about patches.
-LESSONS = MappingProxyType({"words": PATCH_WORDS, "hints": HINTS, "early": SEEN_EARLY})
+LESSONS: Mapping[str, Any] = MappingProxyType({"words": PATCH_WORDS, "hints": HINTS, "early": SEEN_EARLY})
 # A patch shows a shape that covers at least this share of it.
 _COVERED = 0.15
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from utils.data.templates import NUMBERS
 
@@ -46,7 +47,7 @@ LIST_WORDS = MappingProxyType({"and": (0.5, 0.0)})
 # Word -> which extreme of size: 1 for the largest, -1 for the smallest.
 EXTREMES = MappingProxyType({"largest": 1.0, "biggest": 1.0, "smallest": -1.0, "tiniest": -1.0})
 # What words of questions and answers mean, beside the names of colours, forms and places.
-MEANINGS = MappingProxyType(
+MEANINGS: Mapping[str, Any] = MappingProxyType(
     {"plurals": PLURALS, "sizes": EXTREMES, "directions": {**DIRECTIONS, **LIST_WORDS}, "numbers": COUNTED}
 )
 
