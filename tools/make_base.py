@@ -33,7 +33,6 @@ from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scenes import (
     COLOURS,
     FORMS,
-    LESSONS,
     MEANINGS,
     PATCH_WORDS,
     Scene,
@@ -56,7 +55,7 @@ def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: 
     """Teach the tower and the projector which colour, form, size and place each patch shows."""
     tower = built.model.vision_tower.requires_grad_(True)
     torch.nn.ModuleList(tower.parts_without_loss()).requires_grad_(False)
-    engine = PlainEngine(PatchReader(built, **LESSONS), OptimizerSettings(name=MUON), "fp32", runtime.device)
+    engine = PlainEngine(PatchReader(built, PATCH_WORDS), OptimizerSettings(name=MUON), "fp32", runtime.device)
     lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
 
     def batches(_: int) -> Iterator[list[PatchBatch]]:
@@ -71,7 +70,7 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     """Let the language model begin by looking up in the picture what words name."""
     torch.manual_seed(seed)
     asked = word_lessons(scenes, built.processor, random.Random(seed))
-    labels = words_of_patches(scenes, built.model.vision_tower.patch_size)[:, : len(PATCH_WORDS)]
+    labels = words_of_patches(scenes, built.model.vision_tower.patch_size)
     read = start_looking_up(built, list(PATCH_WORDS.values()), Meant(**MEANINGS), asked, labels)
     shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())
     note(f"queries read, of what is named in {len(scenes)} conversations: {shares}")

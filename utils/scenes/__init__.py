@@ -5,7 +5,7 @@ from .conversations import make_conversation, tokenizer_corpus
 from .drawing import Scene, Shape, draw_scene, scene_masks
 from .lessons import mask_lessons, patch_lessons, word_lessons, words_of_patches
 from .manifest import SceneRecord, read_scenes
-from .patches import HINTS, LESSONS, PATCH_WORDS, patch_words
+from .patches import PATCH_WORDS, patch_words
 from .planning import SceneDataSettings
 from .questions import find_asks
 from .sampling import SceneSettings, sample_scenes
@@ -26,8 +26,6 @@ __all__ = [
     "COLUMNS",
     "FORMS",
     "HELD_OUT_SPEC",
-    "HINTS",
-    "LESSONS",
     "MEANINGS",
     "PATCH_WORDS",
     "ROWS",

@@ -145,18 +145,6 @@ _KEEPS: Mapping[str, Callable[[Shape, str, str], bool]] = {
 }
 
 
-# Which shapes an answer to it goes through, one by one.
-_LOOKED_AT: Mapping[str, Callable[[Shape, str, str], bool]] = {
-    "form": lambda shape, colour, form: shape.form == form,
-    "colour": lambda shape, colour, form: shape.colour == colour,
-    "neither": lambda shape, colour, form: True,
-    "not_colour": lambda shape, colour, form: True,
-    "not_form": lambda shape, colour, form: True,
-}
-
-# What an answer says of a shape that it goes through and that is not meant; it denies nothing else.
-NOT_MEANT = "skipped"
-
 # What fills a template: words, or several of which one is drawn.
 Fields = Mapping[str, str | tuple[str, ...]]
 
@@ -176,8 +164,7 @@ class Phrased:
 class Ask:
     """One fact worth asking about.
 
-    `targets` are indices into scene.shapes, in reading order; so is `looked_at`, what an answer goes through that says
-    of each shape whether it is meant. `answers` are empty or go with `questions` one to one.
+    `targets` are indices into scene.shapes, in reading order. `answers` are empty or go with `questions` one to one.
     Both are templates that take `fields`; a field with several choices is a tuple. Asks are told apart by identity.
     """
 
@@ -187,7 +174,6 @@ class Ask:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     fields: Fields
-    looked_at: tuple[int, ...] = ()
 
     def phrase(
         self, rng: random.Random, scene: Scene, mark: Callable[[Shape], str] = lambda shape: SEG_MARKER
@@ -202,9 +188,7 @@ class Ask:
         named = [f"{shape.name} {mark(shape)}" for shape in shapes]
         placed = [f"{scene.where(shape)} {words}" for shape, words in zip(shapes, named, strict=True)]
         fields |= {"found": placed[0], "placed": " and ".join(placed)}
-        verdicts = {i: f"{scene.shapes[i].name} {NOT_MEANT}" for i in self.looked_at}
-        verdicts |= dict(zip(self.targets, named, strict=True))
-        fields["verdicts"] = ", ".join(f"{scene.place(scene.shapes[i])[0]} {verdicts[i]}" for i in self.looked_at)
+        fields["listed"] = " and ".join(f"the {words}" for words in named)
         return Phrased(question, self.answers[wording].format(**fields))
 
 
@@ -223,14 +207,8 @@ def _words(colour: str, form: str) -> dict[str, str | tuple[str, ...]]:
     return {"colour": colour, "form": form, "forms": FORMS[form]}
 
 
-def _reasoning(
-    family: str,
-    targets: tuple[int, ...],
-    wordings: Mapping[str, str],
-    fields: Fields,
-    looked_at: tuple[int, ...] = (),
-) -> Ask:
-    return Ask("reasoning", family, targets, tuple(wordings), tuple(wordings.values()), fields, looked_at)
+def _reasoning(family: str, targets: tuple[int, ...], wordings: Mapping[str, str], fields: Fields) -> Ask:
+    return Ask("reasoning", family, targets, tuple(wordings), tuple(wordings.values()), fields)
 
 
 def _ask_direct(scene: Scene) -> list[Ask]:
@@ -401,11 +379,10 @@ def _ask_exclusion(scene: Scene) -> list[Ask]:
             fields = _words(colour, form)
             fields |= {"one": "one" if single else "ones", "form_or_forms": form if single else FORMS[form]}
             wordings = {
-                question: f"{opening}, {_EXCEPT_RESTATED[manner]}: {{verdicts}}."
+                question: f"{opening}, {_EXCEPT_RESTATED[manner]}, {NUMBERS[len(targets)]}: {{listed}}."
                 for question, opening in zip(_EXCEPT[manner], _EXCEPT_OPENINGS, strict=False)
             }
-            looked_at = tuple(i for i, s in enumerate(scene.shapes) if _LOOKED_AT[manner](s, colour, form))
-            asks.append(_reasoning("exclusion", targets, wordings, fields, looked_at))
+            asks.append(_reasoning("exclusion", targets, wordings, fields))
     return asks
 
 

@@ -39,8 +39,6 @@ OF_ALL = tuple(f"n{number}" for number in range(1, 7))
 COUNTED = MappingProxyType(
     {word: number for words in (OF_COLOUR, OF_FORM) for word, number in zip(words, NUMBERS[1:], strict=False)}
 )
-# Where a shape stands, from left to right, among those of its colour, or of its form.
-ORDER = ("only", "last", "first", "between")
 # Word -> (to the right, down). What comes next in a list is to the right of what was named last.
 DIRECTIONS = MappingProxyType({"left": (-1.0, 0.0), "right": (1.0, 0.0), "above": (0.0, -1.0), "below": (0.0, 1.0)})
 LIST_WORDS = MappingProxyType({"and": (0.5, 0.0)})
