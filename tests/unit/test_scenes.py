@@ -11,7 +11,6 @@ import pytest
 from utils.data.samples import SEG_MARKER
 from utils.data.templates import NUMBERS
 from utils.scenes import (
-    HINTS,
     PATCH_WORDS,
     Scene,
     SceneSettings,
@@ -192,11 +191,6 @@ def test_counts_and_exclusions_mean_what_they_say() -> None:
     assert targets["Which red shapes are not circles?"] == {"red star"}
     assert targets["Which shapes are not red?"] == {"blue circle"}
     assert "Which shapes are neither red nor circles?" not in targets, "nothing is left"
-    answers = {phrased.question: phrased.answer for phrased in asked}
-    circles = "c2 red circle skipped, c12 blue circle {seg}"
-    every = "c2 red circle skipped, c7 red star skipped, c12 blue circle {seg}"
-    assert answers["Find all circles except the red one."] == f"Here, circles not red: {circles}."
-    assert answers["Which shapes are not red?"] == f"Here, not red: {every}.", "goes through all that may be meant"
 
 
 def test_training_draws_long_lists_and_what_is_left_over_often() -> None:
@@ -232,26 +226,16 @@ def test_conversations_tell_the_truth_about_places(scenes: list[Scene]) -> None:
     assert len(checked) == 2 and min(checked.values()) > 100
 
 
-def order(alike: list[Shape], own: Shape) -> str:
-    to_the_left, to_the_right = (any(sign * t.centre_x > sign * own.centre_x for t in alike) for sign in (-1, 1))
-    return {(0, 0): "only", (0, 1): "first", (1, 0): "last", (1, 1): "between"}[to_the_left, to_the_right]
-
-
 def test_patches_bear_their_shape_and_its_centre_size_and_place(scenes: list[Scene]) -> None:
     for scene in scenes[:100]:
         words = patch_words(scene, 16)
-        lists = [*PATCH_WORDS.values(), *HINTS.values()]
-        said = [[names[i] for names, i in zip(lists, patch, strict=True)] for patch in words.T]
+        said = [[names[i] for names, i in zip(PATCH_WORDS.values(), patch, strict=True)] for patch in words.T]
         centres = [patch for patch in said if patch[2] != "nothing"]
         colours, forms = Counter(s.colour for s in scene.shapes), Counter(s.form for s in scene.shapes)
         true = [
             [s.colour, s.form, s.size]
             + [f"k{min(colours[s.colour], 5)}", f"f{min(forms[s.form], 5)}", f"n{len(scene.shapes)}"]
             + [f"c{1 + int(s.centre_x // 8)}", f"r{1 + int(s.centre_y // 8)}"]
-            + [order([t for t in scene.shapes if t.colour == s.colour], s)]
-            + [order([t for t in scene.shapes if t.form == s.form], s)]
-            + [next((t.form for t in scene.shapes if t.colour == s.colour and t.centre_x > s.centre_x), "nothing")]
-            + [next((t.colour for t in scene.shapes if t.form == s.form and t.centre_x > s.centre_x), "nothing")]
             for s in scene.shapes
         ]
         assert sorted(centres) == sorted(true), "every shape is said once in full: 14 places of 8 pixels along 112"
