@@ -143,7 +143,7 @@ class _Row:
 
     def _laid_tensor(self, tensor: torch.Tensor) -> _Tensor:
         lying, order = _as_it_lies(tensor)
-        content = _bytes_of(lying)
+        content = lying.view(-1).view(torch.uint8).numpy()
         return _Tensor(self._place(content), content.size, tensor.dtype, tuple(lying.shape), order)
 
     def _laid_squares(self, corners: list[Corner]) -> _Tensor:
@@ -175,10 +175,6 @@ def _as_it_lies(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     strides = tensor.stride()
     order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
     return tensor.permute(order).contiguous(), order
-
-
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 class SharedSlots:
