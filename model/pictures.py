@@ -6,6 +6,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -18,6 +19,11 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
 from .geometry import resized_shape
+
+try:  # transformers refuses exported models whose files import, outside of such lines, what is not installed
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 PIXEL_MAX = int(np.iinfo(np.uint8).max)
 DEEP_PIXEL_MAX = int(np.iinfo(np.uint16).max)
@@ -304,7 +310,8 @@ def _quickly_decoded(source: Any, needed: int | None = None) -> np.ndarray | Non
     """(H, W, 3) uint8 of a whole, upright JPEG of three colours that needs all its detail: the pixels that PIL gives, a
     copy sooner. None for anything else, broken files included, of which PIL then says what is wrong.
     """
-    if not isinstance(source, (str, os.PathLike, bytes)) or not _decoders_agree():
+    decode = _quick_decoder()
+    if decode is None or not isinstance(source, (str, os.PathLike, bytes)):
         return None
     try:
         content = source if isinstance(source, bytes) else _read(source)
@@ -316,7 +323,7 @@ def _quickly_decoded(source: Any, needed: int | None = None) -> np.ndarray | Non
     if size is None or math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
         return None
     less_is_enough = needed is not None and max(size) >= 2 * _DETAIL * needed
-    return None if less_is_enough else _decoded_by_opencv(content)
+    return None if less_is_enough else decode(content)
 
 
 def _read(path: str | os.PathLike) -> bytes:
@@ -347,18 +354,31 @@ def _size_of_upright_jpeg(content: bytes) -> tuple[int, int] | None:
         return header.size if header.format == "JPEG" and header.mode == "RGB" and upright else None
 
 
+def _decoded_by_simplejpeg(content: bytes) -> np.ndarray | None:
+    try:
+        return simplejpeg.decode_jpeg(content, "RGB")
+    except ValueError:  # of damage that other decoders may put up with, too
+        return None
+
+
 def _decoded_by_opencv(content: bytes) -> np.ndarray | None:
     return cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 @cache
-def _decoders_agree() -> bool:
-    """Whether OpenCV and PIL brought decoders along that give the same pixels, which is usual but not promised."""
+def _quick_decoder() -> Callable[[bytes], np.ndarray | None] | None:
+    """The quickest decoder at hand that gives the same pixels as PIL's."""
+    quickest_first = [_decoded_by_opencv] if simplejpeg is None else [_decoded_by_simplejpeg, _decoded_by_opencv]
+    return next(filter(_agrees_with_pil, quickest_first), None)
+
+
+def _agrees_with_pil(decode: Callable[[bytes], np.ndarray | None]) -> bool:
+    """Whether `decode` and PIL came with decoders that give the same pixels, which is usual but not promised."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, CHANNELS), dtype=np.uint8))
-    for subsampling in ("4:4:4", "4:2:0"):
+    for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
         stream = io.BytesIO()
         noise.save(stream, "JPEG", quality=90, subsampling=subsampling)
-        decoded = _decoded_by_opencv(stream.getvalue())
+        decoded = decode(stream.getvalue())
         if decoded is None or not np.array_equal(decoded, np.asarray(Image.open(stream))):
             return False
     return True

@@ -1,7 +1,9 @@
 """Every kind of picture is opened; the square a tower sees is exact."""
 
+import importlib.util
 import io
 import struct
+import sys
 import zlib
 from fractions import Fraction
 from math import floor, lcm
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
+from transformers.dynamic_module_utils import get_imports
 
 from model import pictures
 from model.pictures import (
@@ -300,34 +303,98 @@ def test_no_sum_of_the_quick_filter_is_told_wrong_by_its_15_bits(factor):
             assert sorted(map(float, weights)) == sorted(pictures._END_WEIGHTS)
 
 
+@pytest.fixture
+def checked_anew():
+    """What is checked once in every process is checked in this test, and again after it."""
+    checks = (pictures._filters_agree, pictures._quick_decoder)
+    for check in checks:
+        check.cache_clear()
+    yield
+    for check in checks:
+        check.cache_clear()
+
+
+@pytest.mark.usefixtures("checked_anew")
 def test_other_filters_and_decoders_are_left_alone(tmp_path, monkeypatch):
     """Where a library gives other numbers than PIL, PIL does it."""
     array = grainy(480, 640)
     path = tmp_path / "picture.jpg"
     Image.fromarray(array).save(path)
     expected = prepared_pixels(str(path), 448)
+    pictures._filters_agree.cache_clear()
+    pictures._quick_decoder.cache_clear()
     calls = []
-    interpolate, decode = F.interpolate, pictures.cv2.imdecode
 
-    def duller(*args, **kwargs):
-        calls.append("filter")
-        return interpolate(*args, **kwargs) // 2
+    def halved(name, work):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return work(*args, **kwargs) // 2
 
-    def darker(*args):
-        calls.append("decoder")
-        return decode(*args) // 2
+        return call
 
-    monkeypatch.setattr(F, "interpolate", duller)
-    monkeypatch.setattr(pictures.cv2, "imdecode", darker)
-    for check in (pictures._filters_agree, pictures._decoders_agree):
-        check.cache_clear()
-    try:
-        for _ in range(2):
-            np.testing.assert_array_equal(prepared_pixels(str(path), 448), expected)
-        assert set(calls) == {"filter", "decoder"} and len(calls) <= 4, "asked once, and not again"
-    finally:
-        for check in (pictures._filters_agree, pictures._decoders_agree):
-            check.cache_clear()
+    monkeypatch.setattr(F, "interpolate", halved("filter", F.interpolate))
+    for name in ("_decoded_by_simplejpeg", "_decoded_by_opencv"):
+        monkeypatch.setattr(pictures, name, halved(name, getattr(pictures, name)))
+    for _ in range(2):
+        np.testing.assert_array_equal(prepared_pixels(str(path), 448), expected)
+    decoders = ["_decoded_by_opencv"] if pictures.simplejpeg is None else DECODERS
+    assert set(calls) == {"filter", *decoders} and len(calls) <= 5, "asked once, and not again"
+
+
+DECODERS = ["_decoded_by_simplejpeg", "_decoded_by_opencv"]
+
+
+@pytest.mark.usefixtures("checked_anew")
+@pytest.mark.parametrize(
+    ("absent", "agreeing", "expected"), [(True, DECODERS, 1), (False, DECODERS, 0), (False, DECODERS[1:], 1)]
+)
+def test_the_quickest_decoder_that_agrees_is_taken(monkeypatch, absent, agreeing, expected):
+    """simplejpeg is not looked for where it is not installed, such as beside an exported model."""
+    monkeypatch.setattr(pictures, "simplejpeg", None if absent else object())
+    monkeypatch.setattr(pictures, "_agrees_with_pil", lambda decode: decode.__name__ in agreeing)
+    assert pictures._quick_decoder() is getattr(pictures, DECODERS[expected])
+
+
+def test_the_file_loads_without_simplejpeg(monkeypatch):
+    """Exported models hold it, and transformers loads them with no more than they name."""
+    assert "simplejpeg" not in get_imports(pictures.__file__)
+    spec = importlib.util.spec_from_file_location("model.pictures_alone", pictures.__file__)
+    alone = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.setitem(sys.modules, spec.name, alone)
+    spec.loader.exec_module(alone)
+    assert alone._quick_decoder() is alone._decoded_by_opencv
+
+
+@pytest.fixture(params=DECODERS)
+def decode(request):
+    if request.param == DECODERS[0] and pictures.simplejpeg is None:
+        pytest.skip("simplejpeg is not installed")
+    return getattr(pictures, request.param)
+
+
+@pytest.mark.parametrize("kind", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(61, 83), (480, 640), (1, 1)])
+def test_decoders_give_the_pixels_of_pil(decode, kind, progressive, size):
+    picture = Image.fromarray(grainy(*size))
+    content = _file(picture, "JPEG", quality=88, subsampling=kind, progressive=progressive)
+    np.testing.assert_array_equal(decode(content), open_picture(content))
+
+
+@pytest.mark.skipif(pictures.simplejpeg is None, reason="simplejpeg is not installed")
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damaged_jpegs_are_left_to_pil(progressive):
+    """Or give what PIL gives, where neither notices: one byte is another, or the end is lost or followed by more."""
+    whole = _file(Image.fromarray(grainy(61, 83)), "JPEG", quality=90, progressive=progressive)
+    kept = []
+    for place, value in np.random.default_rng(0).integers((20, 0), (len(whole) - 2, 256), (200, 2)).tolist():
+        kept.append(pictures._decoded_by_simplejpeg(flawed := whole[:place] + bytes([value]) + whole[place + 1 :]))
+        if kept[-1] is not None:
+            np.testing.assert_array_equal(kept[-1], open_picture(flawed))
+    assert 0 < sum(one is None for one in kept) < len(kept)
+    for part in (2, 300, len(whole) // 2, len(whole) - 30):
+        assert pictures._decoded_by_simplejpeg(whole[:part] + b"\xff\xd9") is None
 
 
 def test_photographs_are_prepared_as_pil_does_it(realdata):

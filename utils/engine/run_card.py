@@ -20,6 +20,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "pillow",
+    "simplejpeg",
     "opencv-python-headless",
 )
 
