@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from utils.data.bad_samples import BAD_SAMPLES, BadSample, as_bad_sample
 from utils.data.collate import Batch, EncodedRow, Example, Normalise, collated, parcel
 from utils.data.errors import DataError
-from utils.data.masks import CocoMask, Window, WindowedMasks
+from utils.data.masks import CocoMask, Window, WindowedMasks, windows_of
 from utils.data.mixture import Mixture
 from utils.data.passing import Corner, SharedSlots, make_slots
 from utils.data.samples import NO_PICTURE, Conversation, Sample, Target
@@ -208,17 +208,21 @@ def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -
     """The masks in a picture of `size` (height, width). DataError when one has another size than the picture, or no
     pixel.
     """
-    return WindowedMasks(size, [_decoded(target, size, sample) for target in targets])
+    of_coco = {n: target.decode for n, target in enumerate(targets) if isinstance(target.decode, CocoMask)}
+    fitting = {n: source for n, source in of_coco.items() if (source.height, source.width) == size}
+    # Most masks by far: no copy of them, nor a search for pixels.
+    windows = dict(zip(fitting, windows_of([*fitting.values()]), strict=True))
+    decoded = [windows[n] if n in windows else _decoded(target, size, sample) for n, target in enumerate(targets)]
+    return WindowedMasks(size, [_with_pixels(*pair, sample) for pair in zip(decoded, targets, strict=True)])
 
 
-def _decoded(target: Target, size: tuple[int, int], sample: Sample) -> Window:
-    source = target.decode
-    if isinstance(source, CocoMask) and (source.height, source.width) == size:
-        window = source.window()  # most masks by far: no copy of them, nor a search for pixels
-    else:
-        mask = source()
-        _check_size(mask, size, target, sample)
-        window = Window(0, 0, mask) if (mask == 1).any() else None
+def _decoded(target: Target, size: tuple[int, int], sample: Sample) -> Window | None:
+    mask = target.decode()
+    _check_size(mask, size, target, sample)
+    return Window(0, 0, mask) if (mask == 1).any() else None
+
+
+def _with_pixels(window: Window | None, target: Target, sample: Sample) -> Window:
     if window is None:
         raise DataError(
             f"the mask of {target.name!r} in {sample.sample_id} has no pixel in its picture {sample.image_path}: "

@@ -5,6 +5,7 @@ Parts of one object are a union, never a sum: a pixel covered twice is still 1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
 import cv2
@@ -25,9 +26,13 @@ _BROKEN_RLE = "broken run lengths"
 _PIXELS_OF_A_WORD = 8
 """Of a byte each, handled together."""
 
-_FIRST_DIGIT, _MORE_FOLLOW = 48, 32
+_FIRST_DIGIT, _MORE_FOLLOW, _SIGN = 48, 32, 16
 _MOST_DIGITS = 7
 """Of five bits each; more would be a run longer than any picture."""
+
+_CODES = np.arange(256) - _FIRST_DIGIT
+_DIGITS = (_CODES & 31) - np.where(_CODES & (_MORE_FOLLOW | _SIGN) == _SIGN, 32, 0)
+"""Of every byte of compressed run lengths: its five bits, less 32 where it is the last of a number below 0."""
 
 PlainMask = tuple[int, int, tuple[bytes, ...], tuple[bytes, ...]]
 """Of a CocoMask: height, width, the float64 numbers of each polygon, the compressed counts of each RLE."""
@@ -77,10 +82,7 @@ class CocoMask:
 
     def window(self) -> Window | None:
         """The window that holds all of the mask; None when it has no pixel."""
-        parts = list(self.rles)
-        if self.polygons:
-            parts += coco_rle.frPyObjects(list(self.polygons), self.height, self.width)
-        return _raster(coco_rle.merge(parts) if len(parts) > 1 else parts[0], self.height, self.width)
+        return windows_of([self])[0]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CocoMask) and self.plain() == other.plain()
@@ -93,6 +95,17 @@ class CocoMask:
             tuple(polygon.tobytes() for polygon in self.polygons),
             tuple(rle["counts"] for rle in self.rles),
         )
+
+
+def windows_of(masks: Sequence[CocoMask]) -> list[Window | None]:
+    """The window of each of several masks of one picture: together they take little more time than one alone."""
+    if not masks:
+        return []
+    height, width = masks[0].height, masks[0].width
+    outlines = [polygon for mask in masks for polygon in mask.polygons]
+    rastered = iter(coco_rle.frPyObjects(outlines, height, width) if outlines else [])
+    parts = [[*mask.rles, *islice(rastered, len(mask.polygons))] for mask in masks]
+    return _raster([coco_rle.merge(some) if len(some) > 1 else some[0] for some in parts], height, width)
 
 
 def mask_of(plain: PlainMask) -> CocoMask:
@@ -294,57 +307,111 @@ def _packed_total(counts: bytes) -> int:
     rleToString): digits of 5 bits from character 48 on, lowest first, bit 32 says that more follow, the highest bit
     of the last is the sign; from the fourth on a run is told as the difference to the one before the last.
     """
-    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - _FIRST_DIGIT
-    if digits.min() < 0 or digits.max() > 63 or digits[-1] & _MORE_FOLLOW:
+    codes = np.frombuffer(counts, dtype=np.uint8)
+    if codes.min() < _FIRST_DIGIT or codes.max() > _FIRST_DIGIT + 63 or codes[-1] >= _FIRST_DIGIT + _MORE_FOLLOW:
         return -1
-    ends = np.flatnonzero((digits & _MORE_FOLLOW) == 0)
+    ends = _last_digits(codes)
     if np.diff(ends, prepend=-1).max() > _MOST_DIGITS:
         return -1
-    runs = _runs(digits, ends)
+    runs = _runs(_written(codes, ends))
     return int(runs.sum()) if runs.min() >= 0 else -1
 
 
-def _runs(digits: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Run lengths from their digits (int64) and the places of each one's last digit, background first."""
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    place = 5 * (np.arange(len(digits)) - np.repeat(starts, ends - starts + 1))
-    runs = np.add.reduceat((digits & 31) << place, starts)
-    runs -= np.where(digits[ends] & 16, np.int64(32) << place[ends], 0)
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
+def _last_digits(codes: np.ndarray) -> np.ndarray:
+    """The place of each number's last digit."""
+    return np.flatnonzero(codes < _FIRST_DIGIT + _MORE_FOLLOW)
 
 
-def _raster(rle: dict[str, Any], height: int, width: int) -> Window | None:
-    """The window of what pycocotools decodes, a mask of `height` by `width` pixels; None when it has no pixel.
+def _written(codes: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The numbers (int64) written in `codes` (uint8), which end at the places `ends`."""
+    starts = np.zeros_like(ends)
+    np.add(ends[:-1], 1, out=starts[1:])
+    bits = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
+    return np.add.reduceat(_DIGITS[codes] << bits, starts)
+
+
+def _runs(numbers: np.ndarray) -> np.ndarray:
+    """The run lengths of one mask, background first, in the place of their numbers."""
+    for differences in (numbers[1::2], numbers[2::2]):
+        differences.cumsum(out=differences)
+    return numbers
+
+
+def _raster(rles: Sequence[dict[str, Any]], height: int, width: int) -> list[Window | None]:
+    """The windows of what pycocotools decodes, masks of `height` by `width` pixels; None for one without a pixel.
 
     pycocotools writes every pixel, column by column. Most masks cover a small part of their picture, and few of their
     runs go over the end of a column: then it is faster to note where runs begin and end within that part, and let every
-    such place turn what is below it.
+    such place turn what is below it. numpy takes most of its time to be called, so all masks go through it together.
     """
-    digits = np.frombuffer(rle["counts"], dtype=np.uint8).astype(np.int64) - _FIRST_DIGIT
-    edges = _runs(digits, np.flatnonzero((digits & _MORE_FOLLOW) == 0)).cumsum()
-    count = len(edges) // 2
-    if not count:
-        return None
-    places = edges[: 2 * count].copy()
+    counts = [rle["counts"] for rle in rles]
+    codes = np.frombuffer(b"".join(counts), dtype=np.uint8)
+    ends = _last_digits(codes)
+    numbers = _written(codes, ends)
+    stops = ends.searchsorted([*accumulate(map(len, counts))]).tolist()
+    edges = [_runs(numbers[start:stop]).cumsum()[: (stop - start) // 2 * 2] for start, stop in pairwise([0, *stops])]
+    windows = _drawn_together(edges, height, width) if all(map(len, edges)) else None
+    if windows is not None:
+        return [*windows]
+    if len(rles) > 1:
+        return [window for rle in rles for window in _raster([rle], height, width)]
+    if not (edges[0][1::2] > edges[0][::2]).any():
+        return [None]
+    return [Window(0, 0, cv2.transpose(coco_rle.decode(rles[0]).T))]
+
+
+class _Frame(NamedTuple):
+    """Where a window is drawn: `height` rows of `stride` pixels from `start` on, and one more where its runs end."""
+
+    top: int
+    left: int
+    height: int
+    stride: int
+    start: int
+
+    @property
+    def origin(self) -> int:
+        """Where the first pixel of the picture would be."""
+        return self.start - self.top * self.stride - self.left
+
+    def cut(self, turns: np.ndarray, width: int) -> Window:
+        """The window of a picture of `width`, all of it turned by every place above that `turns` marks."""
+        part = turns[self.start : self.start + self.height * self.stride].view(np.uint64).reshape(self.height, -1)
+        drawn = np.bitwise_xor.accumulate(part, axis=0).view(np.uint8)
+        return Window(self.top, self.left, drawn[:, : width - self.left])
+
+
+def _drawn_together(edges: list[np.ndarray], height: int, width: int) -> list[Window] | None:
+    """The windows of masks whose runs begin and end, in turn, at the pixels `edges`, counted down the columns; None
+    where a run goes over the end of a column, or is without a pixel.
+    """
+    places = np.concatenate(edges)
+    touching = (places[1:] == places[:-1]).any()
     places[1::2] -= 1
     columns = places // height
     rows = places - columns * height
-    if (columns[::2] != columns[1::2]).any() or (edges[1 : 2 * count] == edges[: 2 * count - 1]).any():
-        # a run over the end of a column, or one without a pixel
-        if not (edges[1 : 2 * count : 2] > edges[: 2 * count : 2]).any():
-            return None
-        return Window(0, 0, cv2.transpose(coco_rle.decode(rle).T))
-    words = -(-int(columns[-1] + 1 - columns[0]) // _PIXELS_OF_A_WORD)
-    # As wide as its words where there is room: what is cut off has to be copied.
-    left = max(0, min(int(columns[0]), width - words * _PIXELS_OF_A_WORD))
-    top, bottom = int(rows[::2].min()), int(rows[1::2].max()) + 1
-    turns = np.zeros((bottom - top + 1, words * _PIXELS_OF_A_WORD), dtype=np.uint8)
+    if touching or (columns[::2] != columns[1::2]).any():
+        return None
+    sizes = [*map(len, edges)]
+    frames = _frames(rows, columns, np.cumsum(sizes), width)
     rows[1::2] += 1
-    turns[rows - top, columns - left] = 1
-    part = np.bitwise_xor.accumulate(turns[:-1].view(np.uint64), axis=0).view(np.uint8)
-    return Window(top, left, part[:, : width - left])
+    rows *= np.repeat([frame.stride for frame in frames], sizes)
+    turns = np.zeros(frames[-1].start + (frames[-1].height + 1) * frames[-1].stride, dtype=np.uint8)
+    turns[rows + columns + np.repeat([frame.origin for frame in frames], sizes)] = 1
+    return [frame.cut(turns, width) for frame in frames]
+
+
+def _frames(rows: np.ndarray, columns: np.ndarray, stops: np.ndarray, width: int) -> list[_Frame]:
+    """The frames, one behind the other, of masks whose runs begin and end in `rows` and `columns`, up to `stops`."""
+    firsts = np.concatenate([[0], stops[:-1]])
+    bounds = np.minimum.reduceat(rows, firsts), np.maximum.reduceat(rows, firsts), columns[firsts], columns[stops - 1]
+    frames, start = [], 0
+    for top, bottom, left, right in zip(*(bound.tolist() for bound in bounds), strict=True):
+        stride = -(-(right + 1 - left) // _PIXELS_OF_A_WORD) * _PIXELS_OF_A_WORD
+        # As wide as its words where there is room: what is cut off has to be copied.
+        frames.append(_Frame(top, max(0, min(left, width - stride)), bottom + 1 - top, stride, start))
+        start += (bottom + 2 - top) * stride
+    return frames
 
 
 def _compressed(counts: list[Any], height: int, width: int, where: str) -> dict[str, Any]:
