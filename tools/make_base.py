@@ -8,7 +8,7 @@ import argparse
 import random
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -32,12 +32,10 @@ from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 from utils.scenes import (
     COLOURS,
-    DIRECTIONS,
-    EXTREMES,
     FORMS,
-    LIST_WORDS,
+    LESSONS,
+    MEANINGS,
     PATCH_WORDS,
-    PLURALS,
     Scene,
     mask_lessons,
     patch_lessons,
@@ -57,17 +55,15 @@ SHAPE = {field.name: field.default for field in fields(TinyShape) if isinstance(
 def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: int, folder: Path) -> None:
     """Teach the tower and the projector which colour, form, size and place each patch shows."""
     tower = built.model.vision_tower.requires_grad_(True)
-    for part in tower.parts_without_loss():
-        part.requires_grad_(False)
-    engine = PlainEngine(PatchReader(built, PATCH_WORDS), OptimizerSettings(name=MUON), "fp32", runtime.device)
-    ranks = engine.world_size
-    lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // ranks, engine.rank, ranks)
+    torch.nn.ModuleList(tower.parts_without_loss()).requires_grad_(False)
+    engine = PlainEngine(PatchReader(built, **LESSONS), OptimizerSettings(name=MUON), "fp32", runtime.device)
+    lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
 
     def batches(_: int) -> Iterator[list[PatchBatch]]:
         return ([PatchBatch(pixels, words)] for pixels, words in lessons)
 
-    plan = Plan(Schedule(TOWER_RATE, steps, min(TOWER_WARMUP, steps // 2), "cosine"), steps, 0, 0, print_every=10)
-    Run(engine, plan, folder).fit(batches)
+    schedule = Schedule(TOWER_RATE, steps, min(TOWER_WARMUP, steps // 2), "cosine")
+    Run(engine, Plan(schedule, steps, 0, 0, print_every=10), folder).fit(batches)
     built.model.cpu().eval()
 
 
@@ -75,17 +71,17 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     """Let the language model begin by looking up in the picture what words name."""
     torch.manual_seed(seed)
     asked = word_lessons(scenes, built.processor, random.Random(seed))
-    labels = words_of_patches(scenes, built.model.vision_tower.patch_size)
-    meant = Meant(PLURALS, EXTREMES, {**DIRECTIONS, **LIST_WORDS})
-    read = start_looking_up(built, list(PATCH_WORDS.values()), meant, asked, labels)
+    labels = words_of_patches(scenes, built.model.vision_tower.patch_size)[:, : len(PATCH_WORDS)]
+    read = start_looking_up(built, list(PATCH_WORDS.values()), Meant(**MEANINGS), asked, labels)
     shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())
     note(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
 
 
-def train_words(built: BuiltModel, runtime: Runtime, flags: list[str]) -> None:
-    """Talk about scenes, as WORDS_CONFIG and `flags` say."""
+def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], frozen: Sequence[torch.nn.Module] = ()) -> None:
+    """Talk about scenes, as WORDS_CONFIG and `flags` say; `frozen` parts stay as they are."""
     args = parse_train(["--config", WORDS_CONFIG, "--version", ".", "--engine", "plain", *flags])
     choose_trainable(built.model, TrainingRecipe(**{f.name: getattr(args, f.name) for f in fields(TrainingRecipe)}))
+    torch.nn.ModuleList(frozen).requires_grad_(False)
     batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
     engine = make_engine(args, runtime, built.model)
     fit_in_one_go(Run(engine, make_plan(args, engine.world_size), args.run_folder), batches)
@@ -107,17 +103,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--tower_steps", type=int, default=1000)
+    parser.add_argument("--tower_steps", type=int, default=1500)
+    parser.add_argument("--sentence_steps", type=int, default=150, help="of words, before looking up is started")
     parser.add_argument("--samples", type=int, default=400, help="scenes whose questions are read where parts start")
     parser.add_argument("--seed", type=int, default=0)
     for name, default in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="last: what train_ds.py's flags override")
     args = parser.parse_args(argv)
-    if not (args.dataset_dir / "scenes.json").is_file():
-        raise UserError(
-            f"{args.dataset_dir} holds no scenes: make them with tools/make_scenes.py --out {args.dataset_dir}"
-        )
+    if not ((data := args.dataset_dir) / "scenes.json").is_file():
+        raise UserError(f"{data} holds no scenes: make them with tools/make_scenes.py --out {data}")
     return args
 
 
@@ -133,10 +128,15 @@ def main(argv: list[str] | None = None) -> None:
     shape = TinyShape(**{name: getattr(args, name) for name in SHAPE})
     built = make_tiny(tokenizer_corpus(), shape, args.seed, names=(*COLOURS, *FORMS))
     warm_tower(built, scenes, runtime, args.tower_steps, work / "tower")
+    where = ["--dataset_dir", data, "--log_base_dir", str(work)]
+    note("--- learn how sentences go")
+    decoder = built.model.language_model.get_decoder()
+    started_later = decoder.embed_tokens, *(layer.self_attn for layer in decoder.layers[1:])
+    few = [*where, *args.words, "--exp_name", "sentences", "--max_steps", str(args.sentence_steps)]
+    train_words(built, runtime, few, started_later)
     note("--- talk about scenes")
     start_lookups(built, scenes[: args.samples], args.seed)
-    where = ["--dataset_dir", data, "--log_base_dir", str(work), "--exp_name", "words"]
-    train_words(built, runtime, [*where, *args.words])
+    train_words(built, runtime, [*where, "--exp_name", "words", *args.words])
     if runtime.rank == 0:
         start_masks(built, data, args.samples, args.seed)
         save_model(built.model, built.processor, args.out)

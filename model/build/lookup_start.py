@@ -8,21 +8,25 @@ some conversations as the untrained layers make them; all weights train on. Noth
 Axes: N image tokens, M words of the text, H language width, W words that patches bear.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..modeling_pixellm import ExpandedRows, PixelLMForCausalLM
 from .builder import BuildError, BuiltModel
-from .tiny import embeddings_of, without_marks, word_id
+from .tiny import ROTARY_BASE, embeddings_of, without_marks, word_id
 
 # What a query's agreement with a key is worth, before softmax: for a word of a name, for being where a shape's centre
 # is, for places (from -1 to 1, squared distance), for size (-1 to 1), for coming first from
-# the left (-1 to 1), for the same word, for any name in the text.
-NAME, CENTRE, PLACE, SIZE, LEFTMOST, SAME_WORD, ANY_NAME = 5.0, 12.0, 20.0, 5.0, 6.0, 6.0, 6.0
+# the left (-1 to 1), for the same word, for any name in the text, and for having been said last.
+NAME, CENTRE, PLACE, SIZE, LEFTMOST, SAME_WORD, ANY_NAME, SAID_LAST = 5.0, 12.0, 20.0, 5.0, 6.0, 6.0, 12.0, 8.0
+# Over how many words "said last" fades.
+FADES_OVER = 100
 # How far off, in places, a shape is looked for in a direction. How many words back one looks for what to look for.
 A_STEP, WINDOW = 0.7, 5
 # What other patches are worth beside a centre. How much of each word of a name the first token answers to: a shape that
@@ -31,6 +35,9 @@ A_STEP, WINDOW = 0.7, 5
 ELSEWHERE, NOT_FOUND, COUNT = 0.6, 0.6, 1.0
 # How much of a word is added where it is found, and of random weights left in queries and keys.
 PASSED_ON, LEFT_RANDOM = 0.2, 0.3
+# How many times as much of a number goes with a name; how much the rows that score numbers take from the words for so
+# many of a colour or a form.
+WITH_NAME, SCORED_AS = 2.0, 0.06
 # Numbers a word is told by, where any word of the text may be meant.
 CODE_SIZE = 18
 RIDGE = 1e-4
@@ -49,11 +56,14 @@ class Shown:
 @dataclass(frozen=True)
 class Meant:
     """Words that say what to look for. plurals: other spellings of names. sizes: words for the extremes of size, as 1
-    and -1. directions: words for steps to the right and down, as (1, 0), (0, 1) and so on."""
+    and -1. directions: words for steps to the right and down, as (1, 0), (0, 1) and so on. numbers: from words that
+    patches bear to the numbers that answers say.
+    """
 
     plurals: Mapping[str, str]
     sizes: Mapping[str, float]
     directions: Mapping[str, tuple[float, float]]
+    numbers: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -122,12 +132,22 @@ def start_looking_up(
         image, text = _normed_states(model, rows, number)
         reader = _Reader(image, text, shown, said, codes)
         beside = sum(len(kind) - 1 for kind in words[2:-2])
-        heads = list(_heads(reader, embeddings, torch.cat([away, not_found]), counting, len(names), beside))
+        looks = torch.cat([away, not_found])
+        heads = list(_heads(reader, embeddings, looks, counting, len(names), beside, model.config.text_config.head_dim))
         _check_room(model, len(heads), max(max(len(query), len(value)) for query, _, value, _ in heads))
         for head, (query, key, value, output) in enumerate(heads):
             _write_head(layers[number].self_attn, head, query, key, value, PASSED_ON * output)
         read[number] = reader.share_of_names_read()
+    _score_numbers(built, meant.numbers)
     return read
+
+
+def _score_numbers(built: BuiltModel, numbers: Mapping[str, str]) -> None:
+    """Let the head take what patches say of how many there are for the number itself."""
+    head = cast(nn.Linear, built.model.get_output_embeddings())
+    (scored_by,) = embeddings_of(built, [list(numbers)])
+    for row, number in zip(scored_by, numbers.values(), strict=True):
+        head.weight[word_id(built.processor, number)] += SCORED_AS * row
 
 
 class _Reader:
@@ -156,12 +176,23 @@ class _Reader:
         self.words = of_image(shown.words, of_centres)
         self.is_text, self.is_first = of_text(torch.ones_like(said.first)), of_text(said.first)
         self.named, self.own, self.recent = (_read(text, facts) for facts in (said.named, said.own, said.recent))
-        self.counts = _read(text, said.counts)
+        self.counts = self._read_of_names(said.counts)
         self.wanted_size, self.in_order = _read(text, said.size), _read(text, said.in_order)
         self.at, self.known = _read(text, said.at), _read(text, said.known)
         self.is_name = of_text((said.own.sum(dim=1, keepdim=True) > 0).float())
         self.code = _read(text, codes[said.ids])
         self.previous_code = _read(text, codes[said.previous.clamp(min=0)] * known[:, None])
+
+    def _read_of_names(self, facts: torch.Tensor) -> torch.Tensor:
+        """Read facts where names end, the only place where they are asked for. Colours alone, forms alone and both
+        count alike, however rare."""
+        ends = self._said.own.sum(dim=1) > 0
+        own = self._said.own[ends]
+        alone = own * (own.sum(dim=1, keepdim=True) == 1)
+        shares = alone @ (1 / alone.sum(dim=0).clamp(min=1)) / own.shape[1]
+        both = (shares == 0).float()
+        weights = shares + both / (2 * both.sum().clamp(min=1))
+        return _read(self._text[ends], facts[ends], (weights / weights.mean()).sqrt()[:, None])
 
     def share_of_names_read(self) -> float:
         missed = (self._text @ self.named.T - self._said.named).square().mean()
@@ -169,7 +200,13 @@ class _Reader:
 
 
 def _heads(
-    reader: _Reader, embeddings: torch.Tensor, away: torch.Tensor, counting: torch.Tensor, names: int, beside: int
+    reader: _Reader,
+    embeddings: torch.Tensor,
+    away: torch.Tensor,
+    counting: torch.Tensor,
+    names: int,
+    beside: int,
+    channels: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Query, key and value (channels, H) and output (H, channels) of each head that is started.
 
@@ -203,8 +240,20 @@ def _heads(
     yield reader.code * same, reader.previous_code * same, reader.own, embeddings[:names].T
     # With a name goes what was found there about it: who says how many there are says it later.
     counts = slice(looks - len(reader.counts), looks)
-    told, tells = torch.cat([reader.own, reader.counts]), torch.cat([embeddings[:names], embeddings[counts]])
-    yield reader.is_text * ANY_NAME**0.5, reader.is_name * ANY_NAME**0.5, told, tells.T
+    told = torch.cat([reader.own, reader.counts])
+    tells = torch.cat([embeddings[:names], WITH_NAME * embeddings[counts]])
+    yield _fading(reader.is_text, channels), _fading(reader.is_name, channels), told, tells.T
+
+
+def _fading(asked: torch.Tensor, channels: int) -> torch.Tensor:
+    """(rows, H) a query or key that agrees in `asked` (1, H) wherever it stands, and the more so the nearer.
+
+    The last row lands, see `_write_head`, on the pair of channels that makes half a turn in about FADES_OVER words.
+    """
+    half = channels // 2
+    pair = round(half * math.log(FADES_OVER / math.pi) / math.log(ROTARY_BASE))
+    between = torch.zeros(2 * (half - 1 - pair) - 1, asked.shape[1])
+    return torch.cat([asked * ANY_NAME**0.5, between, asked * SAID_LAST**0.5])
 
 
 def _check_room(model: PixelLMForCausalLM, heads: int, channels: int) -> None:

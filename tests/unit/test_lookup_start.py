@@ -1,24 +1,29 @@
 """Where the language model of a tiny base starts: finding in the picture what words name."""
 
+import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from model.build.builder import BuildError
-from model.build.lookup_start import Meant, start_looking_up
-from model.build.tiny import MARK, embeddings_of, make_tiny
+from model.build.lookup_start import ANY_NAME, SAID_LAST, SCORED_AS, Meant, _fading, _write_head, start_looking_up
+from model.build.tiny import MARK, embeddings_of, make_tiny, without_marks, word_id
 from model.modeling_pixellm import EncodedPictures, ExpandedRows
 from tests.unit.tiny_pixellm import SHAPE
 
 COLOURS, FORMS, SIZES = ("red", "blue", "green"), ("circle", "square", "star"), ("small", "large")
 COLUMNS, ROWS = ("c1", "c2", "c3", "c4"), ("r1", "r2", "r3", "r4")
 WORDS = [("nothing", *kind) for kind in (COLOURS, FORMS, SIZES, COLUMNS, ROWS)]
-MEANT = Meant({f"{form}s": form for form in FORMS}, {"largest": 1.0, "smallest": -1.0}, {"left": (-1.0, 0.0)})
+MEANT = Meant(
+    {f"{form}s": form for form in FORMS}, {"largest": 1.0, "smallest": -1.0}, {"left": (-1.0, 0.0)}, {"small": "yes"}
+)
 PICTURES, SIDE, SHAPES = 200, 4, 3
 PATCHES = SIDE * SIDE
 
@@ -125,14 +130,36 @@ def test_the_layers_before_and_the_words_stay_as_they_are() -> None:
     before = {name: value.clone() for name, value in world.built.model.state_dict().items()}
     world.start()
     changed = {name for name, value in world.built.model.state_dict().items() if not torch.equal(value, before[name])}
-    own = "language_model.model.layers.1.self_attn"
-    assert changed == {f"{own}.{part}_proj.weight" for part in "qkvo"}
+    own, head = "language_model.model.layers.1.self_attn", "language_model.lm_head.weight"
+    assert changed == {head, *(f"{own}.{part}_proj.weight" for part in "qkvo")}
+    yes, small = (word_id(world.built.processor, word) for word in ("yes", "small"))
+    moved = world.built.model.state_dict()[head] - before[head]
+    assert moved.any(dim=1).nonzero().flatten().tolist() == [yes], "only the row of the word that says a number"
+    word = without_marks(before["language_model.model.embed_tokens.weight"][small])
+    torch.testing.assert_close(moved[yes], SCORED_AS * word, atol=1e-6, rtol=1e-4)
+
+
+def test_what_was_said_last_is_looked_back_at_first() -> None:
+    """The head that looks for any name: of two names as good, 10 and 50 words back, the nearer one is seen."""
+    query = key = _fading(torch.ones(1, 1), channels=32)
+    assert query.shape == (23, 1) and float(query.square().sum()) == pytest.approx(ANY_NAME + SAID_LAST)
+    # Row 22 lands on pair 4 of 16, which turns by 1e6 ** (-4 / 16) = 0.0316 a word.
+    near, far = (SAID_LAST * math.cos(0.0316 * words) for words in (10, 50))
+    assert near - far == pytest.approx(8 * (0.9505 + 0.0092), abs=0.01)
+    attention = SimpleNamespace(head_dim=32, **{f"{part}_proj": nn.Linear(1, 32, bias=False) for part in "qkv"})
+    attention.o_proj = nn.Linear(32, 1, bias=False)
+    for part in (attention.q_proj, attention.k_proj):
+        nn.init.zeros_(part.weight)
+    with torch.no_grad():
+        _write_head(attention, 0, query, key, torch.zeros(1, 1), torch.zeros(1, 1))
+    written = attention.q_proj.weight[:, 0].nonzero().flatten().tolist()
+    assert written == [4, 15], "the pair that fades, and the slowest one"
 
 
 def test_too_few_heads_are_refused() -> None:
     world = World()
     world.built.model.config.text_config.num_attention_heads = 4
-    with pytest.raises(BuildError, match="has 4 heads of 32 channels: looking up takes at least 8 of 18"):
+    with pytest.raises(BuildError, match="has 4 heads of 32 channels: looking up takes at least 8 of 23"):
         world.start()
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.build.builder import BuildError, BuiltModel
-from model.build.patch_reader import SCORE_SHARPNESS, PatchBatch, PatchReader
+from model.build.patch_reader import EARLY_WEIGHT, SCORE_SHARPNESS, SUM_WEIGHT, PatchBatch, PatchReader
 from model.build.tiny import make_tiny
 from tests.unit.tiny_pixellm import SHAPE
 from utils.engine.plain_engine import PlainEngine
@@ -60,6 +60,35 @@ def test_where_there_is_no_word_only_the_sum_is_asked_for(built: BuiltModel, mon
     torch.testing.assert_close(losses["colour"].sum, told)
     form = F.cross_entropy(sums[0, 7] @ forms.T / SCORE_SHARPNESS, torch.tensor(2))
     torch.testing.assert_close(losses["form"].sum, form)
+
+
+def test_earlier_states_are_asked_too_where_that_is_wanted(built: BuiltModel) -> None:
+    """On every patch, for nothing too; a hint is no word of a token. What is learned there trains the layers before it,
+    and is no part of the model."""
+    hints = {"order": ("nothing", "only", "first", "last")}
+    reader = PatchReader(built, WORDS, hints, early={"form": 1, "order": 0})
+    labels = torch.randint(0, 3, (2, 3, PATCHES), generator=torch.Generator().manual_seed(0))
+    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    losses = reader(pictures, labels).losses
+    counts = {name: float(term.count) for name, term in losses.items()}
+    formed = int((labels[:, 1] > 0).sum())
+    assert counts == {"sum": 32, "colour": 32, "form": formed, "early_form": 32, "early_order": 32}
+    assert counts == reader.count_losses(labels)
+    early = {"early_form": EARLY_WEIGHT, "early_order": EARLY_WEIGHT}
+    assert reader.loss_weights == {"sum": SUM_WEIGHT, "colour": 1, "form": 1, **early}
+    size = torch.tensor([[32, 32]] * 2)
+    last = built.model.vision_tower.layer_indices[0]
+    assert [state for _, state, _ in reader.early] == [last - 1, last]
+    (state,) = built.model.vision_tower.hidden_states(pictures, size, [last])
+    asked = reader.maps[1](state[:, built.model.vision_tower.num_class_tokens :])
+    assert asked.shape == (2, PATCHES, 4)
+    torch.testing.assert_close(
+        losses["early_order"].sum, F.cross_entropy(asked.flatten(0, 1), labels[:, 2].flatten(), reduction="sum")
+    )
+    losses["early_form"].sum.backward()
+    layers = built.model.vision_tower.model.encoder.layers
+    assert layers[last - 2].mlp.fc1.weight.grad is not None and layers[last - 1].mlp.fc1.weight.grad is None
+    assert not any("maps" in name for name in built.model.state_dict())
 
 
 def test_a_word_of_several_tokens_is_refused(built: BuiltModel) -> None:

@@ -5,18 +5,15 @@ from .conversations import make_conversation, tokenizer_corpus
 from .drawing import Scene, Shape, draw_scene, scene_masks
 from .lessons import mask_lessons, patch_lessons, word_lessons, words_of_patches
 from .manifest import SceneRecord, read_scenes
-from .patches import PATCH_WORDS, patch_words
+from .patches import HINTS, LESSONS, PATCH_WORDS, patch_words
 from .planning import SceneDataSettings
 from .questions import find_asks
 from .sampling import SceneSettings, sample_scenes
 from .words import (
     COLOURS,
     COLUMNS,
-    DIRECTIONS,
-    EXTREMES,
     FORMS,
-    LIST_WORDS,
-    PLURALS,
+    MEANINGS,
     ROWS,
     SIZES,
     category_names,
@@ -27,13 +24,12 @@ from .writers import HELD_OUT_SPEC, write_scene_data
 __all__ = [
     "COLOURS",
     "COLUMNS",
-    "DIRECTIONS",
-    "EXTREMES",
     "FORMS",
     "HELD_OUT_SPEC",
-    "LIST_WORDS",
+    "HINTS",
+    "LESSONS",
+    "MEANINGS",
     "PATCH_WORDS",
-    "PLURALS",
     "ROWS",
     "SIZES",
     "Difficulty",

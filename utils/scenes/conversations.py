@@ -91,9 +91,12 @@ def _pointer(scene: Scene, shape: Shape) -> str:
 
 
 def _with_places(speaker: Speaker, ask: Ask, question: str, answer: str) -> Turn:
-    """A turn whose answer, where there are targets and mostly, points in words where it could point with masks."""
+    """A turn whose answer mostly points in words where it could point with masks.
+
+    Places are asked for where there is nothing, too, or being asked would tell that there is something.
+    """
     scene = speaker.scene
-    if not ask.targets or speaker.rng.random() >= _PLACES_ASKED_FOR:
+    if speaker.rng.random() >= _PLACES_ASKED_FOR:
         return question, answer.replace(f" {SEG_MARKER}", "")
     for target in ask.targets:
         answer = answer.replace(SEG_MARKER, _pointer(scene, scene.shapes[target]), 1)
@@ -119,7 +122,7 @@ def _referring(kind: str) -> Callable[[Speaker], Turn | None]:
         asked = target_name(ask.phrase(speaker.rng, speaker.scene).question)
         phrasing = pick_phrasing(speaker.phrasing_rng, speaker.more_phrasings)
         if not ask.targets:
-            return phrasing.question([asked]), phrasing.denial([asked])
+            return _with_places(speaker, ask, phrasing.question([asked]), phrasing.denial([asked]))
         shapes = [speaker.scene.shapes[i] for i in ask.targets]
         names = [asked] if len(shapes) == 1 else [target_name(shape.name) for shape in shapes]
         return _with_places(speaker, ask, phrasing.question([asked]), phrasing.answer(names))
@@ -255,21 +258,22 @@ def _outermost(speaker: Speaker) -> Turn | None:
     return f"Which shape is the {word}?", f"The {word} shape is the {shape.name}."
 
 
-# (weight, turn): what a conversation is mixed from. Most are the questions that will be asked for masks.
+# (weight, turn): what a conversation is mixed from. Nearly all are the questions that will be asked for masks, most of
+# all those that need a list.
 _TURNS: tuple[tuple[float, Callable[[Speaker], Turn | None]], ...] = (
-    (2.0, _referring("direct")),
-    (4.0, _referring("several")),
-    (7.0, _reasoning),
-    (4.5, _referring("no_target")),
-    (0.5, _read_off),
-    (1.0, _describe),
-    (1.0, _exists),
-    (1.0, _how_many),
-    (0.5, _how_large),
-    (0.4, _is_larger),
-    (0.4, _is_beside),
-    (0.5, _neighbours),
-    (0.4, _outermost),
+    (3.0, _referring("direct")),
+    (7.0, _referring("several")),
+    (8.0, _reasoning),
+    (6.0, _referring("no_target")),
+    (0.3, _read_off),
+    (0.5, _describe),
+    (0.5, _exists),
+    (1.5, _how_many),
+    (0.3, _how_large),
+    (0.2, _is_larger),
+    (0.2, _is_beside),
+    (0.2, _neighbours),
+    (0.2, _outermost),
 )
 
 

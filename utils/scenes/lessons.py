@@ -29,7 +29,7 @@ def patch_lessons(
     scenes: Sequence[Scene], processor: Any, size: int, rank: int, ranks: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches: this rank's `size` pictures of each step, drawn again rather than read, as (size, 3, P, P)
-    pixel values, and (size, 8, patches) their `patch_words`."""
+    pixel values, and (size, 12, patches) their `patch_words`."""
     order = np.random.default_rng(0)
     while True:
         chosen = [scenes[i] for i in order.integers(len(scenes), size=(ranks, size))[rank]]
@@ -37,7 +37,7 @@ def patch_lessons(
 
 
 def words_of_patches(scenes: Sequence[Scene], patch: int) -> torch.Tensor:
-    """(scenes, 8, patches) `patch_words` of patches of `patch` pixels."""
+    """(scenes, 12, patches) `patch_words` of patches of `patch` pixels."""
     return torch.from_numpy(np.stack([patch_words(scene, patch) for scene in scenes]))
 
 

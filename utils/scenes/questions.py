@@ -102,7 +102,7 @@ _EXCEPT = {
     "form": (
         "Find all {forms} except the {colour} {one}.",
         "Which {forms} are not {colour}?",
-        "Show every {form} that is not {colour}.",
+        "Show every {form} of a colour other than {colour}.",
         "All the {forms} but not the {colour} {one}.",
     ),
     "colour": (
@@ -145,6 +145,18 @@ _KEEPS: Mapping[str, Callable[[Shape, str, str], bool]] = {
 }
 
 
+# Which shapes an answer to it goes through, one by one.
+_LOOKED_AT: Mapping[str, Callable[[Shape, str, str], bool]] = {
+    "form": lambda shape, colour, form: shape.form == form,
+    "colour": lambda shape, colour, form: shape.colour == colour,
+    "neither": lambda shape, colour, form: True,
+    "not_colour": lambda shape, colour, form: True,
+    "not_form": lambda shape, colour, form: True,
+}
+
+# What an answer says of a shape that it goes through and that is not meant; it denies nothing else.
+NOT_MEANT = "skipped"
+
 # What fills a template: words, or several of which one is drawn.
 Fields = Mapping[str, str | tuple[str, ...]]
 
@@ -164,7 +176,8 @@ class Phrased:
 class Ask:
     """One fact worth asking about.
 
-    `targets` are indices into scene.shapes, in reading order. `answers` are empty or go with `questions` one to one.
+    `targets` are indices into scene.shapes, in reading order; so is `looked_at`, what an answer goes through that says
+    of each shape whether it is meant. `answers` are empty or go with `questions` one to one.
     Both are templates that take `fields`; a field with several choices is a tuple. Asks are told apart by identity.
     """
 
@@ -174,6 +187,7 @@ class Ask:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     fields: Fields
+    looked_at: tuple[int, ...] = ()
 
     def phrase(
         self, rng: random.Random, scene: Scene, mark: Callable[[Shape], str] = lambda shape: SEG_MARKER
@@ -188,7 +202,9 @@ class Ask:
         named = [f"{shape.name} {mark(shape)}" for shape in shapes]
         placed = [f"{scene.where(shape)} {words}" for shape, words in zip(shapes, named, strict=True)]
         fields |= {"found": placed[0], "placed": " and ".join(placed)}
-        fields["listed"] = " and ".join(f"the {words}" for words in named)
+        verdicts = {i: f"{scene.shapes[i].name} {NOT_MEANT}" for i in self.looked_at}
+        verdicts |= dict(zip(self.targets, named, strict=True))
+        fields["verdicts"] = ", ".join(f"{scene.place(scene.shapes[i])[0]} {verdicts[i]}" for i in self.looked_at)
         return Phrased(question, self.answers[wording].format(**fields))
 
 
@@ -207,8 +223,14 @@ def _words(colour: str, form: str) -> dict[str, str | tuple[str, ...]]:
     return {"colour": colour, "form": form, "forms": FORMS[form]}
 
 
-def _reasoning(family: str, targets: tuple[int, ...], wordings: Mapping[str, str], fields: Fields) -> Ask:
-    return Ask("reasoning", family, targets, tuple(wordings), tuple(wordings.values()), fields)
+def _reasoning(
+    family: str,
+    targets: tuple[int, ...],
+    wordings: Mapping[str, str],
+    fields: Fields,
+    looked_at: tuple[int, ...] = (),
+) -> Ask:
+    return Ask("reasoning", family, targets, tuple(wordings), tuple(wordings.values()), fields, looked_at)
 
 
 def _ask_direct(scene: Scene) -> list[Ask]:
@@ -379,28 +401,34 @@ def _ask_exclusion(scene: Scene) -> list[Ask]:
             fields = _words(colour, form)
             fields |= {"one": "one" if single else "ones", "form_or_forms": form if single else FORMS[form]}
             wordings = {
-                question: f"{opening}, {_EXCEPT_RESTATED[manner]}, {NUMBERS[len(targets)]}: {{listed}}."
+                question: f"{opening}, {_EXCEPT_RESTATED[manner]}: {{verdicts}}."
                 for question, opening in zip(_EXCEPT[manner], _EXCEPT_OPENINGS, strict=False)
             }
-            asks.append(_reasoning("exclusion", targets, wordings, fields))
+            looked_at = tuple(i for i, s in enumerate(scene.shapes) if _LOOKED_AT[manner](s, colour, form))
+            asks.append(_reasoning("exclusion", targets, wordings, fields, looked_at))
     return asks
 
 
 def training_piles(families: Mapping[str, list[Ask]]) -> list[list[Ask]]:
     """The asks of one kind, in piles that training draws from equally: what is hard and rare comes often.
 
-    Lists of three and more are piles of their own, or an answer learns to stop after two. Names whose colour and form
-    both occur, on different shapes, are two piles of the five that ask for what is not there.
+    Lists of three and more are piles of their own, or an answer learns to stop after two, and come twice where nothing
+    in the question says how long they are; so do exclusions, by how much they leave, but where it is one shape. Names
+    whose colour and form both occur, on different shapes, are two piles of the five that ask for what is not there.
     """
     piles = []
     for family, asks in families.items():
         if family == "absent_name":
             piles += [asks[::2], asks[1::2]]
+        elif family == "count":
+            piles.append(asks)
+        elif family == "exclusion":
+            by_number = [[ask for ask in asks if len(ask.targets) == n] for n in range(1, _MOST_EXCLUSION_TARGETS + 1)]
+            piles += [*by_number, *by_number[1:]]
         else:
-            piles += [
-                [ask for ask in asks if len(ask.targets) < _MANY],
-                [ask for ask in asks if len(ask.targets) >= _MANY],
-            ]
+            few = [ask for ask in asks if len(ask.targets) < _MANY]
+            many = [ask for ask in asks if len(ask.targets) >= _MANY]
+            piles += [few, many] * (1 + (family in ("form", "colour")))
     return [pile for pile in piles if pile]
 
 

@@ -25,12 +25,12 @@ class SceneSettings:
     """What scenes look like: `side` pixels of the square picture, at least 48; lengths below scale with it.
 
     gap: least distance in pixels between the boxes of two shapes; reading_gap: least difference of their centres in x,
-    so that "left to right" is never in doubt. Both are for a picture of 112 pixels.
+    more than a column is wide, so that "left to right" is never in doubt. Both are for a picture of 112 pixels.
     """
 
     side: int = _REFERENCE_SIDE
     gap: float = 3.0
-    reading_gap: float = 4.0
+    reading_gap: float = 9.0
 
     def __post_init__(self) -> None:
         if self.side < _SMALLEST_PICTURE:

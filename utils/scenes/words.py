@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
+
+from utils.data.templates import NUMBERS
 
 # Name -> (red, green, blue), 0..255. Far apart from each other and from the greys of the background.
 COLOURS = MappingProxyType(
@@ -32,11 +35,21 @@ ROWS = tuple(f"r{number}" for number in range(1, 15))
 OF_COLOUR = tuple(f"k{number}" for number in range(1, 6))
 OF_FORM = tuple(f"f{number}" for number in range(1, 6))
 OF_ALL = tuple(f"n{number}" for number in range(1, 7))
+# Which of them say what number of shapes.
+COUNTED = MappingProxyType(
+    {word: number for words in (OF_COLOUR, OF_FORM) for word, number in zip(words, NUMBERS[1:], strict=False)}
+)
+# Where a shape stands, from left to right, among those of its colour, or of its form.
+ORDER = ("only", "last", "first", "between")
 # Word -> (to the right, down). What comes next in a list is to the right of what was named last.
 DIRECTIONS = MappingProxyType({"left": (-1.0, 0.0), "right": (1.0, 0.0), "above": (0.0, -1.0), "below": (0.0, 1.0)})
 LIST_WORDS = MappingProxyType({"and": (0.5, 0.0)})
 # Word -> which extreme of size: 1 for the largest, -1 for the smallest.
 EXTREMES = MappingProxyType({"largest": 1.0, "biggest": 1.0, "smallest": -1.0, "tiniest": -1.0})
+# What words of questions and answers mean, beside the names of colours, forms and places.
+MEANINGS: Mapping[str, Any] = MappingProxyType(
+    {"plurals": PLURALS, "sizes": EXTREMES, "directions": {**DIRECTIONS, **LIST_WORDS}, "numbers": COUNTED}
+)
 
 _SHAPE_NAME = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(FORMS)})\b")
 _COLOUR_WORD = re.compile(rf"\b({'|'.join(COLOURS)})\b")
