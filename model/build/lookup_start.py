@@ -38,6 +38,9 @@ PASSED_ON, LEFT_RANDOM = 0.2, 0.3
 # How many times as much of a number goes with a name; how much the rows that score numbers take from the words for so
 # many of a colour or a form.
 WITH_NAME, SCORED_AS = 2.0, 0.06
+# How many times as much a name turned round ("the star that is red") counts, where reading names is fitted: there are
+# few, and one has to look farther back for them.
+TURNED_ROUND = 10.0
 # Numbers a word is told by, where any word of the text may be meant.
 CODE_SIZE = 18
 RIDGE = 1e-4
@@ -175,7 +178,9 @@ class _Reader:
         self.geometry = of_image(torch.cat([shown.size, shown.place, shown.place**2], dim=1))
         self.words = of_image(shown.words, of_centres)
         self.is_text, self.is_first = of_text(torch.ones_like(said.first)), of_text(said.first)
-        self.named, self.own, self.recent = (_read(text, facts) for facts in (said.named, said.own, said.recent))
+        turned_round = (said.own.sum(dim=1) > 0) & (said.named.sum(dim=1) > said.own.sum(dim=1))
+        self.named = _read(text, said.named, torch.where(turned_round, TURNED_ROUND, 1.0).sqrt()[:, None])
+        self.own, self.recent = _read(text, said.own), _read(text, said.recent)
         self.counts = self._read_of_names(said.counts)
         self.wanted_size, self.in_order = _read(text, said.size), _read(text, said.in_order)
         self.at, self.known = _read(text, said.at), _read(text, said.known)

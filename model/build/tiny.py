@@ -198,7 +198,7 @@ def look_back(model: PixelLMForCausalLM, name_ids: Sequence[int] = ()) -> None:
     first[:, : len(name_ids)] = words[list(name_ids)].T
     first[-NUM_MARKS:] = 0
     found, turned = torch.linalg.qr(first)[0].T, torch.linalg.qr(torch.randn(width, width))[0]
-    fitting = min(text.num_attention_heads - 1, width // channels)
+    fitting, others = min(text.num_attention_heads - 1, width // channels), len(name_ids)
     for head, (distance, share) in enumerate(list(LOOKS_BACK.items())[:fitting]):
         own, angle = slice(head * channels, (head + 1) * channels), distance * frequencies[: len(fast)]
         query, key = torch.zeros(channels, width), torch.zeros(channels, width)
@@ -206,8 +206,10 @@ def look_back(model: PixelLMForCausalLM, name_ids: Sequence[int] = ()) -> None:
         query[: len(fast), -1] = gain * angle.cos()
         query[channels // 2 : channels // 2 + len(fast), -1] = -gain * angle.sin()
         attention.q_proj.weight[own], attention.k_proj.weight[own] = query, key
-        attention.v_proj.weight[own] = found[own]
-        passed_on = found[own].T if distance == 1 else turned[:, own]
+        taken = torch.cat([found[: len(name_ids)], found[others : others + channels - len(name_ids)]])
+        others += channels - len(name_ids)
+        attention.v_proj.weight[own] = taken
+        passed_on = taken.T if distance == 1 else turned[:, own]
         attention.o_proj.weight[:, own] = share * passed_on
         attention.v_proj.weight[own, -NUM_MARKS:] = 0
         attention.o_proj.weight[-NUM_MARKS:, own] = 0

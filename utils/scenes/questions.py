@@ -429,6 +429,7 @@ def training_piles(families: Mapping[str, list[Ask]]) -> list[list[Ask]]:
             few = [ask for ask in asks if len(ask.targets) < _MANY]
             many = [ask for ask in asks if len(ask.targets) >= _MANY]
             piles += [few, many] * (1 + (family in ("form", "colour")))
+            piles += [many] * (family == "form") + [few] * (family == "double")
     return [pile for pile in piles if pile]
 
 
