@@ -177,9 +177,10 @@ def look_back(model: PixelLMForCausalLM, name_ids: Sequence[int] = ()) -> None:
 
     To copy a list, or to look up what a picture shows beside a name, a word must know those before it, and learning to
     look back is what this waits for. Query and key of such a head read the words' mark, the query turned back by the
-    head's distance. What is found one back is added as it is, as far as a head has channels, the words `name_ids`
-    first: "red circle" is then a sum of two words where it ends. What is found farther back is turned, so that words
-    are told apart by their distance. All of it trains on.
+    head's distance. All of them find the words `name_ids`, and of the other words as much as a head has channels for,
+    each another part. What is found one back is added as it is: "red circle" is then a sum of two words where it ends.
+    What is found farther back is turned, so that words are told apart by their distance ("the circle that is red"). All
+    of it trains on.
     """
     decoder, text = model.language_model.get_decoder(), model.config.text_config
     words, to_tokens = decoder.embed_tokens.weight, cast(nn.Linear, model.projector.layers[2])

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from model.build.builder import MASK_PARTS, TrainingRecipe, build_model, choose_trainable, save_model
-from model.build.tiny import make_tiny, train_tokenizer
+from model.build.tiny import embeddings_of, make_tiny, train_tokenizer
 from tests.unit.tiny_batches import NONE, ONE, make_batch, total_loss
 from tests.unit.tiny_pixellm import SHAPE, make_model
 
@@ -49,6 +49,17 @@ def test_heads_of_the_language_model_start_looking_back() -> None:
     with torch.no_grad():
         looks = decoder(input_ids=torch.tensor([words]), output_attentions=True).attentions[0][0, :3, -1]
     assert looks.argmax(dim=1).tolist() == [6, 5, 4] and bool((looks.amax(dim=1) > 0.5).all())
+
+
+def test_every_head_that_looks_back_finds_names() -> None:
+    """A name keeps its length in what a head takes of it, at every distance; heads that are free take another part."""
+    shape = replace(SHAPE, width=128, text_num_heads=8, text_head_dim=32, vocab_size=400)
+    built = make_tiny(TEXTS, shape, seed=0, names=("red", "blue", "circle"))
+    (names,) = embeddings_of(built, [("red", "blue", "circle")])
+    value = built.model.language_model.get_decoder().layers[0].self_attn.v_proj.weight
+    taken = (names @ value.T).view(3, 8, 32).norm(dim=-1).detach() / names.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(taken[:, :4], torch.ones(3, 4), atol=1e-4, rtol=0)
+    assert bool(((taken[:, 4:] - 1).abs() > 0.01).all())
 
 
 def test_a_base_of_words_lacks_mask_parts_and_gets_new_ones(tmp_path: Path) -> None:
