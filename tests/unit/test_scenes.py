@@ -200,12 +200,20 @@ def test_counts_and_exclusions_mean_what_they_say() -> None:
 
 
 def test_training_draws_long_lists_and_what_is_left_over_often() -> None:
-    """Three red shapes, of them two circles: the list of three is in two piles of form and colour, that of two too."""
+    """Three red shapes, of them two circles: the list of three and that of two are in two piles each, by colour and by
+    form; long lists by form, which are hardest, are a third time, and two of one name a second time."""
     shapes = [shape("red circle", 5, 5), shape("red star", 30, 40), shape("red circle", 55, 70)]
     scene = scene_of(*shapes, shape("blue star", 80, 80))
     asks = find_asks(scene)
     piles = training_piles({family: asks["several"][family] for family in ("form", "colour")})
     assert sorted((len(pile), len(pile[0].targets)) for pile in piles) == [(1, 3), (1, 3), (2, 2), (2, 2)]
+    crosses = [
+        *(shape("red cross", 5 + 30 * i, 5) for i in range(2)),
+        shape("blue cross", 5, 60),
+        shape("blue star", 40, 60),
+    ]
+    lists = find_asks(scene_of(*crosses))["several"]
+    assert [len(training_piles({family: lists[family]})) for family in ("form", "double")] == [3, 2]
     exclusions = training_piles({"exclusion": asks["reasoning"]["exclusion"]})
     assert sorted(len(pile[0].targets) for pile in exclusions) == [1, 2, 2, 3, 3]
     assert all(len({len(ask.targets) for ask in pile}) == 1 for pile in exclusions)
