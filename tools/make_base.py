@@ -103,7 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="data root made by make_scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--tower_steps", type=int, default=1500)
+    parser.add_argument("--tower_steps", type=int, default=1400)
     parser.add_argument("--sentence_steps", type=int, default=150, help="of words, before looking up is started")
     parser.add_argument("--samples", type=int, default=400, help="scenes whose questions are read where parts start")
     parser.add_argument("--seed", type=int, default=0)
