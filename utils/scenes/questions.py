@@ -412,9 +412,11 @@ def _ask_exclusion(scene: Scene) -> list[Ask]:
 def training_piles(families: Mapping[str, list[Ask]]) -> list[list[Ask]]:
     """The asks of one kind, in piles that training draws from equally: what is hard and rare comes often.
 
-    Lists of three and more are piles of their own, or an answer learns to stop after two, and come twice where nothing
-    in the question says how long they are; so do exclusions, by how much they leave, but where it is one shape. Names
-    whose colour and form both occur, on different shapes, are two piles of the five that ask for what is not there.
+    Lists of three and more are piles of their own, or an answer learns to stop after two. Lists by colour or form, of
+    which nothing in the question says how long they are, come twice, and the long ones by form, which are hardest, a
+    third time; two shapes of one name come twice; so do exclusions, by how much they leave, but where it is one shape.
+    Names whose colour and form both occur, on different shapes, are two piles of the five that ask for what is not
+    there.
     """
     piles = []
     for family, asks in families.items():
