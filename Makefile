@@ -42,6 +42,9 @@ venv:
 
 setup: venv  ## .venv with requirements.txt
 	$(call install,requirements.txt)
+	@[ $(VENV)/deepspeed.prepared -nt $(VENV)/requirements.txt.installed ] || { \
+		echo "Letting DeepSpeed compile what it needs (once, half a minute) ..."; \
+		$(BIN)/python -m utils.engine.prepare && touch $(VENV)/deepspeed.prepared; }
 
 setup-dev: setup  ## .venv with the tools of the tests too
 	$(call install,requirements-dev.txt)

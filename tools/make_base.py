@@ -27,6 +27,7 @@ from utils.arguments import parse_train
 from utils.data.dataset import TrainingDataset
 from utils.engine.fit import Plan, Run, fit_in_one_go
 from utils.engine.plain_engine import PlainEngine
+from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
@@ -54,8 +55,7 @@ SHAPE = {field.name: field.default for field in fields(TinyShape) if isinstance(
 
 def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: int, folder: Path) -> None:
     """Teach the tower and the projector which colour, form, size and place each patch shows."""
-    tower = built.model.vision_tower.requires_grad_(True)
-    torch.nn.ModuleList(tower.parts_without_loss()).requires_grad_(False)
+    torch.nn.ModuleList(built.model.vision_tower.requires_grad_(True).parts_without_loss()).requires_grad_(False)
     engine = PlainEngine(PatchReader(built, **LESSONS), OptimizerSettings(name=MUON), "fp32", runtime.device)
     lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
 
@@ -77,16 +77,17 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     note(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
 
 
-def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], frozen: Sequence[torch.nn.Module] = ()) -> None:
-    """Talk about scenes, as WORDS_CONFIG and `flags` say; `frozen` parts stay as they are."""
+def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], fixed: Sequence[torch.nn.Module] = ()) -> Engine:
+    """Talk about scenes, as WORDS_CONFIG and `flags` say; `fixed` parts stay as they are. Returns who trained."""
     args = parse_train(["--config", WORDS_CONFIG, "--version", ".", "--engine", "plain", *flags])
     choose_trainable(built.model, TrainingRecipe(**{f.name: getattr(args, f.name) for f in fields(TrainingRecipe)}))
-    torch.nn.ModuleList(frozen).requires_grad_(False)
+    torch.nn.ModuleList(fixed).requires_grad_(False)
     batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
     engine = make_engine(args, runtime, built.model)
     fit_in_one_go(Run(engine, make_plan(args, engine.world_size), args.run_folder), batches)
     built.model.cpu().eval()
     batches.report_losses()
+    return engine
 
 
 def start_masks(built: BuiltModel, data: str, count: int, seed: int) -> None:
@@ -135,14 +136,13 @@ def main(argv: list[str] | None = None) -> None:
     few = [*where, *args.words, "--exp_name", "sentences", "--max_steps", str(args.sentence_steps)]
     train_words(built, runtime, few, started_later)
     note("--- talk about scenes")
-    start_lookups(built, scenes[: args.samples], args.seed)
-    train_words(built, runtime, [*where, "--exp_name", "words", *args.words])
+    if runtime.rank == 0:  # the engine gives its weights to the others
+        start_lookups(built, scenes[: args.samples], args.seed)
+    engine = train_words(built, runtime, [*where, "--exp_name", "words", *args.words])
     if runtime.rank == 0:
         start_masks(built, data, args.samples, args.seed)
         save_model(built.model, built.processor, args.out)
-    if runtime.world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    engine.close()
 
 
 if __name__ == "__main__":

@@ -125,8 +125,8 @@ class Demo:
         draw = ("tools/make_scenes.py", "--out", data, "--questions", str(size.questions), *size.data)
         yield self.stage("data", "draw scenes and ask about them", *draw)
         yield "check"
-        make_base = ("tools/make_base.py", "--dataset_dir", data, "--out", base, *size.base)
         together = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS))
+        make_base = ("tools/make_base.py", "--dataset_dir", data, "--out", base, *size.base)
         yield self.stage("base", "teach a new model such scenes in words", *together, *make_base)
         train = ("train_ds.py", "--config", "configs/tiny.yaml", "--version", base, *questions, *size.train)
         where = ("--log_base_dir", str(self.out), "--exp_name", run.name, "--engine", self.engine)
@@ -143,7 +143,7 @@ class Demo:
         yield self.stage("merge", "write one Hugging Face folder", *merge, "--save_path", model)
         ask = ("--version", model, "--max_new_tokens", str(size.longest_answer))
         evaluate = ("evaluate.py", *ask, *questions, "--batch_size", "32", "--out", str(self.evaluation))
-        yield self.stage("evaluate", "ask about pictures it never saw", *evaluate)
+        yield self.stage("evaluate", "ask about pictures it never saw", *together, *evaluate)
         picture, asked = self.talk()
         chat = ("chat.py", *ask, "--image", picture, "--echo", "--vis_save_path", str(self.out / "chat"))
         lines = [asked[0], f"/save {self.out / 'answer.png'}", *asked[1:]]

@@ -305,12 +305,17 @@ def _in_picture(model: PixelLMForCausalLM, rows: ExpandedRows) -> torch.Tensor:
 
 def _normed_states(model: PixelLMForCausalLM, rows: ExpandedRows, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, H) and (M, H): what a layer's attention is given of image tokens and of words."""
-    seen: list[torch.Tensor] = []
-    norm = model.language_model.get_decoder().layers[layer].input_layernorm
-    with norm.register_forward_hook(lambda module, given, output: seen.append(output)):
-        model.hidden_states(rows, torch.arange(len(rows.ids)))
+    decoder = model.language_model.get_decoder()
+    layers, seen = decoder.layers, list[torch.Tensor]()
+    decoder.layers = layers[:layer]  # this layer and those after it would be computed for nothing
+    try:
+        with decoder.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0])):
+            model.hidden_states(rows, torch.arange(len(rows.ids)))
+    finally:
+        decoder.layers = layers
+    found = layers[layer].input_layernorm(seen[0])
     # Rows that share nothing are packed one after the other, without their padding.
-    states = seen[0][0] if model.shares_prefixes else seen[0][rows.attention_mask]
+    states = found[0] if model.shares_prefixes else found[rows.attention_mask]
     in_picture = _in_picture(model, rows)[rows.attention_mask]
     return states[in_picture], states[~in_picture]
 

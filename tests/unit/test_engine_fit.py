@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.unit.engine_toys import ToyBatch, cut, make_samples, make_toy
 from utils import scripts
-from utils.engine import plain_engine
+from utils.engine import plain_engine, prepare
 from utils.engine.checkpoints import keep_as, latest_tag, point_to, remove_superseded, seal, tag_of
 from utils.engine.fit import BEST, CHECKPOINT, Plan, Run
 from utils.engine.plain_engine import PlainEngine
@@ -243,6 +243,28 @@ def test_which_engine_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert "needs g++ and ninja" in str(deepspeed_problem(CPU))
+
+
+def test_setting_up_compiles_once_or_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A compiler that is broken stops the set-up; none at all does not, as the plain engine needs none."""
+    problem = deepspeed_problem(CPU)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(scripts, "_said", set())
+    if problem is None:
+        done = subprocess.run(
+            [sys.executable, "-m", "utils.engine.prepare"],
+            env={**os.environ, "CXX": "/bin/false"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and "repair the C++ compiler" in done.stderr and "/bin/false" in done.stderr
+        assert "Traceback" not in done.stderr
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert prepare.main() is None
+    assert "g++" in capsys.readouterr().err
 
 
 def test_bits_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,16 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from model.build.builder import BuildError
-from model.build.lookup_start import ANY_NAME, SAID_LAST, SCORED_AS, Meant, _fading, _write_head, start_looking_up
+from model.build.lookup_start import (
+    ANY_NAME,
+    SAID_LAST,
+    SCORED_AS,
+    Meant,
+    _fading,
+    _normed_states,
+    _write_head,
+    start_looking_up,
+)
 from model.build.tiny import MARK, embeddings_of, make_tiny, without_marks, word_id
 from model.modeling_pixellm import EncodedPictures, ExpandedRows
 from tests.unit.tiny_pixellm import SHAPE
@@ -137,6 +146,20 @@ def test_the_layers_before_and_the_words_stay_as_they_are() -> None:
     assert moved.any(dim=1).nonzero().flatten().tolist() == [yes], "only the row of the word that says a number"
     word = without_marks(before["language_model.model.embed_tokens.weight"][small])
     torch.testing.assert_close(moved[yes], SCORED_AS * word, atol=1e-6, rtol=1e-4)
+
+
+def test_states_are_those_that_the_whole_model_gives_its_layer() -> None:
+    world, seen = World(), list[torch.Tensor]()
+    model, rows = world.built.model, world.rows()
+    layers = model.language_model.get_decoder().layers
+    with torch.no_grad(), layers[1].input_layernorm.register_forward_hook(lambda *call: seen.append(call[-1])):
+        model.hidden_states(rows, torch.arange(PICTURES))
+    with torch.no_grad():
+        image, text = _normed_states(model, rows, 1)
+    assert len(image) == PICTURES * PATCHES and len(image) + len(text) == seen[0].shape[1]
+    in_picture = (rows.ids == model.config.image_token_id)[rows.attention_mask]
+    assert torch.equal(image, seen[0][0][in_picture]) and torch.equal(text, seen[0][0][~in_picture])
+    assert model.language_model.get_decoder().layers is layers
 
 
 def test_what_was_said_last_is_looked_back_at_first() -> None:

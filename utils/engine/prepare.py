@@ -1,0 +1,35 @@
+"""Compile what DeepSpeed compiles when it first starts on a CPU, so that no run waits for it. `make setup` calls this.
+
+python -m utils.engine.prepare
+"""
+
+import subprocess
+import sys
+
+from utils.engine.runtime import deepspeed_problem, device_here
+from utils.engine.stale_locks import clear_stale_locks
+from utils.scripts import UserError, note, run_script
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Start DeepSpeed once, alone; where it cannot run here, say so and leave it at that."""
+    device = device_here()
+    problem = deepspeed_problem(device)
+    if problem is not None:
+        note(f"{problem}: training will be in one process, with the plain engine")
+    elif device.type == "cpu":
+        clear_stale_locks(first=True)
+        from utils.engine.deepspeed_engine import connect  # not installed on every laptop
+
+        try:
+            connect()
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            reason = str(error).strip()
+            raise UserError(
+                "DeepSpeed could not compile its communication: repair the C++ compiler, or take it off PATH and "
+                f"training will be with the plain engine. The compiler said: {reason}"
+            ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
