@@ -159,11 +159,15 @@ class Demo:
         return check_no_leak(self.dataset_dir), check_difficulty(self.dataset_dir, samples, self.size.questions)
 
     def talk(self) -> tuple[str, list[str]]:
-        """A held-out picture with what is asked about it: first for several targets, then something else."""
+        """A held-out picture with what is asked about it: first for several targets, then something else.
+
+        The targets have different names, so that whoever looks at the answer sees which mask is meant to be which.
+        """
         asked: dict[str, dict[str, str]] = {}  # by picture and kind, over all sets: each knows some kinds only
         for sample in build_eval_reader(HELD_OUT_SPEC, self.dataset_dir):
             for (turn,) in sample.conversations:
-                asked.setdefault(sample.image_path, {}).setdefault(turn.kind, turn.question)
+                if len({target.name for target in turn.targets}) == len(turn.targets):
+                    asked.setdefault(sample.image_path, {}).setdefault(turn.kind, turn.question)
         for picture, by_kind in asked.items():
             others = [by_kind[kind] for kind in (REASONING, DIRECT) if kind in by_kind]
             if SEVERAL in by_kind and others:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tools import demo as script
+from utils.data.readers import build_eval_reader
 from utils.demo import BARS, SIZES, Demo
 from utils.scenes import HELD_OUT_SPEC, SceneDataSettings, write_scene_data
 from utils.scoreboard import Bar
@@ -56,6 +57,19 @@ def test_the_plan_names_scripts_that_are_there_and_counts_its_stages(
     # Pictures per step and threads are the same: 2 ranks x 1 round x 1 thread, or 1 process x 2 rounds x 2 threads.
     assert ("--grad_accumulation_steps" in train.command) == (engine == "plain")
     assert train.env["OMP_NUM_THREADS"] == ("1" if engine == "deepspeed" else "2")
+
+
+def test_it_talks_about_several_things_that_can_be_told_apart(drawn: Path, repository: Path) -> None:
+    picture, (first, *rest) = make_demo(drawn, repository).talk()
+    turns = {
+        turn.question: turn
+        for sample in build_eval_reader(HELD_OUT_SPEC, drawn / "dataset")
+        for (turn,) in sample.conversations
+        if sample.image_path == picture
+    }
+    assert rest and {turns[question].kind for question in rest} <= {"reasoning", "direct"}
+    names = [target.name for target in turns[first].targets]
+    assert turns[first].kind == "several" and 2 <= len(set(names)) == len(names)
 
 
 def test_the_summary_has_its_keys(drawn: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
