@@ -123,8 +123,10 @@ def test_stages_leave_the_same_of_a_training_that_changed_stage(trainer: Trainer
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_what_stage_1_leaves_is_whole(trainer: Trainer) -> None:
-    """Weights that do not train included."""
-    wanted, found = (trained_under(trainer, stage) for stage in (0, 1))
+    """Weights that do not train included. Without --deterministic AdamW's fused step rounds a tensor's last few numbers
+    in another way than the rest, and which these are differs between the stages."""
+    flags = ("--deterministic", "--grad_clip=0", "--max_steps=3")
+    wanted, found = (exported(trainer, f"whole under stage {stage}", stage, *flags) for stage in (0, 1))
     assert found.keys() == wanted.keys()
     assert [name for name, value in wanted.items() if not torch.equal(value, found[name])] == []
 
