@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
             reason = str(error).strip()
             raise UserError(
                 "DeepSpeed could not compile its communication: repair the C++ compiler, or take it off PATH and "
-                f"training will be with the plain engine. The compiler said: {reason}"
+                f"training will be with the plain engine. What went wrong: {reason}"
             ) from None
 
 
