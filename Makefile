@@ -26,7 +26,7 @@ define install
 		cat requirements.txt $(1) > $(VENV)/$(1).installed; }
 endef
 
-.PHONY: help venv setup setup-dev demo real-pictures bench bench-data bench-training test test-long check format
+.PHONY: help venv setup setup-dev demo real-images bench bench-data bench-training test test-long check format
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -50,19 +50,19 @@ setup-dev: setup  ## .venv with the tools of the tests too
 	$(call install,requirements-dev.txt)
 
 demo: setup  ## data, base, training, export, scores, a chat: runs/demo/ (DEMO=smoke: the same road in a minute or two)
-	@$(BIN)/python tools/demo.py --size $(DEMO)
+	@$(BIN)/python demo/run_demo.py --size $(DEMO)
 
-real-pictures: setup  ## learn the real pictures in the folder PIXELLM_REALDATA by heart: runs/real_pictures/
-	@$(BIN)/python tools/real_pictures.py
+real-images: setup  ## learn the real images in the folder PIXELLM_REALDATA by heart: runs/real_images/
+	@$(BIN)/python demo/run_real_images.py
 
 bench-data: setup  ## how fast data are read, and what a large data set costs: runs/bench/data.json
-	@$(BIN)/python tools/bench_data.py
+	@$(BIN)/python tools/bench/data.py
 
 bench: setup  ## answering and training against the release's way and a plain cache: runs/bench/ (a quarter of an hour)
-	@$(BIN)/python tools/bench.py
+	@$(BIN)/python tools/bench/answering.py
 
 bench-training: setup  ## what a training step costs: 7B on a GPU, the tiny shape without one: runs/bench/training.json
-	@$(BIN)/python tools/bench_training.py
+	@$(BIN)/python tools/bench/training.py
 
 test: setup-dev  ## every test but the long ones, without network
 	@$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)

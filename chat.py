@@ -1,4 +1,4 @@
-"""Ask a saved PixelLM about pictures: once, in a conversation with the keyboard or a pipe, or a file of questions.
+"""Ask a saved PixelLM about images: once, in a conversation with the keyboard or a pipe, or a file of questions.
 
 python chat.py --version runs/demo/model
 python chat.py --version runs/demo/model --image photo.jpg --prompt "the red circle" --out answer.png
@@ -20,12 +20,12 @@ from model.answer_page import answer_page
 from model.overlay import draw_overlay, target_colour
 from model.predictor import Predictor
 from model.session import AnswerOptions, Finished, TargetStarted, TextPiece
-from utils.arguments import ChatArguments, parse_chat
-from utils.chat.batch import BatchModel, answer_file
-from utils.chat.conversation import Conversation, Manner
-from utils.chat.files import check_picture_name, free_name, target_lines, write_answer
-from utils.chat.terminal import Terminal, one_line
-from utils.scripts import UserError, note, run_script
+from utils.cli.arguments import ChatArguments, parse_chat
+from utils.cli.scripts import UserError, note, run_script
+from utils.serving.batch import BatchModel, answer_file
+from utils.serving.conversation import Conversation, Manner
+from utils.serving.files import check_image_name, free_name, target_lines, write_answer
+from utils.serving.terminal import Terminal, one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_ALL_DONE = 1
@@ -57,26 +57,26 @@ def check(args: ChatArguments, once: bool) -> None:
     if args.load_in_8bit and args.load_in_4bit:
         raise UserError("--load_in_8bit and --load_in_4bit contradict each other: drop one")
     if args.batch and (once or args.image):
-        raise UserError("--batch names pictures and questions in its lines: leave --image and --prompt out")
+        raise UserError("--batch names images and questions in its lines: leave --image and --prompt out")
     if args.batch and not args.out:
         raise UserError("--batch is given without --out: name the folder for the answers")
     if args.batch:
         return
     if once and not args.image:
-        raise UserError("--prompt is given without --image: say which picture it is about")
+        raise UserError("--prompt is given without --image: say which image it is about")
     if args.out and not once:
         raise UserError("--out is for one answer: give --image and --prompt too, or --vis_save_path for a conversation")
     if args.out:
-        check_picture_name(Path(args.out), "--out")
+        check_image_name(Path(args.out), "--out")
 
 
 def answer_once(predictor: Predictor, args: ChatArguments) -> int:
-    """One picture, one question; errors pass through."""
+    """One image, one question; errors pass through."""
     predictor.processor.check_user_text(args.prompt)
     session = predictor.session(args.image)
     answer = session.ask(args.prompt, args.max_new_tokens, AnswerOptions(num_beams=args.num_beams))
     target = Path(args.out) if args.out else free_name(Path(args.vis_save_path), args.image)
-    write_answer(target, session.picture, answer, draw_overlay)
+    write_answer(target, session.image, answer, draw_overlay)
     terminal = Terminal()
     for line in (f"Answer: {one_line(answer.text)}", *target_lines(answer, target), f"  overlay: {target}"):
         terminal.say(line)
@@ -101,7 +101,7 @@ def manner(predictor: Predictor, options: AnswerOptions) -> Manner:
 
     def open_talk(image: str) -> tuple:
         session = predictor.session(image)
-        return session.picture, session.chat(options)
+        return session.image, session.chat(options)
 
     return Manner(
         open=open_talk,
@@ -118,9 +118,9 @@ def answer_batch(predictor: Predictor, args: ChatArguments) -> int:
     """Every question of a file."""
     options = AnswerOptions(num_beams=args.num_beams)
     model = BatchModel(
-        open=predictor.processor.open_picture,
+        open=predictor.processor.open_image,
         check=predictor.prompt,
-        answer=lambda pictures, asked, index: predictor.answer(pictures, asked, index, args.max_new_tokens, options),
+        answer=lambda images, asked, index: predictor.answer(images, asked, index, args.max_new_tokens, options),
         draw=draw_overlay,
     )
     names = ("version", "max_new_tokens", "num_beams", "bits", "attn_implementation")

@@ -10,18 +10,18 @@ import re
 import sys
 from pathlib import Path
 
+from model.image_processing_pixellm import open_image
 from model.overlay import draw_overlay
-from model.pictures import open_picture
 from model.processing_pixellm import PixelLMProcessor
-from utils.arguments import CheckArguments, parse_check
-from utils.data.asked import asked_for_evaluation, asked_for_training
-from utils.data.doctor.leaks import find_leaks
-from utils.data.doctor.pages import Rendered, as_written, page
-from utils.data.doctor.report import SetReport, table
-from utils.data.doctor.survey import survey
-from utils.data.reader import Reader, ReaderOptions
+from utils.cli.arguments import CheckArguments, parse_check
+from utils.cli.scripts import UserError, run_script
+from utils.data.check.leaks import find_leaks
+from utils.data.check.pages import Rendered, as_written, page
+from utils.data.check.report import SetReport, table
+from utils.data.check.survey import survey
+from utils.data.readers.base import Reader, ReaderOptions
+from utils.data.requested_sets import asked_for_evaluation, asked_for_training
 from utils.data.samples import Conversation
-from utils.scripts import UserError, run_script
 
 _ESCAPES = re.compile("\x1b\\[([0-9;]*)m")
 _DIM = "2"
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     reports: list[SetReport] = []
     for asked in [*asked_for_training(args), *asked_for_evaluation(args.val_dataset)]:
-        report, reader = survey(asked, args.dataset_dir, options, open_picture, full=args.full, workers=args.workers)
+        report, reader = survey(asked, args.dataset_dir, options, open_image, full=args.full, workers=args.workers)
         reports.append(report)
         if args.show and reader is not None:
             write_page(args, report, reader, rendered)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 def write_page(args: CheckArguments, report: SetReport, reader: Reader, rendered: Rendered) -> None:
     """Leave the page of a data set in --show_dir."""
     target = Path(args.show_dir) / (re.sub(r"[^\w+.-]+", "_", str(report)).strip("_") + ".html")
-    write(target, page(str(report), reader, args.show, open_picture, draw_overlay, rendered))
+    write(target, page(str(report), reader, args.show, open_image, draw_overlay, rendered))
     print(f"written: {target}")
 
 
@@ -83,9 +83,9 @@ def renderer(version: str) -> Rendered:
     """Conversations as the model in `version` writes them."""
     processor = PixelLMProcessor.from_pretrained(version)
 
-    def rendered(conversation: Conversation, with_picture: bool) -> list[tuple[str, bool]]:
+    def rendered(conversation: Conversation, with_image: bool) -> list[tuple[str, bool]]:
         turns = [(turn.question, turn.answer) for turn in conversation]
-        coloured = processor.render_conversation(processor.encode_conversation(turns, with_picture=with_picture))
+        coloured = processor.render_conversation(processor.encode_conversation(turns, with_image=with_image))
         pieces = _ESCAPES.split(coloured)  # text, code, text, code …
         return [
             (text, code not in ("", "0", _DIM)) for code, text in zip(pieces[1::2], pieces[2::2], strict=True) if text

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 
 from model.answer_text import without_groups
+from model.image_processing_pixellm import open_image
 from model.overlay import GalleryItem, draw_gallery, draw_overlay
-from model.pictures import open_picture
-from model.scored_predictor import LogitPredictor, ScoredPredictor
-from utils.arguments import EvaluateArguments, parse_evaluate
-from utils.scores import pages
-from utils.scores.compare import compare_folders
-from utils.scores.lines import iou_of
-from utils.scores.masks import decoded
-from utils.scores.ranks import device_of_rank, open_ranks
-from utils.scores.results import read_results
-from utils.scores.session import Drawing, Session, judge_folder
-from utils.scores.tables import quotable
-from utils.scripts import run_script
+from utils.cli.arguments import EvaluateArguments, parse_evaluate
+from utils.cli.scripts import run_script
+from utils.evaluation import html_report as pages
+from utils.evaluation.compare import compare_folders
+from utils.evaluation.mask_codes import decoded
+from utils.evaluation.ranks import device_of_rank, open_ranks
+from utils.evaluation.records import iou_of
+from utils.evaluation.results import read_results
+from utils.evaluation.run import Drawing, Session, judge_folder
+from utils.evaluation.scored_predictor import LogitPredictor, ScoredPredictor
+from utils.evaluation.tables import quotable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     """Score, compare, judge or quote as the command line says; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = parse_evaluate(words)
-    drawing = Drawing(gallery, partial(draw_overlay, min_side=pages.SIDE), open_picture)
+    drawing = Drawing(gallery, partial(draw_overlay, min_side=pages.SIDE), open_image)
     if args.compare:
         out = Path(args.out) if "out" in args.given else None
-        print(compare_folders(*args.compared(), out, drawing.overlay, drawing.open_picture))
+        print(compare_folders(*args.compared(), out, drawing.overlay, drawing.open_image))
     elif args.table:
         print("\n\n".join(quotable(read_results(Path(args.table)))))
     elif args.judge:
@@ -73,7 +73,7 @@ def card(line: Mapping[str, Any]) -> GalleryItem:
     """A scored question as the gallery shows it."""
     return GalleryItem(
         question=line["question"],
-        picture=open_picture(line["image_path"]),
+        image=open_image(line["image_path"]),
         true_masks=decoded(line["true_masks"], line["size"]),
         true_names=line["names"],
         answer=without_groups(line["answer"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from model.build.builder import (
+from utils.checkpoints.builder import (
     MASK_PARTS,
     BuiltModel,
     ModelOptions,
@@ -16,11 +16,11 @@ from model.build.builder import (
     build_training_state,
     is_released_training_state,
 )
-from model.build.export import fill_and_merge, lora_of, read_trained_weights, write_folder
-from model.build.held_layers import LAYERS
-from utils.arguments import MergeArguments, TrainArguments, model_options, parse_merge, trained_with
-from utils.engine.run_card import RUN_CARD, find_run_card
-from utils.scripts import UserError, note, run_script
+from utils.checkpoints.export import fill_and_merge, lora_of, read_trained_weights, write_folder
+from utils.checkpoints.quantized_layers import LAYERS
+from utils.cli.arguments import MergeArguments, TrainArguments, model_options, parse_merge, trained_with
+from utils.cli.run_card import RUN_CARD, find_run_card
+from utils.cli.scripts import UserError, note, run_script
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -8,7 +8,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from model.build.builder import (
+from model.overlay import draw_overlay
+from model.predictor import Predictor
+from model.processing_pixellm import ConversationTooLong, rows_needed
+from utils.checkpoints.builder import (
     MASK_PARTS,
     BuiltModel,
     ModelOptions,
@@ -18,19 +21,17 @@ from model.build.builder import (
     choose_trainable,
     load_weights_into,
 )
-from model.build.export import read_trained_weights
-from model.build.held_layers import hold_in_bits
-from model.overlay import draw_overlay
-from model.predictor import Predictor
-from model.processing_pixellm import ConversationTooLong, rows_needed
-from utils.arguments import TrainArguments, model_options, parse_train
-from utils.data.readers import build_eval_reader
+from utils.checkpoints.export import read_trained_weights
+from utils.checkpoints.quantized_layers import hold_in_bits
+from utils.cli.arguments import TrainArguments, model_options, parse_train
+from utils.cli.run_card import write_run_card
+from utils.cli.scripts import note, run_script
+from utils.data.readers.registry import build_eval_reader
 from utils.engine.fit import Run
 from utils.engine.lock import lock_folder
 from utils.engine.preflight import preflight
 from utils.engine.probe import find_probe_batch, probe_gradients, say_reached
 from utils.engine.protocol import Engine
-from utils.engine.run_card import write_run_card
 from utils.engine.runtime import Runtime, device_here, open_runtime
 from utils.engine.setup import (
     StepBatches,
@@ -44,8 +45,7 @@ from utils.engine.setup import (
     sharder,
 )
 from utils.engine.stepping import DTYPES, to_precision
-from utils.engine.validation import Validation
-from utils.scripts import note, run_script
+from utils.evaluation.validation import Validation
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir, index_dir=args.index_dir)
     engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
     run = make_run(args, engine, built, held_out)
-    run.costs.flops_per_picture = flops
+    run.costs.flops_per_image = flops
     if (checkpoint := checkpoint_to_resume(args)) is not None:
         run.resume(checkpoint)
     else:
@@ -111,7 +111,7 @@ def build(args: TrainArguments, settle: Settle | None = None) -> tuple[BuiltMode
 
 
 def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> float:
-    """Stop, by name, where gradients do not reach what trains, or reach what does not; operations per picture."""
+    """Stop, by name, where gradients do not reach what trains, or reach what does not; operations per image."""
     wanted = ["ce", "bce"] if args.train_mask_decoder else ["ce"]
     batch = find_probe_batch(built.model, batches.probes(), wanted)
     flops = probe_gradients(built.model.to(runtime.device), batch, trained, args.precision, runtime.device)
@@ -130,10 +130,10 @@ def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: o
         batch_size=args.val_batch_size,
         limit=args.val_limit,
         max_new_tokens=args.max_new_tokens,
-        open_picture=built.processor.open_picture,
+        open_image=built.processor.open_image,
         overlay=draw_overlay,
     )
-    return Run(engine, make_plan(args, engine.world_size), args.run_folder, validation.scores, validation.pictures)
+    return Run(engine, make_plan(args, engine.world_size), args.run_folder, validation.scores, validation.images)
 
 
 def write_card(

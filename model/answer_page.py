@@ -1,4 +1,4 @@
-"""An answer as one page: its text with every named thing in its colour, the picture, the overlay, the targets."""
+"""An answer as one page: its text with every named thing in its colour, the image, the overlay, the targets."""
 
 import base64
 import io
@@ -39,10 +39,10 @@ def coloured_parts(marked_text: str, phrases: list[str]) -> list[tuple[str, int 
     return [part for part in [*parts, (rest, None)] if part[0]]
 
 
-def answer_page(picture: np.ndarray, answer: Answer, question: str = "") -> str:
-    """A whole HTML page without anything outside it: no script, the pictures inside.
+def answer_page(image: np.ndarray, answer: Answer, question: str = "") -> str:
+    """A whole HTML page without anything outside it: no script, the images inside.
 
-    picture: uint8 RGB (H, W, 3), the one asked about. Whatever question and answer hold is shown as text.
+    image: uint8 RGB (H, W, 3), the one asked about. Whatever question and answer hold is shown as text.
     """
     said = "".join(_coloured(text, number) for text, number in coloured_parts(answer.marked_text, answer.phrases))
     rows = zip(answer.phrases, answer.boxes, answer.areas, answer.scores, strict=True)
@@ -52,12 +52,12 @@ def answer_page(picture: np.ndarray, answer: Answer, question: str = "") -> str:
         for number, (phrase, box, area, score) in enumerate(rows)
     )
     head = "<tr><th>target</th><th>box</th><th>pixels</th><th>score</th></tr>"
-    overlay = draw_overlay(picture, answer.masks, answer.phrases)
+    overlay = draw_overlay(image, answer.masks, answer.phrases)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Answer</title>'
         f"<style>{_STYLE}</style></head><body>\n"
         + (f"<p><b>{_text(question)}</b></p>\n" if question else "")
-        + f"<p>{said}</p>\n{_figure(picture, 'picture')}{_figure(overlay, 'answer')}\n"
+        + f"<p>{said}</p>\n{_figure(image, 'image')}{_figure(overlay, 'answer')}\n"
         + (f"<table>{head}{targets}</table>\n" if targets else "")
         + "</body></html>\n"
     )
@@ -75,9 +75,9 @@ def _coloured(text: str, number: int | None) -> str:
     return f'<mark style="background: rgb{back}; color: rgb{front}">{_text(text)}</mark>'
 
 
-def _figure(picture: np.ndarray, caption: str) -> str:
+def _figure(image: np.ndarray, caption: str) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'

@@ -1,6 +1,6 @@
 """What comes of a question: an answer in words with a mask for every thing named, and how it is written down.
 
-Axes: Q targets of one answer, H W pixels of the picture itself.
+Axes: Q targets of one answer, H W pixels of the image itself.
 """
 
 import json
@@ -17,10 +17,10 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said about a picture, and a mask for every seg group in it.
+    """What the model said about an image, and a mask for every seg group in it.
 
     text: without groups; marked_text: with "{seg}" where each group stood; phrases: the words each group belongs to.
-    masks: bool (Q, H, W) in the picture's own pixels. scores: mean probability inside each mask, 0 for an empty one.
+    masks: bool (Q, H, W) in the image's own pixels. scores: mean probability inside each mask, 0 for an empty one.
     boxes: (x0, y0, x1, y1) pixels, x1 and y1 exclusive, so that x1 - x0 is a width; all 0 for an empty mask.
     areas: pixels of each mask. num_broken: runs of seg tokens that were no whole groups and gave no mask.
     """

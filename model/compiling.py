@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .quick_linear import one_row, suits
+from .onednn_linear import one_row, suits
 
 if TYPE_CHECKING:
     from .modeling_pixellm import PixelLMForCausalLM

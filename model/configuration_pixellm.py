@@ -22,12 +22,12 @@ class PixelLMConfig(PretrainedConfig):
     Parts:
         text_config: the language model's own config. vision_config: the vision tower's own config, whose `image_size`
             is that of the enlarged position table.
-        image_size: side in pixels of the square a picture is put into.
+        image_size: side in pixels of the square an image is put into.
         vision_feature_layers: one hidden state of the tower per scale, scale 0 (coarse) first, counted like
             `hidden_states` of transformers. The language model sees the one of scale 0.
         image_token_pool: side of the square of patches averaged into one image token.
         num_scales (S), tokens_per_scale (K): a seg group is S * K adjacent tokens.
-        seg_token_ids: their ids in order. image_token_id: id of the placeholder that a picture's positions replace.
+        seg_token_ids: their ids in order. image_token_id: id of the placeholder that an image's positions replace.
         embedding_dim: width of codebook embeddings and of the pixel decoder.
         decoder_depth, decoder_num_heads, decoder_mlp_dim, decoder_num_mask_tokens: the two-way transformers.
 
@@ -151,7 +151,7 @@ class PixelLMConfig(PretrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions a picture takes in the language model."""
+        """Positions an image takes in the language model."""
         return self.image_token_grid**2
 
     @property

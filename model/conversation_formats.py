@@ -36,10 +36,10 @@ class ConversationFormatError(ValueError):
 class ConversationFormat:
     """The scaffold of a conversation: opening, question, asking, answer + answer_end, end token, between, question, ...
 
-    opening: before the picture and the first question. asking: between a question and its answer. answer_end: between
+    opening: before the image and the first question. asking: between a question and its answer. answer_end: between
     an answer's last word and the end token; learned with the answer. between: from an end token to the next question.
     bos_at_start, bos_at_turns: the tokenizer's beginning token stands before the opening; before each later turn.
-    opening_of_text: the opening where words follow at once, and the picture's place is somewhere among them.
+    opening_of_text: the opening where words follow at once, and the image's place is somewhere among them.
     """
 
     opening: str

@@ -1,7 +1,7 @@
-"""The decoding loop: prompts about pictures together, nothing computed twice, masks decoded at the end or on the way.
+"""The decoding loop: prompts about images together, nothing computed twice, masks decoded at the end or on the way.
 
-What all prompts about a picture begin with (system text, the picture's positions) goes through the language model once;
-its keys and values are kept with the encoded picture. Padded positions of the picture are not fed at all: nothing may
+What all prompts about an image begin with (system text, the image's positions) goes through the language model once;
+its keys and values are kept with the encoded image. Padded positions of the image are not fed at all: nothing may
 attend to them, and the positions of the others are given, so that every state is what it is with them (golden fact M7).
 Once the first token of a seg group is chosen, the rest of the group is fed with it in one pass and every choice is
 checked afterwards, so that the answer is the same as token by token. Rows that are done leave the batch.
@@ -19,11 +19,11 @@ import torch
 from transformers import Cache, DynamicCache, LogitsProcessorList, PretrainedConfig, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
-from .quick_linear import quick_linear
+from .onednn_linear import quick_linear
 from .seg_codebook import release_groups, whole_groups
 
 if TYPE_CHECKING:
-    from .modeling_pixellm import EncodedPictures, PixelLMForCausalLM
+    from .modeling_pixellm import EncodedImages, PixelLMForCausalLM
 
 CHECKED, FORCED, STEPWISE = "checked", "forced", "stepwise"
 GROUP_DECODINGS = (CHECKED, FORCED, STEPWISE)
@@ -36,7 +36,7 @@ class Decoding:
     """How tokens are chosen: the most likely one, unless seeds are given.
 
     processors, stopping: transformers' own. They are called for one row at a time, with the ids (1, T) of its prompt
-    and its answer so far (the placeholder standing for the whole picture) and its logits (1, V), so that what a row
+    and its answer so far (the placeholder standing for the whole image) and its logits (1, V), so that what a row
     says does not depend on the rows beside it. An answer for which `stopping` holds ends there, its last token kept.
     seeds: one per prompt; tokens are then drawn from the softmax of the processed logits.
     groups: "checked" feeds a group in one pass and keeps what the model would have chosen itself. "forced" takes the
@@ -81,7 +81,7 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What prompts about one picture begin with, as the language model remembers it.
+    """What prompts about one image begin with, as the language model remembers it.
 
     layers: keys and values of each layer, (heads, positions that may be attended to, channels). length: positions it
     takes, padded ones included.
@@ -97,7 +97,7 @@ class Prefix:
 
 
 PrefixKey = tuple[int, tuple[int, ...]]
-"""A picture's number and the ids of a prefix."""
+"""An image's number and the ids of a prefix."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -187,7 +187,7 @@ class DecodingLoop:
     def __init__(
         self,
         model: "PixelLMForCausalLM",
-        pictures: "EncodedPictures",
+        images: "EncodedImages",
         prompts: list[torch.Tensor],
         image_index: torch.Tensor,
         end_token_id: int,
@@ -197,8 +197,8 @@ class DecodingLoop:
         """Answers to begin.
 
         Args:
-            pictures: encoded; prefixes met here are kept in it.
-            prompts: C rows of token ids, each with at most one picture placeholder. image_index: (C,) their pictures.
+            images: encoded; prefixes met here are kept in it.
+            prompts: C rows of token ids, each with at most one image placeholder. image_index: (C,) their images.
             max_new_tokens: an answer stops there if the end token has not come.
 
         Raises:
@@ -209,7 +209,7 @@ class DecodingLoop:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
         if decoding.seeds is not None and len(decoding.seeds) != len(prompts):
             raise ValueError(f"{len(decoding.seeds)} seeds were given for {len(prompts)} prompts; expected one each")
-        self.model, self.pictures, self.decoding = model, pictures, decoding
+        self.model, self.images, self.decoding = model, images, decoding
         self.image_index, self.end_token_id, self.max_new_tokens = image_index, end_token_id, max_new_tokens
         self.seg_token_ids: list[int] = model.config.seg_token_ids
         self._seg_set = set(self.seg_token_ids)
@@ -258,8 +258,8 @@ class DecodingLoop:
             (int(self.image_index[row.number]), tuple(row.prompt[:cut])) if cut else None
             for row, cut in zip(self.rows, cuts, strict=True)
         ]
-        self._remember([key for key in dict.fromkeys(keys) if key and key not in self.pictures.prefixes])
-        self._start_from([self.pictures.prefixes[key] if key else None for key in keys])
+        self._remember([key for key in dict.fromkeys(keys) if key and key not in self.images.prefixes])
+        self._start_from([self.images.prefixes[key] if key else None for key in keys])
         tails = []
         for row, cut in zip(self.rows, cuts, strict=True):
             tails.append(self._expanded(self._prompts[row.number][cut:], row.number))
@@ -281,7 +281,7 @@ class DecodingLoop:
         return states[:, -1:]
 
     def _prefix_end(self, prompt: list[int]) -> int:
-        """How many tokens of a prompt are its prefix: all up to the picture, unless nothing can be gained from it."""
+        """How many tokens of a prompt are its prefix: all up to the image, unless nothing can be gained from it."""
         placeholder = self.model.config.image_token_id
         if not self._remembers or placeholder not in prompt:
             return 0
@@ -290,21 +290,21 @@ class DecodingLoop:
         return 0 if end == len(prompt) or self._seg_set & set(prompt[: end + 1]) else end
 
     def _expanded(self, ids: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(P, H) embeddings and (P,) mask of tokens whose placeholder, if any, is the picture of prompt `number`."""
+        """(P, H) embeddings and (P,) mask of tokens whose placeholder, if any, is the image of prompt `number`."""
         index = self.image_index[number : number + 1]
-        rows = self.model.expand_rows(ids[None], torch.ones_like(ids)[None], self.pictures, index)
+        rows = self.model.expand_rows(ids[None], torch.ones_like(ids)[None], self.images, index)
         return rows.embeddings[0], rows.attention_mask[0]
 
     def _remember(self, keys: list[PrefixKey]) -> None:
-        """Run prefixes through the language model and keep their keys and values with the pictures."""
+        """Run prefixes through the language model and keep their keys and values with the images."""
         if not keys:
             return
         device = self.image_index.device
         embeddings, positions, lengths = [], [], []
-        for picture, ids in keys:
+        for image, ids in keys:
             tokens = torch.tensor(ids, device=device)
             rows = self.model.expand_rows(
-                tokens[None], torch.ones_like(tokens)[None], self.pictures, torch.tensor([picture], device=device)
+                tokens[None], torch.ones_like(tokens)[None], self.images, torch.tensor([image], device=device)
             )
             valid = rows.attention_mask[0]
             embeddings.append(rows.embeddings[0, valid])
@@ -317,7 +317,7 @@ class DecodingLoop:
         for number, (key, length) in enumerate(zip(keys, lengths, strict=True)):
             width = len(positions[number])
             layers = [(x.keys[number, :, :width].clone(), x.values[number, :, :width].clone()) for x in cache.layers]
-            self.pictures.prefixes[key] = Prefix(layers, length)
+            self.images.prefixes[key] = Prefix(layers, length)
 
     def _start_from(self, prefixes: list[Prefix | None]) -> None:
         """Fill the cache with every row's prefix, their ends in one column."""
@@ -477,7 +477,7 @@ class DecodingLoop:
         owner_rows = torch.tensor(owners, dtype=torch.long, device=self.image_index.device)
         if groups:
             with quick_linear(owner_rows.device):
-                return self.model.decode_masks(torch.stack(groups), self.pictures, self.image_index[owner_rows])
+                return self.model.decode_masks(torch.stack(groups), self.images, self.image_index[owner_rows])
         config, table = self.model.config, self.model.get_input_embeddings().weight
         side = config.grid_size * 2**config.num_scales
         return table.new_zeros((0, config.num_scales, config.embedding_dim)), table.new_zeros((0, side, side))

@@ -1,6 +1,6 @@
-"""Where a picture sits inside the square the vision tower sees, and the way back for masks.
+"""Where an image sits inside the square the vision tower sees, and the way back for masks.
 
-A picture is resized so that its longest side fills the square and is put into the square's top left corner. Every
+An image is resized so that its longest side fills the square and is put into the square's top left corner. Every
 size here is (height, width) in pixels.
 """
 
@@ -9,24 +9,24 @@ import torch.nn.functional as F
 
 
 def resized_shape(height: int, width: int, side: int) -> tuple[int, int]:
-    """Size of a picture after its longest side was brought to `side`.
+    """Size of an image after its longest side was brought to `side`.
 
-    Halves are rounded up, as the release does. The release lets the short side of an extreme picture become 0; here it
-    is at least 1, so that every picture can be encoded.
+    Halves are rounded up, as the release does. The release lets the short side of an extreme image become 0; here it
+    is at least 1, so that every image can be encoded.
     """
     if min(height, width, side) < 1:
         raise ValueError(
-            f"cannot resize a picture of {height}x{width} pixels to a longest side of {side}: all must be at least 1"
+            f"cannot resize an image of {height}x{width} pixels to a longest side of {side}: all must be at least 1"
         )
     scale = side / max(height, width)
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def valid_cells(resized_sizes: torch.Tensor, grid: int, cell: int) -> torch.Tensor:
-    """Which cells of a grid over the square hold any of the picture (golden fact M7).
+    """Which cells of a grid over the square hold any of the image (golden fact M7).
 
     Args:
-        resized_sizes: (B, 2) sizes of the pictures inside the square.
+        resized_sizes: (B, 2) sizes of the images inside the square.
         grid: cells per side. cell: pixels per cell.
 
     Returns:
@@ -41,12 +41,12 @@ def valid_cells(resized_sizes: torch.Tensor, grid: int, cell: int) -> torch.Tens
 def restore_masks(
     mask_logits: torch.Tensor, resized_size: tuple[int, int], original_size: tuple[int, int]
 ) -> torch.Tensor:
-    """Bring mask logits from the decoder's square to the picture's own pixels (golden fact M11).
+    """Bring mask logits from the decoder's square to the image's own pixels (golden fact M11).
 
     Args:
         mask_logits: (Q, h, w), any float type.
-        resized_size: the picture's size inside the square, whose side is the longer of the two.
-        original_size: the picture's own size.
+        resized_size: the image's size inside the square, whose side is the longer of the two.
+        original_size: the image's own size.
 
     Returns:
         (Q, H, W) float32 logits at `original_size`: bilinear, corners not aligned, no antialiasing.
@@ -56,5 +56,5 @@ def restore_masks(
     height, width = resized_size
     side = max(height, width)
     square = F.interpolate(mask_logits.float()[:, None], (side, side), mode="bilinear", align_corners=False)
-    picture = square[..., :height, :width]
-    return F.interpolate(picture, tuple(original_size), mode="bilinear", align_corners=False)[:, 0]
+    image = square[..., :height, :width]
+    return F.interpolate(image, tuple(original_size), mode="bilinear", align_corners=False)[:, 0]

@@ -1,6 +1,6 @@
 """PixelLM: the parts wired together. Training, teacher-forced segmentation and generation share one mask path.
 
-Axes: B pictures, C conversations, T tokens, P expanded positions, Q targets, S scales, K tokens per scale, H language
+Axes: B images, C conversations, T tokens, P expanded positions, Q targets, S scales, K tokens per scale, H language
 width, D embedding width.
 """
 
@@ -18,26 +18,26 @@ from .configuration_pixellm import PixelLMConfig
 from .generation import Decoding, GeneratedAnswer, Prefix, PrefixKey
 from .geometry import restore_masks, valid_cells
 from .losses import IGNORE_TOKEN, LossTerm, bce_loss, count_masks, dice_loss, refinement_weights, text_loss
+from .onednn_linear import RowKernel, quick_linear
 from .pixel_decoder import PixelDecoder
 from .prefix_sharing import PACKING_ATTENTION, pack_rows
 from .projector import Projector
-from .quick_linear import RowKernel, quick_linear
 from .seg_codebook import SegCodebook, group_positions
 from .vision_tower import VisionTower, vision_model_from_config
 
 ALIGNMENT = 64  # bytes; what torch's own allocations have on a CPU
-TOWER_KEY = "vision_tower"  # pictures are keyed by the tower they are for
+TOWER_KEY = "vision_tower"  # images are keyed by the tower they are for
 
 
 @dataclass
-class EncodedPictures:
-    """What the vision tower saw, once per picture.
+class EncodedImages:
+    """What the vision tower saw, once per image.
 
     features: S times (B, patches, vision width). image_tokens: (B, N, H) for the language model.
     image_token_mask: (B, N) bool, False where a token lies wholly in the padding.
     maps: S feature maps (B, H, grid, grid) for the pixel decoder, made when the first mask is asked for. decoder_maps:
     what the decoder itself made of them, kept where no gradient is wanted. prefixes: what the language model remembers
-    of the beginnings of prompts about these pictures, kept by the decoding loop.
+    of the beginnings of prompts about these images, kept by the decoding loop.
     """
 
     features: list[torch.Tensor]
@@ -50,9 +50,9 @@ class EncodedPictures:
 
 @dataclass
 class ExpandedRows:
-    """Conversations after each placeholder grew into the positions of its picture, right-padded.
+    """Conversations after each placeholder grew into the positions of its image, right-padded.
 
-    ids: (C, P), the placeholder id standing for every picture position. embeddings: (C, P, H). attention_mask: (C, P)
+    ids: (C, P), the placeholder id standing for every image position. embeddings: (C, P, H). attention_mask: (C, P)
     bool. labels: (C, P) or None. Positions are counted from 0 over all of a row, masked ones included (golden fact M7).
     """
 
@@ -66,8 +66,8 @@ class ExpandedRows:
 class PixelLMOutput(ModelOutput):
     """Result of `PixelLMForCausalLM.forward`.
 
-    losses: by name, unnormalised. mask_logits: per picture (Q, height, width) at the picture's own size.
-    low_res_mask_logits: per picture (Q, h, w) over the square. embeddings: (Q, S, D). last_hidden_state: (C, P, H).
+    losses: by name, unnormalised. mask_logits: per image (Q, height, width) at the image's own size.
+    low_res_mask_logits: per image (Q, h, w) over the square. embeddings: (Q, S, D). last_hidden_state: (C, P, H).
     attention_mask and labels: (C, P), expanded.
     """
 
@@ -81,7 +81,7 @@ class PixelLMOutput(ModelOutput):
 
 
 class PixelLMForCausalLM(PreTrainedModel):
-    """A language model that sees a picture and gives every thing it names a mask.
+    """A language model that sees an image and gives every thing it names a mask.
 
     Args:
         config: shapes and numerics.
@@ -197,13 +197,13 @@ class PixelLMForCausalLM(PreTrainedModel):
     ) -> dict[str, float]:
         """The counts `forward` would return for a batch, from the batch alone: what a step's sums are divided by."""
         tokens = 0.0 if labels is None else float((labels[:, 1:] != IGNORE_TOKEN).sum())
-        targets = 0.0 if masks is None else float(sum(count_masks(picture_masks) for picture_masks in masks))
+        targets = 0.0 if masks is None else float(sum(count_masks(image_masks) for image_masks in masks))
         return {"ce": tokens, "bce": targets, "dice": targets}
 
-    # --- the way of a picture -------------------------------------------------------------------------------------
+    # --- the way of an image -------------------------------------------------------------------------------------
 
-    def encode_pictures(self, pixel_values: dict[str, torch.Tensor], resized_sizes: torch.Tensor) -> EncodedPictures:
-        """Run the vision tower and make the image tokens, once per picture.
+    def encode_images(self, pixel_values: dict[str, torch.Tensor], resized_sizes: torch.Tensor) -> EncodedImages:
+        """Run the vision tower and make the image tokens, once per image.
 
         Args:
             pixel_values: (B, 3, P, P) under the tower's key. resized_sizes: (B, 2).
@@ -218,72 +218,72 @@ class PixelLMForCausalLM(PreTrainedModel):
             pooled = F.avg_pool2d(square, config.image_token_pool).flatten(2).transpose(1, 2).to(pooled.dtype)
         cell = config.patch_size * config.image_token_pool
         mask = valid_cells(resized_sizes.to(pooled.device), config.image_token_grid, cell)
-        return EncodedPictures(features, self.projector(pooled), mask)
+        return EncodedImages(features, self.projector(pooled), mask)
 
-    def feature_maps(self, pictures: EncodedPictures) -> list[torch.Tensor]:
-        """The pixel decoder's S maps (B, H, grid, grid), projected once per set of pictures."""
-        if pictures.maps is None:
+    def feature_maps(self, images: EncodedImages) -> list[torch.Tensor]:
+        """The pixel decoder's S maps (B, H, grid, grid), projected once per set of images."""
+        if images.maps is None:
             grid = (self.config.grid_size, self.config.grid_size)
-            pictures.maps = [self.mask_projector(f).transpose(1, 2).unflatten(2, grid) for f in pictures.features]
-        return pictures.maps
+            images.maps = [self.mask_projector(f).transpose(1, 2).unflatten(2, grid) for f in images.features]
+        return images.maps
 
     def expand_rows(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        pictures: EncodedPictures,
+        images: EncodedImages,
         image_index: torch.Tensor,
         labels: torch.Tensor | None = None,
     ) -> ExpandedRows:
-        """Let the placeholder of each row grow into its picture's positions. Rows without a placeholder are text only.
+        """Let the placeholder of each row grow into its image's positions. Rows without a placeholder are text only.
 
         Args:
-            input_ids, attention_mask, labels: (C, T). image_index: (C,) which picture a row is about.
+            input_ids, attention_mask, labels: (C, T). image_index: (C,) which image a row is about.
         """
         is_image = input_ids == self.config.image_token_id
         if bool((is_image.sum(dim=1) > 1).any()):
             raise ValueError("a conversation holds more than one <image> placeholder; expected at most one")
-        positions_per_picture = pictures.image_tokens.shape[1]
-        widths = torch.where(is_image, positions_per_picture, 1)
+        positions_per_image = images.image_tokens.shape[1]
+        widths = torch.where(is_image, positions_per_image, 1)
         ends = widths.cumsum(dim=1)
         length = int(ends[:, -1].max())
         targets = torch.arange(length, device=input_ids.device).expand(len(input_ids), -1).contiguous()
         source = torch.searchsorted(ends, targets, right=True)
-        beyond = source >= input_ids.shape[1]  # rows without a picture end earlier
+        beyond = source >= input_ids.shape[1]  # rows without an image end earlier
         source = source.clamp(max=input_ids.shape[1] - 1)
         ids = input_ids.gather(1, source)
-        in_picture = is_image.gather(1, source)
-        place = (targets - (ends - widths).gather(1, source)).clamp(max=positions_per_picture - 1)
+        in_image = is_image.gather(1, source)
+        place = (targets - (ends - widths).gather(1, source)).clamp(max=positions_per_image - 1)
         rows = image_index[:, None].expand_as(place)
-        text = self.get_input_embeddings()(ids.masked_fill(in_picture, 0))
-        image = pictures.image_tokens[rows, place].to(text.dtype)
-        embeddings = torch.where(in_picture[..., None], image, text)
-        mask = torch.where(in_picture, pictures.image_token_mask[rows, place], attention_mask.bool().gather(1, source))
+        text = self.get_input_embeddings()(ids.masked_fill(in_image, 0))
+        image = images.image_tokens[rows, place].to(text.dtype)
+        embeddings = torch.where(in_image[..., None], image, text)
+        mask = torch.where(in_image, images.image_token_mask[rows, place], attention_mask.bool().gather(1, source))
         expanded_labels = None
         if labels is not None:
-            expanded_labels = labels.gather(1, source).masked_fill(in_picture | beyond, IGNORE_TOKEN)
+            expanded_labels = labels.gather(1, source).masked_fill(in_image | beyond, IGNORE_TOKEN)
         return ExpandedRows(ids.masked_fill(beyond, 0), embeddings, mask & ~beyond, expanded_labels)
 
     # --- the way of a target --------------------------------------------------------------------------------------
 
     def decode_masks(
-        self, group_states: torch.Tensor, pictures: EncodedPictures, picture_of_target: torch.Tensor
+        self, group_states: torch.Tensor, images: EncodedImages, image_of_target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The one mask path.
 
         Args:
             group_states: (Q, S * K, H) hidden states that predict the tokens of each group.
-            picture_of_target: (Q,) long.
+            image_of_target: (Q,) long.
 
         Returns:
             (Q, S, D) embeddings and (Q, h, w) mask logits over the square.
         """
         embeddings = self.codebook(group_states)
         if torch.is_grad_enabled():
-            return embeddings, self.pixel_decoder(embeddings, self.feature_maps(pictures), picture_of_target)
-        if pictures.decoder_maps is None:
-            pictures.decoder_maps = self.pixel_decoder.prepare(self.feature_maps(pictures))
-        logits = self.pixel_decoder.decode_in_chunks(embeddings, pictures.decoder_maps, picture_of_target)
+            return embeddings, self.pixel_decoder(embeddings, self.feature_maps(images), image_of_target)
+        if images.decoder_maps is None:
+            images.decoder_maps = self.pixel_decoder.prepare(self.feature_maps(images))
+        logits = self.pixel_decoder.decode_in_chunks(embeddings, images.decoder_maps, image_of_target)
         return embeddings, logits
 
     def forward(
@@ -303,26 +303,26 @@ class PixelLMForCausalLM(PreTrainedModel):
         Args:
             input_ids, attention_mask, labels: (C, T), right-padded; labels are -100 where nothing is to be learned.
             pixel_values: (B, 3, P, P) under the tower's key. resized_sizes, original_sizes: (B, 2).
-            image_index: (C,) non-decreasing, the picture of each row.
-            masks: per picture (Q, height, width) uint8 of 0, 1 and 255 (ignored) at the picture's own size, ordered by
+            image_index: (C,) non-decreasing, the image of each row.
+            masks: per image (Q, height, width) uint8 of 0, 1 and 255 (ignored) at the image's own size, ordered by
                 row and by place in the text. target_questions: (Q,) number of the question each target belongs to.
 
         Raises:
             ValueError: seg groups are broken, or masks and groups disagree in number.
         """
-        pictures = self.encode_pictures(pixel_values, resized_sizes)
-        rows = self.expand_rows(input_ids, attention_mask, pictures, image_index, labels)
+        images = self.encode_images(pixel_values, resized_sizes)
+        rows = self.expand_rows(input_ids, attention_mask, images, image_index, labels)
         hidden = self.hidden_states(rows, image_index)
         group_rows, group_columns = group_positions(
             rows.ids, self.config.seg_token_ids, adjacent=self.config.group_rule == "adjacent"
         )
-        picture_of_target = image_index[group_rows]
+        image_of_target = image_index[group_rows]
         # A token's state is that of the position which predicts it (golden fact M4).
         group_states = hidden[group_rows[:, None], group_columns - 1]
-        embeddings, low_res, zero = self._decode_or_touch(group_states, hidden, pictures, picture_of_target)
-        counts = torch.bincount(picture_of_target, minlength=len(resized_sizes)).tolist()
-        low_res_per_picture = list(low_res.split(counts))
-        mask_logits = self._restore(low_res_per_picture, resized_sizes, original_sizes)
+        embeddings, low_res, zero = self._decode_or_touch(group_states, hidden, images, image_of_target)
+        counts = torch.bincount(image_of_target, minlength=len(resized_sizes)).tolist()
+        low_res_per_image = list(low_res.split(counts))
+        mask_logits = self._restore(low_res_per_image, resized_sizes, original_sizes)
         losses: dict[str, LossTerm] = {}
         if rows.labels is not None:
             losses["ce"] = self._text_loss(hidden, rows.labels)
@@ -332,7 +332,7 @@ class PixelLMForCausalLM(PreTrainedModel):
         return PixelLMOutput(
             losses=losses or None,
             mask_logits=mask_logits,
-            low_res_mask_logits=low_res_per_picture,
+            low_res_mask_logits=low_res_per_image,
             embeddings=embeddings,
             last_hidden_state=hidden,
             attention_mask=rows.attention_mask,
@@ -375,8 +375,8 @@ class PixelLMForCausalLM(PreTrainedModel):
         self,
         group_states: torch.Tensor,
         hidden: torch.Tensor,
-        pictures: EncodedPictures,
-        picture_of_target: torch.Tensor,
+        images: EncodedImages,
+        image_of_target: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Decode the targets: embeddings, logits over the square, and a zero that belongs in the mask losses.
 
@@ -386,13 +386,13 @@ class PixelLMForCausalLM(PreTrainedModel):
         """
         zero = hidden.new_zeros((), dtype=torch.float32)
         if len(group_states):
-            return *self.decode_masks(group_states, pictures, picture_of_target), zero
+            return *self.decode_masks(group_states, images, image_of_target), zero
         config, side = self.config, self.config.grid_size * 2**self.config.num_scales
         no_embeddings = hidden.new_zeros((0, config.num_scales, config.embedding_dim))
         no_logits = hidden.new_zeros((0, side, side))
         if self.training and torch.is_grad_enabled() and self.trains_masks:
             stand_in = hidden[:1, :1].expand(-1, config.group_size, -1)
-            zero = self.decode_masks(stand_in, pictures, picture_of_target.new_zeros(1))[1].float().sum() * 0.0
+            zero = self.decode_masks(stand_in, images, image_of_target.new_zeros(1))[1].float().sum() * 0.0
         return no_embeddings, no_logits, zero
 
     def _text_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> LossTerm:
@@ -404,7 +404,7 @@ class PixelLMForCausalLM(PreTrainedModel):
     def _restore(
         self, low_res: list[torch.Tensor], resized_sizes: torch.Tensor, original_sizes: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Masks in each picture's own pixels; pictures of equal sizes go together."""
+        """Masks in each image's own pixels; images of equal sizes go together."""
         sizes = [(tuple(r), tuple(o)) for r, o in zip(resized_sizes.tolist(), original_sizes.tolist(), strict=True)]
         restored: list[torch.Tensor] = [torch.empty(0)] * len(low_res)
         for size in dict.fromkeys(sizes):
@@ -421,7 +421,7 @@ class PixelLMForCausalLM(PreTrainedModel):
             raise ValueError(
                 f"masks of shapes {found} were given, but the answers hold seg groups for {expected}: every group "
                 "needs one mask "
-                "at its picture's own size"
+                "at its image's own size"
             )
 
     def _mask_losses(
@@ -452,10 +452,10 @@ class PixelLMForCausalLM(PreTrainedModel):
         return {"bce": bce, "dice": dice}
 
     @torch.no_grad()
-    def see(self, pixel_values: dict[str, torch.Tensor], resized_sizes: torch.Tensor) -> EncodedPictures:
-        """`encode_pictures` for answers: without gradients, the quickest way."""
+    def see(self, pixel_values: dict[str, torch.Tensor], resized_sizes: torch.Tensor) -> EncodedImages:
+        """`encode_images` for answers: without gradients, the quickest way."""
         with quick_linear(self.device):
-            return self.encode_pictures(pixel_values=pixel_values, resized_sizes=resized_sizes)
+            return self.encode_images(pixel_values=pixel_values, resized_sizes=resized_sizes)
 
     @torch.no_grad()
     def generate_answers(
@@ -467,16 +467,16 @@ class PixelLMForCausalLM(PreTrainedModel):
         end_token_id: int,
         max_new_tokens: int,
         decoding: Decoding | None = None,
-        pictures: EncodedPictures | None = None,
+        images: EncodedImages | None = None,
     ) -> list[GeneratedAnswer]:
         """Answer prompts with a key-value cache; see `generation.DecodingLoop`, which is given the rest.
 
-        pixel_values and resized_sizes are those of `forward`, or None where the pictures are given encoded. Those keep
+        pixel_values and resized_sizes are those of `forward`, or None where the images are given encoded. Those keep
         what is computed about them, so that later prompts need not compute it again.
         """
-        if pictures is None:
+        if images is None:
             if pixel_values is None or resized_sizes is None:
-                raise ValueError("no picture was given: give pixel_values and resized_sizes, or encoded pictures")
-            pictures = self.see(pixel_values, resized_sizes)
+                raise ValueError("no image was given: give pixel_values and resized_sizes, or encoded images")
+            images = self.see(pixel_values, resized_sizes)
         loop = loop_class(decoding)
-        return loop(self, pictures, prompts, image_index, end_token_id, max_new_tokens, decoding).run()
+        return loop(self, images, prompts, image_index, end_token_id, max_new_tokens, decoding).run()

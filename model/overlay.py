@@ -1,6 +1,6 @@
-"""Drawing answers: masks and their phrases over pictures, and galleries of many answers.
+"""Drawing answers: masks and their phrases over images, and galleries of many answers.
 
-Axes: Q masks, H W pixels of the picture. Pictures are uint8 RGB (H, W, 3), masks bool (Q, H, W).
+Axes: Q masks, H W pixels of the image. Images are uint8 RGB (H, W, 3), masks bool (Q, H, W).
 """
 
 import textwrap
@@ -30,7 +30,7 @@ PALETTE: tuple[Colour, ...] = (
 _WHITE: Colour = (255, 255, 255)
 _BLACK: Colour = (0, 0, 0)
 _FILL_STRENGTH = 0.45
-_MIN_SIDE = 384  # shorter pictures are enlarged: on a 112 pixel picture a legible label would hide everything
+_MIN_SIDE = 384  # shorter images are enlarged: on a 112 pixel image a legible label would hide everything
 _MIN_CANVAS = (24, 96)  # height and width that always leave room for a label
 _FONT_SIZE = 15
 _PADDING = 3
@@ -55,18 +55,18 @@ def printable(text: str) -> str:
 
 
 def draw_overlay(
-    picture: np.ndarray, masks: np.ndarray, phrases: Sequence[str] = (), *, min_side: int = _MIN_SIDE
+    image: np.ndarray, masks: np.ndarray, phrases: Sequence[str] = (), *, min_side: int = _MIN_SIDE
 ) -> np.ndarray:
-    """A picture with its masks as translucent, outlined areas, each labelled with its phrase in its colour.
+    """An image with its masks as translucent, outlined areas, each labelled with its phrase in its colour.
 
-    A picture whose longest side is under `min_side` is enlarged by a whole factor; one too thin for a label gets a
+    An image whose longest side is under `min_side` is enlarged by a whole factor; one too thin for a label gets a
     white margin at the right or bottom. Where masks overlap their colours mix. Labels stay inside, shortened with an
     ellipsis if they must, and avoid each other and what they would hide while there is room; a line leads from a label
     that had to go elsewhere to its mask. Returns uint8 RGB (h, w, 3).
     """
-    _check(picture, masks)
-    factor = max(1, -(-min_side // max(picture.shape[:2])))
-    large = _enlarge(picture, factor)
+    _check(image, masks)
+    factor = max(1, -(-min_side // max(image.shape[:2])))
+    large = _enlarge(image, factor)
     large_masks = [_enlarge(mask, factor) for mask in masks]
     for index, mask in enumerate(large_masks):
         large[mask] = np.rint(
@@ -81,13 +81,13 @@ def draw_overlay(
     return _draw_labels(_with_margin(large), large_masks, phrases)
 
 
-def draw_side_by_side(picture: np.ndarray, masks: np.ndarray, phrases: Sequence[str] = ()) -> np.ndarray:
-    """The picture as it is beside its overlay, of one size; uint8 RGB."""
-    return np.concatenate([draw_overlay(picture, masks[:0]), draw_overlay(picture, masks, phrases)], axis=1)
+def draw_side_by_side(image: np.ndarray, masks: np.ndarray, phrases: Sequence[str] = ()) -> np.ndarray:
+    """The image as it is beside its overlay, of one size; uint8 RGB."""
+    return np.concatenate([draw_overlay(image, masks[:0]), draw_overlay(image, masks, phrases)], axis=1)
 
 
 def mask_layer(masks: np.ndarray) -> np.ndarray:
-    """Masks alone, to be laid over the picture: uint8 RGBA (H, W, 4), nothing where no mask is; later masks on top."""
+    """Masks alone, to be laid over the image: uint8 RGBA (H, W, 4), nothing where no mask is; later masks on top."""
     layer = np.zeros((*masks.shape[1:], 4), dtype=np.uint8)
     for index, mask in enumerate(masks):
         layer[mask] = (*target_colour(index), round(255 * _FILL_STRENGTH))
@@ -96,13 +96,13 @@ def mask_layer(masks: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """One question of a gallery: its picture, the true masks with their names, and what was answered.
+    """One question of a gallery: its image, the true masks with their names, and what was answered.
 
-    picture: uint8 (H, W, 3); true_masks, masks: bool (Q, H, W). note: one short line, such as a score.
+    image: uint8 (H, W, 3); true_masks, masks: bool (Q, H, W). note: one short line, such as a score.
     """
 
     question: str
-    picture: np.ndarray
+    image: np.ndarray
     true_masks: np.ndarray
     true_names: Sequence[str]
     answer: str
@@ -112,9 +112,9 @@ class GalleryItem:
 
 
 def draw_gallery(items: Sequence[GalleryItem], *, columns: int = 2, tile: int = 224) -> np.ndarray:
-    """A sheet of answers: for each the question, then picture, truth and prediction side by side, then the answer.
+    """A sheet of answers: for each the question, then image, truth and prediction side by side, then the answer.
 
-    columns: items side by side. tile: side in pixels of the square every picture is fitted into. Returns uint8 RGB;
+    columns: items side by side. tile: side in pixels of the square every image is fitted into. Returns uint8 RGB;
     ValueError without items.
     """
     if not items:
@@ -129,13 +129,13 @@ def draw_gallery(items: Sequence[GalleryItem], *, columns: int = 2, tile: int = 
     return sheet
 
 
-def _check(picture: np.ndarray, masks: np.ndarray) -> None:
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"a picture to draw on is {picture.dtype} {picture.shape}; expected uint8 (height, width, 3)")
-    if masks.dtype != np.bool_ or masks.ndim != 3 or (len(masks) and masks.shape[1:] != picture.shape[:2]):
+def _check(image: np.ndarray, masks: np.ndarray) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image to draw on is {image.dtype} {image.shape}; expected uint8 (height, width, 3)")
+    if masks.dtype != np.bool_ or masks.ndim != 3 or (len(masks) and masks.shape[1:] != image.shape[:2]):
         raise ValueError(
-            f"masks to draw are {masks.dtype} {masks.shape}; expected bool (number, {picture.shape[0]}, "
-            f"{picture.shape[1]}), the size of the picture"
+            f"masks to draw are {masks.dtype} {masks.shape}; expected bool (number, {image.shape[0]}, "
+            f"{image.shape[1]}), the size of the image"
         )
 
 
@@ -144,11 +144,11 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
     return array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _with_margin(picture: np.ndarray) -> np.ndarray:
+def _with_margin(image: np.ndarray) -> np.ndarray:
     """At least _MIN_CANVAS large, white where nothing was."""
-    height, width = max(picture.shape[0], _MIN_CANVAS[0]), max(picture.shape[1], _MIN_CANVAS[1])
+    height, width = max(image.shape[0], _MIN_CANVAS[0]), max(image.shape[1], _MIN_CANVAS[1])
     canvas = np.full((height, width, 3), _WHITE, dtype=np.uint8)
-    canvas[: picture.shape[0], : picture.shape[1]] = picture
+    canvas[: image.shape[0], : image.shape[1]] = image
     return canvas
 
 
@@ -167,25 +167,25 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return text[:kept].rstrip() + _ELLIPSIS
 
 
-def _draw_labels(picture: np.ndarray, masks: Sequence[np.ndarray], phrases: Sequence[str]) -> np.ndarray:
-    image = Image.fromarray(picture)
-    draw = ImageDraw.Draw(image)
-    size = max(_FONT_SIZE, round(max(image.size) / 45))
-    size = min(size, image.height - 2 * _PADDING)
+def _draw_labels(image: np.ndarray, masks: Sequence[np.ndarray], phrases: Sequence[str]) -> np.ndarray:
+    canvas = Image.fromarray(image)
+    draw = ImageDraw.Draw(canvas)
+    size = max(_FONT_SIZE, round(max(canvas.size) / 45))
+    size = min(size, canvas.height - 2 * _PADDING)
     font = _font(size)
     taken: list[Rectangle] = []
     for index, (mask, phrase) in enumerate(zip(masks, phrases, strict=False)):
-        label = _fitting(printable(phrase), font, image.width - 2 * _PADDING)
+        label = _fitting(printable(phrase), font, canvas.width - 2 * _PADDING)
         if not label or not mask.any():
             continue
         width, height = int(np.ceil(font.getlength(label))) + 2 * _PADDING, size + 2 * _PADDING
-        left, top = _free_place(mask, (width, height), image.size, taken, masks)
+        left, top = _free_place(mask, (width, height), canvas.size, taken, masks)
         taken.append((left, top, left + width, top + height))
         background = target_colour(index)
         _lead(draw, mask, taken[-1], background)
         draw.rectangle((left, top, left + width - 1, top + height - 1), fill=background)
         draw.text((left + _PADDING, top + height / 2), label, fill=text_colour(background), font=font, anchor="lm")
-    return np.asarray(image)
+    return np.asarray(canvas)
 
 
 def _lead(draw: ImageDraw.ImageDraw, mask: np.ndarray, label: Rectangle, colour: Colour) -> None:
@@ -255,12 +255,12 @@ def _places(mask: np.ndarray, label: tuple[int, int], canvas: tuple[int, int]) -
         yield min(max(0, x), right_end), min(max(0, y), bottom_end)
 
 
-def _fit_tile(picture: np.ndarray, masks: np.ndarray, phrases: Sequence[str], side: int) -> np.ndarray:
-    """A picture and its masks in a white square of `side`, centred; drawn at that size, so that labels stay legible."""
-    height, width = picture.shape[:2]
+def _fit_tile(image: np.ndarray, masks: np.ndarray, phrases: Sequence[str], side: int) -> np.ndarray:
+    """An image and its masks in a white square of `side`, centred; drawn at that size, so that labels stay legible."""
+    height, width = image.shape[:2]
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
     small_masks = [cv2.resize(m.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) for m in masks]
     drawn = draw_overlay(
         small, np.array(small_masks, dtype=bool).reshape(len(masks), *small.shape[:2]), phrases, min_side=1
@@ -273,7 +273,7 @@ def _fit_tile(picture: np.ndarray, masks: np.ndarray, phrases: Sequence[str], si
 
 
 def _draw_card(item: GalleryItem, tile: int) -> np.ndarray:
-    """One gallery item as a picture of 3 tiles' width; all cards are equally wide."""
+    """One gallery item as an image of 3 tiles' width; all cards are equally wide."""
     gap, size = 2 * _PADDING, 13
     font, line = _font(size), size + 4
     width = 3 * tile + 4 * gap
@@ -288,14 +288,14 @@ def _draw_card(item: GalleryItem, tile: int) -> np.ndarray:
         draw.text((gap, gap + number * line), text, fill=_BLACK, font=font)
     top = gap + len(above) * line
     tiles = (
-        ("picture", item.masks[:0], ()),
+        ("image", item.masks[:0], ()),
         ("truth", item.true_masks, item.true_names),
         ("prediction", item.masks, item.phrases),
     )
     for number, (title, masks, phrases) in enumerate(tiles):
         left = gap + number * (tile + gap)
         draw.text((left, top), title, fill=(110, 110, 110), font=font)
-        image.paste(Image.fromarray(_fit_tile(item.picture, masks, phrases, tile)), (left, top + line))
+        image.paste(Image.fromarray(_fit_tile(item.image, masks, phrases, tile)), (left, top + line))
     for number, text in enumerate(below):
         draw.text((gap, top + line + tile + gap + number * line), text, fill=_BLACK, font=font)
     draw.line((0, height - 1, width, height - 1), fill=(200, 200, 200))

@@ -1,8 +1,8 @@
 """The pixel decoder: (embeddings, feature maps) -> mask logits, coarse to fine.
 
-Every mask head has this interface: `forward(embeddings_QSD, maps_SBHhw, picture_of_target_Q) -> mask_logits_Qhw`, and
-for answering `prepare(maps)`, once per picture, and `decode_in_chunks(embeddings, prepared, picture_of_target)`.
-Axes: B pictures, Q targets, S scales, D decoder width, N map positions, T decoder tokens, h w map sides.
+Every mask head has this interface: `forward(embeddings_QSD, maps_SBHhw, image_of_target_Q) -> mask_logits_Qhw`, and
+for answering `prepare(maps)`, once per image, and `decode_in_chunks(embeddings, prepared, image_of_target)`.
+Axes: B images, Q targets, S scales, D decoder width, N map positions, T decoder tokens, h w map sides.
 """
 
 import math
@@ -256,20 +256,20 @@ class PixelDecoder(nn.Module):
         return [self.scale_map(one, scale) for scale, one in enumerate(maps)]
 
     def decode(
-        self, embeddings: torch.Tensor, prepared: list[torch.Tensor], picture_of_target: torch.Tensor
+        self, embeddings: torch.Tensor, prepared: list[torch.Tensor], image_of_target: torch.Tensor
     ) -> torch.Tensor:
         """Decode targets together.
 
         Args:
-            embeddings: (Q, S, D). prepared: what `prepare` made. picture_of_target: (Q,) long, or (1,) where all
-                targets are of one picture, whose maps are then not copied for each.
+            embeddings: (Q, S, D). prepared: what `prepare` made. image_of_target: (Q,) long, or (1,) where all
+                targets are of one image, whose maps are then not copied for each.
 
         Returns:
             (Q, h * 2^S, w * 2^S) mask logits over the whole square.
         """
         masks: list[torch.Tensor] = []
         for scale in range(self.num_scales):
-            target_maps = prepared[scale][picture_of_target]
+            target_maps = prepared[scale][image_of_target]
             if masks:
                 target_maps = target_maps * (1 + masks[-1].sigmoid())[:, None]
             logits, _ = self.decode_scale(embeddings[:, scale], target_maps, scale)
@@ -277,28 +277,28 @@ class PixelDecoder(nn.Module):
         return self.fuse(masks)
 
     def decode_in_chunks(
-        self, embeddings: torch.Tensor, prepared: list[torch.Tensor], picture_of_target: torch.Tensor
+        self, embeddings: torch.Tensor, prepared: list[torch.Tensor], image_of_target: torch.Tensor
     ) -> torch.Tensor:
         """`decode` for any number of targets in bounded memory; not for training, which keeps everything anyway."""
         size = TARGETS_AT_ONCE.get(embeddings.device.type, TARGETS_AT_ONCE_ELSEWHERE)
         parts = []
-        chunks = zip(embeddings.split(size), picture_of_target.split(size), strict=True)
-        for some, pictures in chunks:
-            alike = bool((pictures == pictures[0]).all())
-            parts.append(self.decode(some, prepared, pictures[:1] if alike else pictures))
+        chunks = zip(embeddings.split(size), image_of_target.split(size), strict=True)
+        for some, images in chunks:
+            alike = bool((images == images[0]).all())
+            parts.append(self.decode(some, prepared, images[:1] if alike else images))
         return torch.cat(parts)
 
     def forward(
-        self, embeddings: torch.Tensor, maps: list[torch.Tensor], picture_of_target: torch.Tensor
+        self, embeddings: torch.Tensor, maps: list[torch.Tensor], image_of_target: torch.Tensor
     ) -> torch.Tensor:
-        """Decode all targets of all pictures.
+        """Decode all targets of all images.
 
         Args:
             embeddings: (Q, S, D), Q at least 1. maps: S maps (B, language width, h, w), all of one size.
-            picture_of_target: (Q,) long.
+            image_of_target: (Q,) long.
 
         Returns:
             (Q, h * 2^S, w * 2^S) mask logits over the whole square.
         """
         decode = self.decode if torch.is_grad_enabled() else self.decode_in_chunks
-        return decode(embeddings, self.prepare(maps), picture_of_target)
+        return decode(embeddings, self.prepare(maps), image_of_target)

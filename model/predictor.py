@@ -1,15 +1,15 @@
-"""Pictures and questions in; text, masks, scores and boxes out.
+"""Images and questions in; text, masks, scores and boxes out.
 
     predictor = Predictor.from_pretrained("folder")
-    predictor.set_image("picture.jpg")
+    predictor.set_image("image.jpg")
     answer = predictor.ask("Where is the red circle?")
 
     predictor.ask_many([...])       several questions together, each answered as if it were asked alone
     predictor.stream("...")         the answer while it is made
-    predictor.chat()                a conversation about the picture
-    predictor.session(picture)      the same for a picture of its own, beside others
+    predictor.chat()                a conversation about the image
+    predictor.session(image)      the same for an image of its own, beside others
 
-Axes: B pictures, C conversations, T tokens, Q targets of one answer, H W pixels of the picture itself.
+Axes: B images, C conversations, T tokens, Q targets of one answer, H W pixels of the image itself.
 """
 
 import json
@@ -30,9 +30,9 @@ from .configuration_pixellm import PixelLMConfig
 from .generation import GeneratedAnswer
 from .geometry import restore_masks
 from .losses import IGNORE_TOKEN
-from .low_bits import bits_config
 from .modeling_pixellm import TOWER_KEY, PixelLMForCausalLM
-from .processing_pixellm import EncodedConversation, Picture, PixelLMProcessor, PromptError
+from .processing_pixellm import EncodedConversation, EncodedImage, PixelLMProcessor, PromptError
+from .quantization import bits_config
 from .session import MAX_NEW_TOKENS, AnswerOptions, Asked, MaskReady, Question, Session
 
 __all__ = ["Answer", "AnswerOptions", "Box", "ModelFolderError", "Predictor", "mask_box", "mask_scores"]
@@ -56,8 +56,8 @@ def _model_type(config: Path) -> str | None:
 class Predictor(Asked):
     """A model and its processor, asked in words.
 
-    Safe to share between threads, which take turns at the model; but `set_image` chooses one picture for all of them,
-    so threads with pictures of their own take a `session` each. Errors of the processor pass through: PictureError,
+    Safe to share between threads, which take turns at the model; but `set_image` chooses one image for all of them,
+    so threads with images of their own take a `session` each. Errors of the processor pass through: ImageError,
     PromptError and ConversationTooLong, all ValueErrors of one sentence.
     """
 
@@ -127,33 +127,33 @@ class Predictor(Asked):
         with self.inference():
             return compile_for_answers(self.model)
 
-    # --- one picture ----------------------------------------------------------------------------------------------
+    # --- one image ----------------------------------------------------------------------------------------------
 
-    def session(self, picture: Any) -> Session:
-        """Questions about `picture` (path, bytes, PIL image, array (H, W, 3) uint8 or tensor), beside any others."""
-        return Session(self, picture)
+    def session(self, image: Any) -> Session:
+        """Questions about `image` (path, bytes, PIL image, array (H, W, 3) uint8 or tensor), beside any others."""
+        return Session(self, image)
 
-    def set_image(self, picture: Any) -> None:
-        """Choose the picture that `ask`, `ask_many`, `stream` and `chat` are about; as `session` takes it."""
-        self._session = self.session(picture)
+    def set_image(self, image: Any) -> None:
+        """Choose the image that `ask`, `ask_many`, `stream` and `chat` are about; as `session` takes it."""
+        self._session = self.session(image)
 
     @property
-    def picture(self) -> np.ndarray | None:
+    def image(self) -> np.ndarray | None:
         """What `set_image` chose, uint8 RGB (H, W, 3), turned the way it is viewed."""
-        return None if self._session is None else self._session.picture
+        return None if self._session is None else self._session.image
 
     @property
     def current(self) -> Session:
         """The session of `set_image`; RuntimeError when there is none."""
         if self._session is None:
-            raise RuntimeError("No picture is set; call set_image(picture) before asking about it.")
+            raise RuntimeError("No image is set; call set_image(image) before asking about it.")
         return self._session
 
-    # --- many pictures --------------------------------------------------------------------------------------------
+    # --- many images --------------------------------------------------------------------------------------------
 
     def answer(
         self,
-        pictures: Sequence[Any],
+        images: Sequence[Any],
         questions: Sequence[Question],
         image_index: Sequence[int],
         max_new_tokens: int = MAX_NEW_TOKENS,
@@ -161,11 +161,11 @@ class Predictor(Asked):
     ) -> list[Answer]:
         """Answer a batch of questions, the model saying its seg groups itself.
 
-        pictures: B, each as `set_image` takes it. questions: C, each one question, or turns (question, answer) of
-        which the last has the answer None. image_index: for each question which picture it is about.
+        images: B, each as `set_image` takes it. questions: C, each one question, or turns (question, answer) of
+        which the last has the answer None. image_index: for each question which image it is about.
         """
-        encoded = self._encode(pictures)
-        order = _by_picture(image_index, len(questions), len(encoded))
+        encoded = self._encode(images)
+        order = _by_image(image_index, len(questions), len(encoded))
         if not order:
             return []
         decoding = (options or AnswerOptions()).decoding(self.processor.tokenizer, len(order))
@@ -177,7 +177,7 @@ class Predictor(Asked):
                 end_token_id=self.processor.end_token_id,
                 max_new_tokens=max_new_tokens,
                 decoding=replace(decoding, seeds=seeds),
-                **self.picture_inputs(encoded),
+                **self.image_inputs(encoded),
             )
             answers = {
                 row: self.finish(one, encoded[image_index[row]]) for row, one in zip(order, generated, strict=True)
@@ -186,7 +186,7 @@ class Predictor(Asked):
 
     def segment(
         self,
-        pictures: Sequence[Any],
+        images: Sequence[Any],
         conversations: Sequence[Sequence[tuple[str, str]]],
         image_index: Sequence[int],
     ) -> list[Answer]:
@@ -196,8 +196,8 @@ class Predictor(Asked):
         of all turns in order; its words are the given ones. ValueError when a conversation exceeds the processor's
         model_max_length: the masks of its lost turns would be missing unnoticed.
         """
-        encoded = self._encode(pictures)
-        order = _by_picture(image_index, len(conversations), len(encoded))
+        encoded = self._encode(images)
+        order = _by_image(image_index, len(conversations), len(encoded))
         tokens = [self.processor.encode_conversation(list(conversations[row])) for row in order]
         for row, conversation in zip(order, tokens, strict=True):
             if conversation.dropped_turns:
@@ -213,9 +213,9 @@ class Predictor(Asked):
             output = self.model(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                original_sizes=torch.tensor([picture.original_size for picture in encoded], device=device),
+                original_sizes=torch.tensor([image.original_size for image in encoded], device=device),
                 image_index=torch.tensor([image_index[row] for row in order], device=device),
-                **self.picture_inputs(encoded),
+                **self.image_inputs(encoded),
             )
         logits = _split_rows(
             output.mask_logits, [(image_index[row], len(t.group_turns)) for row, t in zip(order, tokens, strict=True)]
@@ -236,8 +236,8 @@ class Predictor(Asked):
                 answers[-1].append(token)
         return answers[:-1]
 
-    def _encode(self, pictures: Sequence[Any]) -> list[Any]:
-        return [self.processor.encode_picture(self.processor.open_picture(picture)) for picture in pictures]
+    def _encode(self, images: Sequence[Any]) -> list[Any]:
+        return [self.processor.encode_image(self.processor.open_image(image)) for image in images]
 
     # --- what sessions are made of --------------------------------------------------------------------------------
 
@@ -257,13 +257,13 @@ class Predictor(Asked):
                 if was_training:
                     self.model.train()
 
-    def picture_inputs(self, encoded: Sequence[Picture]) -> dict[str, Any]:
-        """What the model is told about pictures."""
+    def image_inputs(self, encoded: Sequence[EncodedImage]) -> dict[str, Any]:
+        """What the model is told about images."""
         device = self.model.device
-        pixels = torch.stack([picture.pixel_values for picture in encoded])
+        pixels = torch.stack([image.pixel_values for image in encoded])
         return {
             "pixel_values": {TOWER_KEY: pixels.to(device, self.model.dtype)},
-            "resized_sizes": torch.tensor([picture.resized_size for picture in encoded], device=device),
+            "resized_sizes": torch.tensor([image.resized_size for image in encoded], device=device),
         }
 
     def prompt(self, question: Question) -> torch.Tensor:
@@ -275,13 +275,13 @@ class Predictor(Asked):
                 raise PromptError("the prompt holds half a letter (a lone surrogate): leave it out")
         return self.processor.encode_prompt(turns).to(self.model.device)
 
-    def finish(self, one: GeneratedAnswer, picture: Picture) -> Answer:
-        """What was generated about a picture, in words and in the picture's own pixels."""
-        logits_QHW = restore_masks(one.low_res_mask_logits, picture.resized_size, picture.original_size)
+    def finish(self, one: GeneratedAnswer, image: EncodedImage) -> Answer:
+        """What was generated about an image, in words and in the image's own pixels."""
+        logits_QHW = restore_masks(one.low_res_mask_logits, image.resized_size, image.original_size)
         return self._to_answer([one.ids.tolist()], logits_QHW)
 
     def compose(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> Answer:
-        """An answer from the tokens of its turns and float32 mask logits in the picture's own pixels."""
+        """An answer from the tokens of its turns and float32 mask logits in the image's own pixels."""
         return self._to_answer(turns, logits_QHW)
 
     def mask_ready(self, number: int, phrase: str, logits_HW: torch.Tensor) -> MaskReady:
@@ -315,12 +315,12 @@ class Predictor(Asked):
         )
 
 
-def _by_picture(image_index: Sequence[int], rows: int, pictures: int) -> list[int]:
-    """Row numbers ordered by picture, as the model wants them; ValueError when the indices do not fit."""
-    if len(image_index) != rows or any(not 0 <= index < pictures for index in image_index):
+def _by_image(image_index: Sequence[int], rows: int, images: int) -> list[int]:
+    """Row numbers ordered by image, as the model wants them; ValueError when the indices do not fit."""
+    if len(image_index) != rows or any(not 0 <= index < images for index in image_index):
         raise ValueError(
-            f"image_index {list(image_index)[:8]} does not fit {rows} questions about {pictures} pictures; "
-            "give for every question the number of its picture, from 0"
+            f"image_index {list(image_index)[:8]} does not fit {rows} questions about {images} images; "
+            "give for every question the number of its image, from 0"
         )
     return sorted(range(rows), key=lambda row: image_index[row])
 
@@ -333,10 +333,10 @@ def _pad_right(rows: Sequence[torch.Tensor], filler: int) -> tuple[torch.Tensor,
 
 
 def _split_rows(logits: Sequence[torch.Tensor], rows: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Per picture (Q, H, W) -> per conversation, given each one's (picture, number of groups) in the model's order."""
+    """Per image (Q, H, W) -> per conversation, given each one's (image, number of groups) in the model's order."""
     used = [0] * len(logits)
     parts = []
-    for picture, count in rows:
-        parts.append(logits[picture][used[picture] : used[picture] + count])
-        used[picture] += count
+    for image, count in rows:
+        parts.append(logits[image][used[image] : used[image] + count])
+        used[image] += count
     return parts

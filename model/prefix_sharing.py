@@ -1,7 +1,7 @@
-"""Conversations about pictures in one packed row: what those of a picture begin with once, then the rest of each.
+"""Conversations about images in one packed row: what those of an image begin with once, then the rest of each.
 
-The common beginning (system text, the picture's positions, equal words) is computed once per picture, and padding not
-at all. Each conversation sees its picture's beginning and itself, and its positions go on from the beginning's end, so
+The common beginning (system text, the image's positions, equal words) is computed once per image, and padding not
+at all. Each conversation sees its image's beginning and itself, and its positions go on from the beginning's end, so
 that every state is what it would be in a row of its own.
 
 Axes: C conversations, P positions of a row of its own, T places of the packed row, N heads, D channels of a head.
@@ -22,7 +22,7 @@ PACKING_ATTENTION = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class Beginning:
-    """What conversations about a picture share, and what follows it in the packed row.
+    """What conversations about an image share, and what follows it in the packed row.
 
     places: how many it has. rests: places of each conversation that says more, in the row's order.
     """
@@ -36,8 +36,8 @@ class PackedRow:
     """How rows of their own map into the packed one and back.
 
     rows, columns: (T,) the place each packed place is taken from; columns are the position ids too. home: (C, P) where
-    each place has its state; for padding, anywhere. beginnings: in the row's order, one per picture. owners: (T,) the
-    conversation's number, -1 in a beginning. pictures: (T,) numbers of the pictures.
+    each place has its state; for padding, anywhere. beginnings: in the row's order, one per image. owners: (T,) the
+    conversation's number, -1 in a beginning. images: (T,) numbers of the images.
     """
 
     rows: torch.Tensor
@@ -45,14 +45,14 @@ class PackedRow:
     home: torch.Tensor
     beginnings: tuple[Beginning, ...]
     owners: torch.Tensor
-    pictures: torch.Tensor
+    images: torch.Tensor
 
     def allowed(self) -> torch.Tensor:
         """(1, 1, T, T) bool: which places (the last axis) each place may see."""
         slots = torch.arange(len(self.rows), device=self.rows.device)
         visible = (self.owners == -1)[None] | (self.owners[None] == self.owners[:, None])
-        same_picture = self.pictures[None] == self.pictures[:, None]
-        return (visible & same_picture & (slots[None] <= slots[:, None]))[None, None]
+        same_image = self.images[None] == self.images[:, None]
+        return (visible & same_image & (slots[None] <= slots[:, None]))[None, None]
 
     def mask(self, attention: str, dtype: torch.dtype) -> torch.Tensor:
         """What an implementation of PACKING_ATTENTION is to be given as its mask, for states of `dtype`."""
@@ -67,17 +67,17 @@ def pack_rows(ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor) 
 
     Args:
         ids: (C, P) token ids, right-padded. mask: (C, P) bool, True where a position may be attended to; the others
-            (padding of a picture, too) are left out. image_index: (C,) non-decreasing.
+            (padding of an image, too) are left out. image_index: (C,) non-decreasing.
     """
     device = ids.device
     ids, mask, image_index = ids.cpu(), mask.cpu(), image_index.cpu()
-    _, picture_of_row = torch.unique_consecutive(image_index, return_inverse=True)
-    first = torch.searchsorted(picture_of_row, picture_of_row)
+    _, image_of_row = torch.unique_consecutive(image_index, return_inverse=True)
+    first = torch.searchsorted(image_of_row, image_of_row)
     equal = ((ids == ids[first]) & (mask == mask[first])).long().cumprod(dim=1).sum(dim=1)
-    shared = equal.new_zeros(int(picture_of_row[-1]) + 1).scatter_reduce(
-        0, picture_of_row, equal, "amin", include_self=False
+    shared = equal.new_zeros(int(image_of_row[-1]) + 1).scatter_reduce(
+        0, image_of_row, equal, "amin", include_self=False
     )
-    begins = torch.arange(ids.shape[1])[None] < shared[picture_of_row][:, None]
+    begins = torch.arange(ids.shape[1])[None] < shared[image_of_row][:, None]
     is_first = (torch.arange(len(ids)) == first)[:, None]
     kept = mask & (is_first | ~begins)
     rows, columns = kept.nonzero(as_tuple=True)
@@ -93,12 +93,12 @@ def pack_rows(ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor) 
         torch.where(begins, slots[first], slots).to(device),
         tuple(beginnings),
         torch.where(begins[rows, columns], -1, rows).to(device),
-        picture_of_row[rows].to(device),
+        image_of_row[rows].to(device),
     )
 
 
 def _stretches(places: torch.Tensor, is_first: torch.Tensor) -> list[tuple[int, int, int]]:
-    """(places of the beginning, first row, row after the last) for each picture."""
+    """(places of the beginning, first row, row after the last) for each image."""
     starts = is_first.nonzero()[:, 0].tolist()
     return [(int(places[a]), a, b) for a, b in zip(starts, [*starts[1:], len(is_first)], strict=True)]
 

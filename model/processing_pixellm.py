@@ -1,6 +1,6 @@
 """The processor: the only place that knows pixels, token ids and labels.
 
-Pictures become the square the vision tower sees; conversations become token ids and labels in one pass, piece by piece,
+Images become the square the vision tower sees; conversations become token ids and labels in one pass, piece by piece,
 so that a seg group is the same S * K adjacent ids under every tokenizer; answers are read back from ids.
 
 Axes: T tokens, P pixels per side of the square, S scales, K tokens per scale.
@@ -25,15 +25,15 @@ from .conversation_formats import (
     ConversationFormatError,
     build_format,
 )
-from .pictures import (
+from .image_processing_pixellm import (
     PIXEL_MAX,
-    Picture,
-    PictureError,
+    EncodedImage,
+    ImageError,
     PixelStatistics,
-    PreparedPicture,
-    encode_picture,
-    open_picture,
-    prepare_picture,
+    PreparedImage,
+    encode_image,
+    open_image,
+    prepare_image,
 )
 from .piece_encoder import PieceEncoder
 from .release_text import LegacyTokenizer, encode_rows, separator_of, with_image_markers
@@ -45,8 +45,8 @@ __all__ = [
     "ConversationTooLong",
     "DecodedAnswer",
     "EncodedConversation",
-    "Picture",
-    "PictureError",
+    "EncodedImage",
+    "ImageError",
     "PixelLMProcessor",
     "ProcessorError",
     "PromptError",
@@ -129,7 +129,7 @@ def seg_token_names(num_scales: int, tokens_per_scale: int) -> list[str]:
 
 
 def rows_needed(tokenizer: Any) -> int:
-    """Rows for every token that is ever embedded or predicted: all but the picture's placeholder, if that is last."""
+    """Rows for every token that is ever embedded or predicted: all but the image's placeholder, if that is last."""
     ids = tokenizer.get_vocab()
     return 1 + max(number for name, number in ids.items() if name != IMAGE_TOKEN)
 
@@ -174,7 +174,7 @@ class _Row:
 
 
 class PixelLMProcessor(ProcessorMixin):
-    """Pictures and conversations to tensors, and answers back.
+    """Images and conversations to tensors, and answers back.
 
     Args:
         tokenizer: one that went through `prepare_tokenizer` with the same num_scales and tokens_per_scale.
@@ -186,8 +186,8 @@ class PixelLMProcessor(ProcessorMixin):
         pad_before_normalize: True pads with black pixels before normalisation, False (release) with zeros after it.
         num_scales, tokens_per_scale: a seg group is S * K tokens.
         conversation_format: "llava_v1", "llava_llama_2" or "chat_template" (the tokenizer's own).
-        use_mm_start_end: wrap the picture in <im_start> and <im_end>.
-        model_max_length: the most positions a conversation may take, those of its picture included.
+        use_mm_start_end: wrap the image in <im_start> and <im_end>.
+        model_max_length: the most positions a conversation may take, those of its image included.
         text_rules: "turns" writes a conversation piece by piece, under any tokenizer, and leaves whole turns out where
             it is too long. "release" (golden facts C) writes one text for a Llama tokenizer, and cuts its tokens.
 
@@ -293,7 +293,7 @@ class PixelLMProcessor(ProcessorMixin):
 
     @property
     def image_token_id(self) -> int:
-        """Id of the one placeholder that the model replaces by a picture's positions."""
+        """Id of the one placeholder that the model replaces by an image's positions."""
         return self._image_token_id
 
     @property
@@ -303,45 +303,45 @@ class PixelLMProcessor(ProcessorMixin):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions a picture takes in a conversation."""
+        """Positions an image takes in a conversation."""
         return (self.image_size // self.patch_size // self.image_token_pool) ** 2
 
-    # -- pictures ------------------------------------------------------------------------------------------------------
+    # -- images ------------------------------------------------------------------------------------------------------
 
-    def open_picture(self, source: Any) -> np.ndarray:
-        """See `pictures.open_picture`: anything that holds a picture -> (H, W, 3) uint8 RGB, or PictureError."""
-        return open_picture(source)
+    def open_image(self, source: Any) -> np.ndarray:
+        """See `images.open_image`: anything that holds an image -> (H, W, 3) uint8 RGB, or ImageError."""
+        return open_image(source)
 
-    def encode_picture(self, array: np.ndarray) -> Picture:
-        """(H, W, 3) uint8 RGB -> Picture with pixel_values (3, P, P) float32, resized_size and original_size."""
-        return encode_picture(
+    def encode_image(self, array: np.ndarray) -> EncodedImage:
+        """(H, W, 3) uint8 RGB -> EncodedImage with pixel_values (3, P, P) float32, resized_size and original_size."""
+        return encode_image(
             array, self.image_size, self.image_mean, self.image_std, pad_before_normalize=self.pad_before_normalize
         )
 
-    def prepare_picture(self, source: Any, fast: bool = False) -> PreparedPicture:
-        """See `pictures.prepare_picture`: anything that holds a picture, in its square as bytes; what
-        `pixel_statistics` makes of it is what `encode_picture` gives.
+    def prepare_image(self, source: Any, fast: bool = False) -> PreparedImage:
+        """See `images.prepare_image`: anything that holds an image, in its square as bytes; what
+        `pixel_statistics` makes of it is what `encode_image` gives.
         """
-        return prepare_picture(source, self.image_size, fast=fast)
+        return prepare_image(source, self.image_size, fast=fast)
 
     @property
     def pixel_statistics(self) -> PixelStatistics:
-        """From prepared pictures to pixel_values."""
+        """From prepared images to pixel_values."""
         return PixelStatistics(tuple(self.image_mean), tuple(self.image_std), self.pad_before_normalize)
 
     # -- conversations -------------------------------------------------------------------------------------------------
 
-    def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool = True) -> EncodedConversation:
-        """Token ids and labels of a conversation about one picture.
+    def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool = True) -> EncodedConversation:
+        """Token ids and labels of a conversation about one image.
 
         Args:
             turns: (question, answer) pairs; in answers every target is written SEG_MARKER.
-            with_picture: False for a conversation in words alone. It has no placeholder, so that the model sees nothing
-                of the picture its row belongs to in a batch.
+            with_image: False for a conversation in words alone. It has no placeholder, so that the model sees nothing
+                of the image its row belongs to in a batch.
 
         Returns:
             As many whole turns from the beginning as fit: ids of the text, less the placeholder, plus num_image_tokens
-            are at most model_max_length; without a picture, the ids of the text.
+            are at most model_max_length; without an image, the ids of the text.
 
         Raises:
             ConversationError: no turn, an empty question or answer, or SEG_MARKER in a question.
@@ -350,12 +350,12 @@ class PixelLMProcessor(ProcessorMixin):
         """
         _check_turns(turns)
         if self.text_rules == RELEASE_RULES:
-            return self._encode_as_release(turns, with_picture)
+            return self._encode_as_release(turns, with_image)
         row = self._new_row()
         group_turns: list[int] = []
         for index, (question, answer) in enumerate(turns):
             start = len(row.ids)
-            self._add_question(row, question, index, with_picture)
+            self._add_question(row, question, index, with_image)
             self._add_answer(row, answer)
             if self._positions(row) > self.model_max_length:
                 if index == 0:
@@ -385,7 +385,7 @@ class PixelLMProcessor(ProcessorMixin):
             raise ConversationError(f"the last answer of a prompt is {answer!r}: give None, for the model to answer")
         _check_turns([*answered, (question, "answer to come")])
         if self.text_rules == RELEASE_RULES:
-            return torch.tensor(self._legacy.ids_with_picture(self._release_text(turns), self._image_token_id))
+            return torch.tensor(self._legacy.ids_with_image(self._release_text(turns), self._image_token_id))
         row = self._new_row()
         for index, (earlier_question, earlier_answer) in enumerate(answered):
             self._add_question(row, earlier_question, index)
@@ -395,8 +395,8 @@ class PixelLMProcessor(ProcessorMixin):
             raise ConversationTooLong(self._too_long(row))
         return torch.tensor(row.ids, dtype=torch.long)
 
-    def _release_text(self, turns: Sequence[tuple[str, str | None]], with_picture: bool = True) -> str:
-        """The conversation as the release writes it: the picture before the first question, groups by their tokens'
+    def _release_text(self, turns: Sequence[tuple[str, str | None]], with_image: bool = True) -> str:
+        """The conversation as the release writes it: the image before the first question, groups by their tokens'
         names. Names of tokens that the words hold are left out, as by our own rules.
         """
         group = " ".join(seg_token_names(self.num_scales, self.tokens_per_scale))
@@ -404,7 +404,7 @@ class PixelLMProcessor(ProcessorMixin):
             (self._words(question), None if answer is None else self._words(answer).replace(SEG_MARKER, group))
             for question, answer in turns
         ]
-        if with_picture:
+        if with_image:
             first, answer = written[0]
             written[0] = (f"{IMAGE_TOKEN}\n{first}", answer)
         text = self._format.write(written, self.tokenizer.bos_token, self.tokenizer.eos_token)
@@ -415,14 +415,14 @@ class PixelLMProcessor(ProcessorMixin):
             text = text.replace(name, "")
         return text.strip()
 
-    def _encode_as_release(self, turns: list[tuple[str, str]], with_picture: bool) -> EncodedConversation:
+    def _encode_as_release(self, turns: list[tuple[str, str]], with_image: bool) -> EncodedConversation:
         rows = encode_rows(
-            [self._release_text(turns, with_picture)],
+            [self._release_text(turns, with_image)],
             self._legacy,
             self._separator,
             end=self.tokenizer.eos_token,
             image_id=self._image_token_id,
-            longest=self.model_max_length - (self.num_image_tokens - 1 if with_picture else 0),
+            longest=self.model_max_length - (self.num_image_tokens - 1 if with_image else 0),
         )
         ids, labels = rows.input_ids[0], rows.labels[0]
         group_turns = [index for index, (_, answer) in enumerate(turns) for _ in range(answer.count(SEG_MARKER))]
@@ -430,7 +430,7 @@ class PixelLMProcessor(ProcessorMixin):
         if tokens != len(group_turns) * len(self._seg_token_ids):
             raise ConversationTooLong(
                 f"cut to the {len(ids)} tokens that model_max_length {self.model_max_length} leaves beside the "
-                f"picture, the conversation keeps {tokens} seg tokens for {len(group_turns)} targets: shorten the text "
+                f"image, the conversation keeps {tokens} seg tokens for {len(group_turns)} targets: shorten the text "
                 "or raise model_max_length"
             )
         return EncodedConversation(ids, labels, group_turns, kept_turns=len(turns), dropped_turns=0)
@@ -438,7 +438,7 @@ class PixelLMProcessor(ProcessorMixin):
     def check_user_text(self, text: str) -> None:
         """Raise PromptError when a user's text is empty or holds a token that only the processor may write."""
         if not text.strip():
-            raise PromptError("the prompt is empty: write a question about the picture")
+            raise PromptError("the prompt is empty: write a question about the image")
         special = self.tokenizer.all_special_tokens
         names = [SEG_MARKER, *_reserved_names(self.num_scales, self.tokens_per_scale), *special]
         found = [name for name in dict.fromkeys(names) if name.strip() and name in text]
@@ -477,12 +477,12 @@ class PixelLMProcessor(ProcessorMixin):
     def _new_row(self) -> _Row:
         return _Row(self._encoder, self._implies_space, self._reserved_ids)
 
-    def _add_question(self, row: _Row, question: str, index: int, with_picture: bool = True) -> None:
+    def _add_question(self, row: _Row, question: str, index: int, with_image: bool = True) -> None:
         scaffold = self._format
         if scaffold.bos_at_turns or (index == 0 and scaffold.bos_at_start):
             row.add_ids([self._bos_token_id])
         row.add_text(scaffold.between if index else scaffold.opening, scaffold=True)
-        if index == 0 and with_picture:
+        if index == 0 and with_image:
             image = [self._image_token_id]
             row.add_ids([self._image_start_id, *image, self._image_end_id] if self.use_mm_start_end else image)
         row.add_text(question.strip())
@@ -502,9 +502,9 @@ class PixelLMProcessor(ProcessorMixin):
         return len(row.ids) + (self.num_image_tokens - 1) * row.ids.count(self._image_token_id)
 
     def _too_long(self, row: _Row) -> str:
-        pictured = self.num_image_tokens * row.ids.count(self._image_token_id)
+        shown = self.num_image_tokens * row.ids.count(self._image_token_id)
         return (
-            f"the conversation takes {self._positions(row)} positions, {pictured} of them for the picture,"
+            f"the conversation takes {self._positions(row)} positions, {shown} of them for the image,"
             f" and model_max_length is {self.model_max_length}: shorten the text or raise model_max_length"
         )
 
@@ -550,7 +550,7 @@ def check_groups(processor: PixelLMProcessor) -> None:
     if len({*group, processor.image_token_id, end}) != len(group) + 2:
         raise _broken("two of its tokens share an id")
     if row.ids.count(processor.image_token_id) != 1:
-        raise _broken(f"a conversation holds {row.ids.count(processor.image_token_id)} picture placeholders, not 1")
+        raise _broken(f"a conversation holds {row.ids.count(processor.image_token_id)} image placeholders, not 1")
     expected = answer.count(SEG_MARKER)
     for ids in answers:
         starts, broken = whole_groups(ids, group)

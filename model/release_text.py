@@ -1,7 +1,7 @@
 """The release's way from a conversation's text to token ids and labels, id for id (golden facts C).
 
 A processor goes it where its `text_rules` is "release". Our own way gives the same ids and labels wherever all of a
-conversation fits; the release cuts a long one anywhere, and it reads its picture where the text has it.
+conversation fits; the release cuts a long one anywhere, and it reads its image where the text has it.
 
 Axes: C conversations, T tokens.
 """
@@ -56,7 +56,7 @@ def separator_of(conversation_format: str, *, as_written: bool = False) -> str:
 
 
 def with_image_markers(text: str) -> str:
-    """Every picture's placeholder between its start and end tokens (fact C5)."""
+    """Every image's placeholder between its start and end tokens (fact C5)."""
     return text.replace(IMAGE_TOKEN, f"{IMAGE_START_TOKEN}{IMAGE_TOKEN}{IMAGE_END_TOKEN}")
 
 
@@ -103,7 +103,7 @@ class LegacyTokenizer:
                 ids += self._encode(self._space + piece)
         return ids
 
-    def ids_with_picture(self, text: str, image_id: int) -> list[int]:
+    def ids_with_image(self, text: str, image_id: int) -> list[int]:
         """The same, with `image_id` for every placeholder; the parts around it are tokenised apart."""
         first, *others = (self.ids(part) for part in text.split(IMAGE_TOKEN))
         for part in others:
@@ -133,19 +133,19 @@ def encode_rows(
     padding_id: int = 0,
     longest: int | None = None,
 ) -> ReleaseRows:
-    """Conversations about any pictures as one batch.
+    """Conversations about any images as one batch.
 
     From the first text without an end token on, every label is the row's own id, padding included (fact C2).
 
     Args:
         texts: C conversations, written out whole, markers around their placeholders.
-        separator: see `separator_of`. end: the end token's name. image_id: stands for a picture.
+        separator: see `separator_of`. end: the end token's name. image_id: stands for an image.
         longest: rows are cut there (fact C4), answers, groups and all; None for never.
 
     Raises:
         ReleaseTextError: a round does not hold the separator once.
     """
-    rows = [tokenizer.ids_with_picture(text, image_id) for text in texts]
+    rows = [tokenizer.ids_with_image(text, image_id) for text in texts]
     width = max(len(row) for row in rows)
     ids = torch.tensor([row + [padding_id] * (width - len(row)) for row in rows], dtype=torch.long)
     labels = ids.clone()
@@ -170,7 +170,7 @@ def _hide_what_is_not_learned(
                 f"the release cannot label {round_text[:60]!r} …: its separator {separator!r} makes "
                 f"{len(answered) + 1} part(s) of it, not 2; choose other text_rules"
             )
-        instruction = len(tokenizer.ids_with_picture(asked + separator, image_id)) - _NOT_COUNTED
+        instruction = len(tokenizer.ids_with_image(asked + separator, image_id)) - _NOT_COUNTED
         labels[start : start + instruction] = IGNORE_TOKEN
-        start += len(tokenizer.ids_with_picture(round_text, image_id))
+        start += len(tokenizer.ids_with_image(round_text, image_id))
     labels[start:] = IGNORE_TOKEN

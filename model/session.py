@@ -1,6 +1,6 @@
-"""Questions about one picture: single, many together, streamed, and as a conversation with a history.
+"""Questions about one image: single, many together, streamed, and as a conversation with a history.
 
-Axes: Q targets of one answer, H W pixels of the picture itself.
+Axes: Q targets of one answer, H W pixels of the image itself.
 """
 
 import re
@@ -115,11 +115,11 @@ Event = TextPiece | TargetStarted | MaskReady | Finished
 
 
 class Asked:
-    """What can be asked about a picture."""
+    """What can be asked about an image."""
 
     @property
     def current(self) -> "Session":
-        """The session whose picture is asked about."""
+        """The session whose image is asked about."""
         raise NotImplementedError
 
     def ask(
@@ -147,22 +147,22 @@ class Asked:
         return self.current.events(question, max_new_tokens, options)
 
     def chat(self, options: AnswerOptions | None = None) -> "Chat":
-        """A conversation about the picture."""
+        """A conversation about the image."""
         return Chat(self.current, options)
 
 
 class Session(Asked):
-    """Questions about one picture, which goes through the models once, at the first question.
+    """Questions about one image, which goes through the models once, at the first question.
 
-    picture: uint8 RGB (H, W, 3), turned the way it is viewed. Sessions of one predictor may be used from different
+    image: uint8 RGB (H, W, 3), turned the way it is viewed. Sessions of one predictor may be used from different
     threads; they take turns, a stream after each of its passes.
     """
 
-    def __init__(self, predictor: "Predictor", picture: Any) -> None:
-        """picture: path, bytes, PIL image, array (H, W, 3) uint8 or tensor; PictureError when it is none."""
+    def __init__(self, predictor: "Predictor", image: Any) -> None:
+        """image: path, bytes, PIL image, array (H, W, 3) uint8 or tensor; ImageError when it is none."""
         self.predictor = predictor
-        self.picture: np.ndarray = predictor.processor.open_picture(picture)
-        self.encoded = predictor.processor.encode_picture(self.picture)
+        self.image: np.ndarray = predictor.processor.open_image(image)
+        self.encoded = predictor.processor.encode_image(self.image)
         self._seen: Any = None
 
     @property
@@ -186,7 +186,7 @@ class Session(Asked):
                     max_new_tokens=max_new_tokens,
                     pixel_values=None,
                     resized_sizes=None,
-                    pictures=self._pictures(),
+                    images=self._images(),
                     decoding=replace(decoding, seeds=seeds),
                 )
                 answers += [self.predictor.finish(one, self.encoded) for one in generated]
@@ -198,7 +198,7 @@ class Session(Asked):
         with self.predictor.inference():
             loop = loop_class(decoding)(
                 self.predictor.model,
-                self._pictures(),
+                self._images(),
                 [self.predictor.prompt(question)],
                 self._index(1),
                 self.predictor.processor.end_token_id,
@@ -207,10 +207,10 @@ class Session(Asked):
             )
         yield from _Stream(self, loop).events()
 
-    def _pictures(self) -> Any:
-        """The picture as the model sees it; inside `inference` only."""
+    def _images(self) -> Any:
+        """The image as the model sees it; inside `inference` only."""
         if self._seen is None:
-            inputs = self.predictor.picture_inputs([self.encoded])
+            inputs = self.predictor.image_inputs([self.encoded])
             self._seen = self.predictor.model.see(**inputs)
         return self._seen
 
@@ -288,7 +288,7 @@ class _Stream:
 
 
 class Chat:
-    """A conversation about one picture: every question is asked with the turns before it, their groups among them, so
+    """A conversation about one image: every question is asked with the turns before it, their groups among them, so
     that it may refer to things that have a mask.
 
     turns: (question, answer) so far. Turns that do not fit any more are forgotten from the oldest on; `num_forgotten`

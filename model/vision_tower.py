@@ -1,6 +1,6 @@
-"""Picture -> feature maps at the chosen layers, for CLIP and SigLIP towers.
+"""Image -> feature maps at the chosen layers, for CLIP and SigLIP towers.
 
-Axes: B pictures, N patches, C vision width.
+Axes: B images, N patches, C vision width.
 """
 
 import math
@@ -98,7 +98,7 @@ class VisionTower(nn.Module):
         """Feature maps of the square, one per scale.
 
         Args:
-            pixel_values: (B, 3, P, P), normalised. resized_sizes: (B, 2) sizes of the pictures inside the square.
+            pixel_values: (B, 3, P, P), normalised. resized_sizes: (B, 2) sizes of the images inside the square.
 
         Returns:
             For each scale (B, N, C) features of the patches in row-major order, the class token dropped. A frozen tower

@@ -1,4 +1,4 @@
-"""Shared by all tests: no network in any process they start, one thread each, and where the real pictures are."""
+"""Shared by all tests: no network in any process they start, one thread each, and where the real images are."""
 
 import importlib.util
 import json
@@ -73,10 +73,10 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def realdata() -> Path:
-    """Folder with real pictures, annotations and weights. Unset: the test skips. Set but broken: the test fails."""
+    """Folder with real images, annotations and weights. Unset: the test skips. Set but broken: the test fails."""
     named = os.environ.get("PIXELLM_REALDATA", "")
     if not named:
-        pytest.skip("PIXELLM_REALDATA is not set: tests on real pictures and weights are left out")
+        pytest.skip("PIXELLM_REALDATA is not set: tests on real images and weights are left out")
     folder = Path(named)
     absent = [name for name in ("dataset", "weights", "reference", "expected.json") if not (folder / name).exists()]
     if absent:

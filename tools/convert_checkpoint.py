@@ -11,9 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.build.builder import build_model
-from model.build.export import write_folder, write_published
-from utils.scripts import run_script
+from utils.checkpoints.builder import build_model
+from utils.checkpoints.export import write_folder, write_published
+from utils.cli.scripts import run_script
 
 
 def main(argv: list[str] | None = None) -> None:

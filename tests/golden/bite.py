@@ -151,7 +151,7 @@ DAMAGES: dict[str, Callable[[Path, Group], str]] = {
 
 
 def damages_of(group: Group) -> list[str]:
-    """What can be done to a file; nothing can be added to a picture, and weights have a check of their own alone."""
+    """What can be done to a file; nothing can be added to an image, and weights have a check of their own alone."""
     if group.file.endswith(".png"):
         return ["a number", "a missing file"]
     return ["a number", "a missing file"] if group.file == "weights.json" else list(DAMAGES)

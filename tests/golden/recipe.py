@@ -45,9 +45,9 @@ def make_tensors(seed: int, entries: Mapping[str, Any]) -> dict[str, torch.Tenso
 
 
 def make_pixels(seed: int, entry: Mapping[str, Any], resized_sizes: Iterable[Sequence[int]]) -> torch.Tensor:
-    """(B, 3, P, P) pixels of a pixel recipe: everything outside each picture's (height, width) is zero."""
+    """(B, 3, P, P) pixels of a pixel recipe: everything outside each image's (height, width) is zero."""
     pixels = make_tensor(seed, entry["name"], entry["shape"], entry["center"], entry["scale"])
-    for picture, (height, width) in zip(pixels, resized_sizes, strict=True):
-        picture[:, height:] = 0
-        picture[:, :, width:] = 0
+    for image, (height, width) in zip(pixels, resized_sizes, strict=True):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
     return pixels

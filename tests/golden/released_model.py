@@ -5,13 +5,13 @@ import functools
 import torch
 
 from model import PixelLMForCausalLM
-from model.build.released_checkpoints import (
+from tests.golden import recipe, vectors
+from utils.checkpoints.released_checkpoints import (
     config_from_release,
     name_from_clip,
     name_from_pixellm,
     state_dict_from_release,
 )
-from tests.golden import recipe, vectors
 
 CONSTANTS = {"codebook.token_weights", "pixel_decoder.scale_weights"}  # in no checkpoint (fact M1)
 WRAPPER, TOWER = "base_model.model.", "model.vision_tower.vision_tower."
@@ -53,7 +53,7 @@ def make() -> PixelLMForCausalLM:
 
 
 def input_ids(ids: torch.Tensor) -> torch.Tensor:
-    """Recorded ids with our placeholder for the picture in place of the release's."""
+    """Recorded ids with our placeholder for the image in place of the release's."""
     placeholder = vectors.read_json("weights")["model_dims"]["image_token_index"]
     return torch.where(ids == placeholder, build().config.image_token_id, ids)
 

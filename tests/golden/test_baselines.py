@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from model import PixelLMForCausalLM
-from model.build.baselines import Questions, plain_cache, release_without_cache
 from model.geometry import restore_masks
 from model.modeling_pixellm import TOWER_KEY
 from tests.golden import recipe, released_model, vectors
 from tests.golden.test_evaluate import CASES, EMBEDDINGS, GROUP, prompts_of
+from tools.bench.baselines import Questions, plain_cache, release_without_cache
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def test_the_record(way: type, case: str, model: PixelLMForCausalLM) -> None:
     masks = []
     for number, prompt in enumerate(prompts):
         ids = released_model.input_ids(prompt)
-        pictures = {TOWER_KEY: pixels}, torch.tensor([resized])
-        (answer,) = way(model, Questions(*pictures, [ids], dims["eos_token_id"], facts["max_new_tokens"]))
+        images = {TOWER_KEY: pixels}, torch.tensor([resized])
+        (answer,) = way(model, Questions(*images, [ids], dims["eos_token_id"], facts["max_new_tokens"]))
         assert torch.equal(torch.cat([prompt, answer.ids])[None], tensors[f"{case}.out.output_ids.{number}"])
         masks.append(restore_masks(answer.low_res_mask_logits, resized, original))
         # The baselines read groups as we do; where the release counts a prompt's groups too, its masks are more.

@@ -1,6 +1,6 @@
 """Golden group `collate`: conversations to text, ids, labels and batches.
 
-Every text goes the release's way (`text_rules` "release"); where the picture comes first and nothing is cut, our own
+Every text goes the release's way (`text_rules` "release"); where the image comes first and nothing is cut, our own
 way must give the same.
 """
 
@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from model.build.folders import load_tokenizer
-from model.build.released_checkpoints import RELEASE_IMAGE_TOKEN_POOL
 from model.conversation_formats import (
     CONVERSATION_FORMATS,
     IMAGE_END_TOKEN,
@@ -44,8 +42,10 @@ from model.release_text import (
     with_image_markers,
 )
 from tests.golden import vectors
+from utils.checkpoints.folders import load_tokenizer
+from utils.checkpoints.released_checkpoints import RELEASE_IMAGE_TOKEN_POOL
 from utils.data.collate import Batch, EncodedRow, Example, collate
-from utils.data.messages import without_picture
+from utils.data.text import without_image
 
 GROUP = "collate"
 PROMPTS = vectors.case_names(GROUP, "prompts")
@@ -74,7 +74,7 @@ def facts() -> Any:
 
 
 def placeholder() -> int:
-    """The release's id for a picture: one that is no token."""
+    """The release's id for an image: one that is no token."""
     return vectors.read_json("weights")["model_dims"]["image_token_index"]
 
 
@@ -88,7 +88,7 @@ def tokens_per_group() -> tuple[int, int]:
 
 
 @functools.cache
-def positions_of_picture() -> tuple[int, int, int]:
+def positions_of_image() -> tuple[int, int, int]:
     """Side of the square, side of a patch, patches per side of an image token."""
     weights = vectors.read_json("weights")
     side, patch = weights["model_dims"]["resize_vision_tower_size"], weights["clip_dims"]["patch_size"]
@@ -105,7 +105,7 @@ def processor(
             shutil.copyfile(vectors.path_of(file), Path(folder) / file)
         tokenizer = load_tokenizer(Path(folder))
     scales, tokens = tokens_per_group()
-    side, patch, pool = positions_of_picture()
+    side, patch, pool = positions_of_image()
     return PixelLMProcessor(
         PixelLMProcessor.prepare_tokenizer(tokenizer, scales, tokens),
         image_size=side,
@@ -124,7 +124,7 @@ def legacy(conversation_format: str) -> LegacyTokenizer:
 
 
 def turns_of(rounds: list[list[str]]) -> list[tuple[str, str]] | None:
-    """Recorded rounds as our turns; None where a question does not begin with the picture, as ours all do."""
+    """Recorded rounds as our turns; None where a question does not begin with the image, as ours all do."""
     (first, _), *_ = rounds
     if not first.startswith(IMAGE_TOKEN):
         return None
@@ -162,7 +162,7 @@ def test_tokenizer() -> None:
         golden.same("added", tokenizer.convert_tokens_to_ids(added), list(range(first, first + len(added))))
         golden.same("seg ids", [[token] for token in ours.seg_token_ids], recorded["seg_token_ids"])
         ends = tokenizer.convert_tokens_to_ids([IMAGE_START_TOKEN, IMAGE_END_TOKEN])
-        golden.same("picture's ends", ends, recorded["im_start_end_ids"])
+        golden.same("image's ends", ends, recorded["im_start_end_ids"])
         golden.same("padding", tokenizer.convert_tokens_to_ids(recorded["pad_token"]), recorded["pad_token_id"])
         default = inspect.signature(PixelLMProcessor).parameters["model_max_length"].default
         golden.same("model_max_length", default, recorded["model_max_length_default"])
@@ -189,14 +189,14 @@ def test_reading_back() -> None:
         golden.check(SEG_MARKER in words, "the recorded text holds no group")
 
 
-def test_place_of_the_picture() -> None:
+def test_place_of_the_image() -> None:
     """The release moves a placeholder to the front; our reader takes it out, the processor puts it there."""
     probes = facts()["vqa_image_placeholder_normalisation"]
     assert probes
     for probe in probes:
         assert sorted(probe) == ["in", "out"]
         assert (IMAGE_TOKEN in probe["in"]) == (IMAGE_TOKEN in probe["out"])
-        assert without_picture(probe["in"]) == probe["out"].removeprefix(IMAGE_TOKEN).strip(), probe
+        assert without_image(probe["in"]) == probe["out"].removeprefix(IMAGE_TOKEN).strip(), probe
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
@@ -223,7 +223,7 @@ def test_template(case: str) -> None:
 
 @pytest.mark.parametrize("case", PROMPTS)
 def test_prompt(case: str) -> None:
-    """Text, text with the picture's ends, and ids: the release's way, and our own where the picture comes first."""
+    """Text, text with the image's ends, and ids: the release's way, and our own where the image comes first."""
     conversation_format, name = case.split("/")
     tokenizer = processor(conversation_format).tokenizer
     scaffold = build_format(conversation_format, tokenizer)
@@ -233,7 +233,7 @@ def test_prompt(case: str) -> None:
         text = scaffold.write(rounds, tokenizer.bos_token, tokenizer.eos_token)
         golden.same("text", text, recorded["prompt"])
         golden.same("text with ends", with_image_markers(text), recorded["prompt_with_image_markers"])
-        ids = legacy(conversation_format).ids_with_picture(with_image_markers(text), placeholder())
+        ids = legacy(conversation_format).ids_with_image(with_image_markers(text), placeholder())
         golden.same("ids", ids, recorded["input_ids"])
         ours = our_ids(conversation_format, rounds)
         if ours is not None:
@@ -293,7 +293,7 @@ def test_batch(case: str) -> None:
 
 
 def our_batch(conversation_format: str, rounds: list[list[list[list[str]]]], rows: ReleaseRows) -> Batch:
-    """Our batch of the same conversations, uncut; one that does not begin with its picture as the release writes it."""
+    """Our batch of the same conversations, uncut; one that does not begin with its image as the release writes it."""
     release, examples = iter(zip(rows.input_ids, rows.labels, strict=True)), []
     for conversations in rounds:
         encoded = []

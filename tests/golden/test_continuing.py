@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import train_ds
-from model.build.builder import MASK_PARTS, BuiltModel
 from tests.golden import released_folder, training, vectors
-from utils.arguments import parse_train
+from utils.checkpoints.builder import MASK_PARTS, BuiltModel
+from utils.cli.arguments import parse_train
 from utils.data.collate import Batch
 from utils.engine.protocol import Engine, StepReport
 from utils.engine.runtime import Runtime
@@ -83,7 +83,7 @@ def test_it_goes_on_from_there(folders: tuple[Path, Path]) -> None:
     )
     before = {name: value.detach().clone() for name, value in built.model.named_parameters()}
     first, last = (step(engine, case, learning_rate=1e-4) for _ in range(2))
-    # One small step downhill on the same pictures; another set's hills may be steeper.
+    # One small step downhill on the same images; another set's hills may be steeper.
     assert last.total < first.total or vectors.folder() != vectors.DATA
     moved = {name for name, value in built.model.named_parameters() if not torch.equal(value, before[name])}
     assert {"codebook.token_weights", "pixel_decoder.scale_weights", "pixel_decoder.neck.0.weight"} <= moved

@@ -69,8 +69,8 @@ def compare_targets(golden: vectors.Reading, count: int, target_embeddings: torc
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "decode_scale", decode_all)
-        picture_of_target = torch.zeros(count, dtype=torch.long)
-        fused = decoder(target_embeddings, [feature[None] for feature in maps], picture_of_target)
+        image_of_target = torch.zeros(count, dtype=torch.long)
+        fused = decoder(target_embeddings, [feature[None] for feature in maps], image_of_target)
 
     for level, groups in enumerate(levels):
         masks, ious = (torch.cat(parts) for parts in zip(*groups, strict=True))

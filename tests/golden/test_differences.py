@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from model.build.builder import TrainingRecipe, choose_trainable
-from model.build.released_checkpoints import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
 from model.configuration_pixellm import PixelLMConfig
 from model.losses import bce_loss, refinement_weights
 from model.modeling_pixellm import TOWER_KEY, PixelLMForCausalLM, PixelLMOutput
@@ -22,6 +20,8 @@ from model.processing_pixellm import CLIP_MEAN, CLIP_STD, RELEASE_RULES, Convers
 from model.seg_codebook import whole_groups
 from model.vision_tower import resize_position_table
 from tests.golden import recipe, released_model, test_collate, training, vectors
+from utils.checkpoints.builder import TrainingRecipe, choose_trainable
+from utils.checkpoints.released_checkpoints import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
 from utils.engine.stepping import OptimizerSettings, count_step, shared_counts, weighted_loss
 
 
@@ -104,7 +104,7 @@ def forward(case: str, **values: Any) -> tuple[PixelLMOutput, list[torch.Tensor]
     inputs = vectors.read_case("forward_train", case, "cases", case)
     with torch.no_grad(), chosen(model, **values):
         output = training.run(inputs, model, group["seed"])
-    return output, inputs.per_picture("in.masks"), group["cases"][case]["target_counts_per_conversation"]
+    return output, inputs.per_image("in.masks"), group["cases"][case]["target_counts_per_conversation"]
 
 
 def cases_with_targets() -> list[str]:
@@ -137,8 +137,8 @@ class Recorded:
 
     def __init__(self, case: str) -> None:
         tensors = vectors.read_tensors("forward_train")
-        pictures = sorted(name for name in tensors if name.startswith(f"{case}.in.masks."))
-        self.inputs = {"labels": tensors[f"{case}.in.labels"], "masks": [tensors[name] for name in pictures]}
+        images = sorted(name for name in tensors if name.startswith(f"{case}.in.masks."))
+        self.inputs = {"labels": tensors[f"{case}.in.labels"], "masks": [tensors[name] for name in images]}
 
     def as_kwargs(self) -> dict[str, Any]:
         return self.inputs
@@ -238,7 +238,7 @@ def test_pixel_statistics() -> None:
 def test_long_conversations() -> None:
     """`text_rules`: the release cuts tokens anywhere (fact C4), we leave whole turns out."""
     assert default_of(PixelLMProcessor, "text_rules") == "turns"
-    words = "It is the large dog on the left side of the picture."
+    words = "It is the large dog on the left side of the image."
     turns = [("What is it?", words), ("And then?", words)]
     whole = test_collate.processor("llava_v1").encode_conversation(turns)
     first = test_collate.processor("llava_v1").encode_conversation(turns[:1])

@@ -1,4 +1,4 @@
-"""Golden group `forward_inference`: answers are given, the masks are asked for; one picture, several questions."""
+"""Golden group `forward_inference`: answers are given, the masks are asked for; one image, several questions."""
 
 import pytest
 import torch

@@ -2,9 +2,9 @@
 
 import pytest
 
-from model.build.released_checkpoints import name_from_pixellm
 from model.modeling_pixellm import PixelLMOutput
 from tests.golden import kinks, released_model, training, vectors
+from utils.checkpoints.released_checkpoints import name_from_pixellm
 
 GROUP = "forward_train"
 CASES = vectors.case_names(GROUP, "cases")
@@ -47,7 +47,7 @@ def test_forward_train(case: str) -> None:
 
 
 def compare_rows(golden: vectors.Reading, output: PixelLMOutput) -> None:
-    """What became of the text rows when the picture's placeholder grew."""
+    """What became of the text rows when the image's placeholder grew."""
     golden.close("out.expanded_attention_mask", output.attention_mask)
     golden.close("out.expanded_labels", output.labels)
     if "out.last_hidden_state" in golden:
@@ -55,11 +55,11 @@ def compare_rows(golden: vectors.Reading, output: PixelLMOutput) -> None:
 
 
 def compare_masks(golden: vectors.Reading, output: PixelLMOutput, counts: list[int]) -> None:
-    """Embeddings and masks, picture by picture."""
+    """Embeddings and masks, image by image."""
     _, stride = vectors.strides(FUSED)
-    for picture, embeddings in enumerate(output.embeddings.split(counts)):
-        golden.close(f"out.pred_embeddings.{picture}", embeddings, atol=vectors.HIDDEN_ATOL)
-        golden.close(f"out.pred_masks.{picture}", output.mask_logits[picture], atol=vectors.MASK_ATOL)
-        if f"{FUSED}.{picture}" in golden:
-            fused = vectors.thin_out(output.low_res_mask_logits[picture][:, None], 1, stride)
-            golden.close(f"{FUSED}.{picture}", fused, atol=vectors.MASK_ATOL)
+    for image, embeddings in enumerate(output.embeddings.split(counts)):
+        golden.close(f"out.pred_embeddings.{image}", embeddings, atol=vectors.HIDDEN_ATOL)
+        golden.close(f"out.pred_masks.{image}", output.mask_logits[image], atol=vectors.MASK_ATOL)
+        if f"{FUSED}.{image}" in golden:
+            fused = vectors.thin_out(output.low_res_mask_logits[image][:, None], 1, stride)
+            golden.close(f"{FUSED}.{image}", fused, atol=vectors.MASK_ATOL)

@@ -3,9 +3,9 @@
 import torch
 
 from model import PixelLMForCausalLM
-from model.build.builder import TrainingRecipe, choose_trainable, merge_lora
 from tests.golden import kinks, recipe, released_model, training, vectors
 from tests.golden.released_model import name_from_training
+from utils.checkpoints.builder import TrainingRecipe, choose_trainable, merge_lora
 
 GROUP = "lora"
 ADAPTED = ".base_layer."  # where the weight under an adapter is today
@@ -66,13 +66,13 @@ def test_lora() -> None:
             with kinks.watch() as near:
                 output = forward()
             training.compare_losses(golden, training.weighted_losses(model, output))
-            for picture, logits in enumerate(output.mask_logits):
-                golden.close(f"out.pred_masks.{picture}", logits, atol=vectors.MASK_ATOL)
+            for image, logits in enumerate(output.mask_logits):
+                golden.close(f"out.pred_masks.{image}", logits, atol=vectors.MASK_ATOL)
             training.compare_gradients(golden, model, forward, output, near, name_from_training)
         compare_merged(golden, model)
         with torch.no_grad():
-            for picture, logits in enumerate(forward().mask_logits):
-                golden.close(f"out.pred_masks.{picture}", logits, atol=vectors.MASK_ATOL)
+            for image, logits in enumerate(forward().mask_logits):
+                golden.close(f"out.pred_masks.{image}", logits, atol=vectors.MASK_ATOL)
 
 
 def compare_merged(golden: vectors.Reading, model: PixelLMForCausalLM) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.golden import vectors
-from utils.matching import match, matching_cost
+from utils.evaluation.matching import match, matching_cost
 
 GROUP = "matcher"
 CASES = vectors.case_names(GROUP, "cases")

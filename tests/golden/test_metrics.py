@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.golden import vectors
-from utils import release_protocol
-from utils.release_protocol import MatchedQuestion
+from utils.evaluation import release_protocol
+from utils.evaluation.release_protocol import MatchedQuestion
 
 GROUP = "metrics"
 TEACHER_FORCED, GENERATED = "validate", "ar_validate"
@@ -35,24 +35,24 @@ def compare_scores(golden: vectors.Reading, scores: tuple[float, float]) -> None
 @pytest.mark.parametrize("case", TEACHER_FORCED_CASES)
 def test_teacher_forced_loop(case: str) -> None:
     with read(TEACHER_FORCED, TEACHER_FORCED_CASES, case) as golden:
-        pictures = [
+        images = [
             (golden.tensor(f"{index}.pred_logits").numpy(), golden.tensor(f"{index}.gt").numpy())
             for index in range(golden.facts["images"])
         ]
-        compare_scores(golden, release_protocol.validate_meters(pictures))
+        compare_scores(golden, release_protocol.validate_meters(images))
 
 
 @pytest.mark.parametrize("case", GENERATED_CASES)
 def test_generation_loop(case: str) -> None:
     with read(GENERATED, GENERATED_CASES, case) as golden:
         images = golden.facts["images"]
-        pictures = []
+        images = []
         for index in range(len(images)):
             questions = matched_questions(golden, images[index], index)
-            compare_picture(golden, images[index], index, questions)
+            compare_image(golden, images[index], index, questions)
             compare_texts(golden, images[index], index, questions)
-            pictures.append(questions)
-        compare_scores(golden, release_protocol.ar_validate_meters(pictures))
+            images.append(questions)
+        compare_scores(golden, release_protocol.ar_validate_meters(images))
 
 
 def cut(masks: np.ndarray, counts: list[int]) -> list[np.ndarray]:
@@ -61,7 +61,7 @@ def cut(masks: np.ndarray, counts: list[int]) -> list[np.ndarray]:
 
 
 def matched_questions(golden: vectors.Reading, facts: vectors.Facts, index: int) -> list[MatchedQuestion]:
-    """The questions of a picture, predictions and targets matched by our own matching."""
+    """The questions of an image, predictions and targets matched by our own matching."""
     logits = cut(golden.tensor(f"{index}.pred_logits").numpy(), facts["pred_counts"])
     targets = cut(golden.tensor(f"{index}.gt").numpy(), facts["gt_counts"])
     return [
@@ -70,9 +70,7 @@ def matched_questions(golden: vectors.Reading, facts: vectors.Facts, index: int)
     ]
 
 
-def compare_picture(
-    golden: vectors.Reading, facts: vectors.Facts, index: int, questions: list[MatchedQuestion]
-) -> None:
+def compare_image(golden: vectors.Reading, facts: vectors.Facts, index: int, questions: list[MatchedQuestion]) -> None:
     """Pairs, the histogram counts of each, and their mean per class (background, foreground)."""
     larger = [max(len(question.logits), len(question.targets)) for question in questions]
     golden.same(f"{index}: total_pred_count", larger, facts["total_pred_count"])

@@ -1,4 +1,4 @@
-"""Golden group `postprocess`: low-resolution logits to the picture's own size."""
+"""Golden group `postprocess`: low-resolution logits to the image's own size."""
 
 import pytest
 import torch

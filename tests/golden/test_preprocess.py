@@ -1,4 +1,4 @@
-"""Golden group `preprocess`: a picture file to the square that the vision tower sees."""
+"""Golden group `preprocess`: an image file to the square that the vision tower sees."""
 
 import re
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.build.released_checkpoints import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
 from model.geometry import resized_shape
-from model.pictures import encode_picture, open_picture, prepare_picture
+from model.image_processing_pixellm import encode_image, open_image, prepare_image
 from tests.golden import vectors
+from utils.checkpoints.released_checkpoints import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
 
 GROUP = "preprocess"
 IMAGES = vectors.case_names(GROUP, "images")
@@ -32,23 +32,21 @@ def test_preprocess(image: str) -> None:
     common = vectors.read_json(GROUP)
     with vectors.read_case(GROUP, image.removesuffix(".png"), "images", image) as golden:
         facts = golden.facts
-        array = open_picture(vectors.folder() / image)
+        array = open_image(vectors.folder() / image)
         expected_resized = np.array(Image.open(vectors.folder() / facts["resized_uint8_file"]))
-        prepared = prepare_picture(vectors.folder() / image, common["target_edge"])
+        prepared = prepare_image(vectors.folder() / image, common["target_edge"])
         height, width = prepared.resized_size
         resized = prepared.pixels[:, :height, :width].permute(1, 2, 0).numpy()
         golden.same("resized shape", resized.shape, expected_resized.shape)
-        golden.check(np.array_equal(resized, expected_resized), "the resized picture differs")
+        golden.check(np.array_equal(resized, expected_resized), "the resized image differs")
 
-        picture = encode_picture(
-            array, common["target_edge"], common["mean"], common["std"], pad_before_normalize=False
-        )
-        golden.same("size", list(picture.original_size), facts["size_hw"])
-        golden.same("resized size", list(picture.resized_size), facts["clip_resize_hw"])
+        image = encode_image(array, common["target_edge"], common["mean"], common["std"], pad_before_normalize=False)
+        golden.same("size", list(image.original_size), facts["size_hw"])
+        golden.same("resized size", list(image.resized_size), facts["clip_resize_hw"])
         for name in golden.names(r"^clip_tensor"):
-            thinned = vectors.thin_out(picture.pixel_values, *vectors.strides(name))
+            thinned = vectors.thin_out(image.pixel_values, *vectors.strides(name))
             golden.close(name, thinned, atol=vectors.PIXEL_ATOL)
-        values, size = picture.pixel_values.double(), facts["clip_tensor_abs_sum_float64"]
+        values, size = image.pixel_values.double(), facts["clip_tensor_abs_sum_float64"]
         golden.number("sum", values.sum(), facts["clip_tensor_sum_float64"], atol=SUM_RTOL * size)
         golden.number("sum of absolute values", values.abs().sum(), size, rtol=SUM_RTOL)
         for key in facts:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 
 from model import PixelLMForCausalLM
-from model.build.builder import TrainingRecipe, choose_trainable
-from model.build.export import WHOLE_NAMES
-from model.build.released_checkpoints import CLIP_CLASS_TOKENS, CLIP_POSITION_TABLE, name_from_pixellm
 from tests.golden import released_model, vectors
+from utils.checkpoints.builder import TrainingRecipe, choose_trainable
+from utils.checkpoints.export import WHOLE_NAMES
+from utils.checkpoints.released_checkpoints import CLIP_CLASS_TOKENS, CLIP_POSITION_TABLE, name_from_pixellm
 
 PUBLISHED, WRAPPED = "state_dict_keys_published", "state_dict_keys_lora_wrapped"
 CONFIG, GENERATION = "published_config", "published_generation_config"

@@ -16,7 +16,7 @@ def test_recipe_gives_the_check_values() -> None:
         assert tensor.double().sum().item() == expected["sum_float64"], name
 
 
-def test_pixels_outside_the_picture_are_zero() -> None:
+def test_pixels_outside_the_image_are_zero() -> None:
     entry = {"name": "any", "shape": [2, 3, 6, 6], "center": 5.0, "scale": 1.0}
     pixels = recipe.make_pixels(7, entry, [(4, 6), (6, 2)])
     assert (pixels[0, :, :4] >= 4).all() and (pixels[0, :, 4:] == 0).all()

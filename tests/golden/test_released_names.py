@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model.build.released_checkpoints import config_from_release, name_from_clip, name_from_pixellm
 from tests.golden import released_model, vectors
+from utils.checkpoints.released_checkpoints import config_from_release, name_from_clip, name_from_pixellm
 
 
 def test_no_two_published_tensors_become_one() -> None:

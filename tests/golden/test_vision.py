@@ -22,18 +22,18 @@ def test_vision() -> None:
 
         seen_by_projector = []
         hook = model.projector.register_forward_pre_hook(lambda _, inputs: seen_by_projector.append(inputs[0]))
-        pictures = model.encode_pictures({TOWER_KEY: pixels}, resized_sizes)
+        images = model.encode_images({TOWER_KEY: pixels}, resized_sizes)
         hook.remove()
 
         tower = model.vision_tower
         golden.close("patch_attention_mask_with_cls", tower.patch_mask(resized_sizes))
-        golden.close("llm_image_attention_mask", pictures.image_token_mask)
+        golden.close("llm_image_attention_mask", images.image_token_mask)
         table = tower.model.embeddings.position_embedding.weight
         golden.close("position_embedding_resized", table, atol=vectors.HIDDEN_ATOL)
-        golden.close("llm_image_tokens", pictures.image_tokens, atol=vectors.HIDDEN_ATOL)
+        golden.close("llm_image_tokens", images.image_tokens, atol=vectors.HIDDEN_ATOL)
         for name in golden.names(r"^llm_pooled_\d+x\d+_before_projector$"):
             compare_thinned(golden, name, seen_by_projector[0], POOLED_STRIDE)
-        for scale, feature_map in enumerate(model.feature_maps(pictures)):
+        for scale, feature_map in enumerate(model.feature_maps(images)):
             compare_thinned(golden, f"out_mm_projector_scale{scale}", feature_map.flatten(2).mT, MAP_STRIDE)
         compare_hidden_states(golden, pixels, resized_sizes)
 

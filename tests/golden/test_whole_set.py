@@ -41,9 +41,9 @@ def test_file_is_there(file: str) -> None:
 
 def test_no_file_is_left_out() -> None:
     images = vectors.read_json("preprocess")["images"]
-    pictures = {name for image, entry in images.items() for name in (image, entry["resized_uint8_file"])}
+    images = {name for image, entry in images.items() for name in (image, entry["resized_uint8_file"])}
     found = {path.name for path in vectors.folder().iterdir() if path.suffix in KINDS}
-    assert found == {*FILES, *pictures}
+    assert found == {*FILES, *images}
 
 
 def test_the_copy_here_is_small() -> None:

@@ -39,7 +39,7 @@ def inputs(golden: vectors.Reading, seed: int) -> dict[str, Any]:
     resized = facts["clip_resize_hw"]
     pixels = recipe.make_pixels(seed, facts["images_clip_recipe"].read_all(), resized)
     counts = facts["target_counts_per_conversation"]
-    golden.same("rows of each picture", golden.tensor("in.offset").diff().tolist(), [len(rows) for rows in counts])
+    golden.same("rows of each image", golden.tensor("in.offset").diff().tolist(), [len(rows) for rows in counts])
     per_row = torch.tensor([count for rows in counts for count in rows])
     return {
         "input_ids": released_model.input_ids(golden.tensor("in.input_ids")),
@@ -49,7 +49,7 @@ def inputs(golden: vectors.Reading, seed: int) -> dict[str, Any]:
         "original_sizes": torch.tensor(facts["original_hw"]),
         "image_index": torch.repeat_interleave(torch.tensor([len(rows) for rows in counts])),
         "labels": golden.tensor("in.labels"),
-        "masks": golden.per_picture("in.masks"),
+        "masks": golden.per_image("in.masks"),
         "target_questions": torch.repeat_interleave(per_row),
     }
 

@@ -174,10 +174,10 @@ class Reading:
         self._unread_tensors.discard(name)
         return self._tensors[name]
 
-    def per_picture(self, name: str) -> list[torch.Tensor]:
-        """`name`.0, `name`.1, … for as many pictures as the case has."""
+    def per_image(self, name: str) -> list[torch.Tensor]:
+        """`name`.0, `name`.1, … for as many images as the case has."""
         count = len(self.names(rf"^{re.escape(name)}\.\d+$"))
-        return [self.tensor(f"{name}.{picture}") for picture in range(count)]
+        return [self.tensor(f"{name}.{image}") for image in range(count)]
 
     def compare(
         self, name: str, found: torch.Tensor, expected: torch.Tensor, *, atol: float = 0.0, rtol: float = 0.0

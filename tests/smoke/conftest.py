@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from model.build.builder import save_model
+from demo.scenes import SceneSettings, write_scene_data
+from demo.scenes.planning import SceneDataSettings
 from tests.smoke.killing import Job, Outcome
 from tests.unit.tiny_pixellm import make_model
-from utils.scenes import SceneSettings, write_scene_data
-from utils.scenes.planning import SceneDataSettings
+from utils.checkpoints.builder import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -53,7 +53,7 @@ def smoke_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training_flags(base: Path, data: Path, out: Path, name: str) -> list[str]:
-    """Flags of a run of STEPS steps of four pictures, where ranks x rounds are two."""
+    """Flags of a run of STEPS steps of four images, where ranks x rounds are two."""
     flags = f"--version={base} --dataset_dir={data} --log_base_dir={out} --exp_name={name}"
     flags += " --dataset=refer_seg||multi_reason_seg"
     flags += (

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import train_ds
+from utils.cli.scripts import run_script
 from utils.engine import saving
 from utils.engine.runtime import deepspeed_problem
-from utils.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE, WRITER = str(ROOT / "utils" / "engine"), "torch/serialization.py"

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from model.build.builder import TrainingRecipe, build_model, choose_trainable
-from model.build.export import fill_and_merge, read_trained_weights
 from model.predictor import Predictor
 from tests.smoke.conftest import ROOT, SmokeRun
 from tests.unit.tiny_pixellm import noise
+from utils.checkpoints.builder import TrainingRecipe, build_model, choose_trainable
+from utils.checkpoints.export import fill_and_merge, read_trained_weights
 from utils.engine.checkpoints import tags
 
 QUESTION = "Where is the red circle?"
@@ -22,10 +22,10 @@ ANSWER_ELSEWHERE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-folder, picture, question = sys.argv[1:]
+folder, image, question = sys.argv[1:]
 model, loading = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-seen = processor.encode_picture(processor.open_picture(picture))
+seen = processor.encode_image(processor.open_image(image))
 (answer,) = model.generate_answers(
     pixel_values={"vision_tower": seen.pixel_values[None]},
     resized_sizes=torch.tensor([seen.resized_size]),
@@ -100,26 +100,26 @@ def test_every_checkpoint_that_is_kept_can_be_gathered_and_merged(deepspeed_run:
 
 
 def test_it_answers_elsewhere_as_it_does_here(exported: Path, elsewhere_env: dict[str, str], tmp_path: Path) -> None:
-    picture = tmp_path / "picture.png"
-    Image.fromarray(noise(20, 30)).save(picture)
+    image = tmp_path / "image.png"
+    Image.fromarray(noise(20, 30)).save(image)
     script = tmp_path / "ask.py"
     script.write_text(ANSWER_ELSEWHERE)
-    said = run(sys.executable, str(script), str(exported), str(picture), QUESTION, cwd=tmp_path, env=elsewhere_env)
+    said = run(sys.executable, str(script), str(exported), str(image), QUESTION, cwd=tmp_path, env=elsewhere_env)
     found = json.loads(said.splitlines()[-1])
     assert found["missing"] == found["unexpected"] == []
     assert all(name.startswith("transformers_modules.") for name in found["modules"])
     assert str(ROOT) not in found["paths"]
-    here = Predictor.from_pretrained(exported, device="cpu").answer([picture], [QUESTION], [0], max_new_tokens=12)[0]
+    here = Predictor.from_pretrained(exported, device="cpu").answer([image], [QUESTION], [0], max_new_tokens=12)[0]
     assert found["text"] == here.marked_text
 
 
 def test_chat_answers_with_the_flags_of_the_readme(exported: Path, tmp_path: Path) -> None:
-    picture, out = tmp_path / "picture.png", tmp_path / "out" / "answer.png"
-    Image.fromarray(noise(20, 30)).save(picture)
+    image, out = tmp_path / "image.png", tmp_path / "out" / "answer.png"
+    Image.fromarray(noise(20, 30)).save(image)
     flags = f"--version={exported} --precision=bf16 --seg_token_num=3 --pad_train_clip_images --resize_vision_tower"
     flags += " --preprocessor_config=./configs/preprocessor_448.json --resize_vision_tower_size=448"
     flags += " --vision-tower=openai/clip-vit-large-patch14-336 --vision_tower_for_mask --image_feature_scale_num=2"
-    flags += f" --separate_mm_projector --image={picture} --out={out} --max_new_tokens=6"
+    flags += f" --separate_mm_projector --image={image} --out={out} --max_new_tokens=6"
     said = run(sys.executable, "chat.py", *flags.split(), f"--prompt={QUESTION}", cwd=ROOT)
     assert said.startswith("Answer: ")
     assert Image.open(out).size == (390, 260)  # 30 x 20, enlarged 13 times to reach 384
@@ -135,10 +135,10 @@ def test_it_can_be_trained_further_and_exported_again(exported: Path) -> None:
     weights = {name: value.clone() for name, value in built.model.state_dict().items()}
     again = build_model(str(exported), load_weights=False)
     assert fill_and_merge(again, weights, "the second run", lora_alpha=4) == 4
-    picture, given = noise(20, 30), [("Where?", "the red circle {seg} and the blue square {seg}.")]
-    trained = Predictor(built.model, built.processor).segment([picture], [given], [0])[0]
-    merged = Predictor(again.model, again.processor).segment([picture], [given], [0])[0]
-    before = Predictor.from_pretrained(exported, device="cpu").segment([picture], [given], [0])[0]
+    image, given = noise(20, 30), [("Where?", "the red circle {seg} and the blue square {seg}.")]
+    trained = Predictor(built.model, built.processor).segment([image], [given], [0])[0]
+    merged = Predictor(again.model, again.processor).segment([image], [given], [0])[0]
+    before = Predictor.from_pretrained(exported, device="cpu").segment([image], [given], [0])[0]
     # Rounding may carry a pixel or two of 600 over the threshold, and with it a score by 1e-4.
     assert merged.scores == pytest.approx(trained.scores, abs=5e-4)
     assert (merged.masks != trained.masks).mean() < 0.01 < (merged.masks != before.masks).mean()

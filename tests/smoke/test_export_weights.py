@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import merge_lora_weights_and_save_hf_model as merge
-from model.build import export
-from model.build.builder import BuildError, TrainingRecipe, choose_trainable
-from model.build.export import fill_and_merge, lora_of, read_trained_weights, write_folder
 from model.predictor import Predictor
 from tests.unit.tiny_pixellm import make_model
-from utils import scripts
-from utils.engine.run_card import write_run_card
-from utils.scripts import run_script
+from utils.checkpoints import export
+from utils.checkpoints.builder import BuildError, TrainingRecipe, choose_trainable
+from utils.checkpoints.export import fill_and_merge, lora_of, read_trained_weights, write_folder
+from utils.cli import scripts
+from utils.cli.run_card import write_run_card
+from utils.cli.scripts import run_script
 
 Weights = dict[str, torch.Tensor]
 

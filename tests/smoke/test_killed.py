@@ -9,7 +9,7 @@ import torch
 from tests.smoke.conftest import Trainer
 from tests.smoke.killing import Outcome
 from utils.engine.checkpoints import latest_tag
-from utils.engine.journal import consumed, losses
+from utils.engine.sample_log import consumed, losses
 
 STEPS, SAMPLES = 6, 4
 FLAGS = (f"--max_steps={STEPS}", "--save_every=2", "--lora_dropout=0.1")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from model.build.builder import save_model
-from model.build.tiny import make_tiny
+from demo.tiny import make_tiny
 from tests.smoke.conftest import ROOT, Trainer, training_flags
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
-from utils.engine.journal import consumed, losses
+from utils.checkpoints.builder import save_model
+from utils.engine.sample_log import consumed, losses
 
 STEPS, SAMPLES = 10, 4
 # Words alone, one target and several: some micro-batches have no target at all.
@@ -46,7 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def cut(ranks: int, rounds: int) -> tuple[str, ...]:
-    """SAMPLES pictures a step over so many ranks and rounds."""
+    """SAMPLES images a step over so many ranks and rounds."""
     return f"--batch_size={SAMPLES // (ranks * rounds)}", f"--grad_accumulation_steps={rounds}"
 
 
@@ -133,7 +133,7 @@ def test_two_nodes_with_different_numbers_of_ranks(
         nodes.append(subprocess.Popen(command, cwd=ROOT, env=child_env, stderr=subprocess.PIPE, text=True))
     said = [node.communicate(timeout=600)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert "1 pictures x 3 ranks x 1 rounds = 3 samples" in said[0]
+    assert "1 images x 3 ranks x 1 rounds = 3 samples" in said[0]
     assert losses(tmp_path / "nodes") == pytest.approx(losses(trainer.out / "one node"), rel=1e-3)
     assert consumed(tmp_path / "nodes") == list(range(4 * 3))
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import train_ds
-from model.build.builder import MASK_PARTS, save_model
-from model.build.tiny import TinyShape, make_tiny
+from demo.tiny import TinyShape, make_tiny
 from model.predictor import Predictor
 from model.processing_pixellm import ConversationTooLong
-from utils.arguments import TrainArguments, parse_train
-from utils.data.readers import build_eval_reader
+from utils.checkpoints.builder import MASK_PARTS, save_model
+from utils.cli.arguments import TrainArguments, parse_train
+from utils.data.readers.registry import build_eval_reader
 from utils.data.samples import DIRECT, SEVERAL, Sample
 from utils.engine.fit import Run
 from utils.engine.runtime import open_runtime
@@ -55,7 +55,7 @@ class Eight:
 
 @pytest.fixture(scope="module")
 def samples(smoke_data: Path) -> list[Sample]:
-    """Eight pictures with one question each."""
+    """Eight images with one question each."""
     found = []
     for name, kind, count in (("refcoco", DIRECT, SINGLE), ("grefcoco", SEVERAL, TOGETHER)):
         every = [
@@ -64,9 +64,9 @@ def samples(smoke_data: Path) -> list[Sample]:
             for conversation in sample.conversations
             if conversation[0].kind == kind
         ]
-        # One question a picture and no picture twice: the second kind is taken from the other end.
-        pictures = {sample.image_path: sample for sample in every}
-        ordered = sorted(pictures.values(), key=lambda sample: sample.image_path, reverse=kind == SEVERAL)
+        # One question an image and no image twice: the second kind is taken from the other end.
+        images = {sample.image_path: sample for sample in every}
+        ordered = sorted(images.values(), key=lambda sample: sample.image_path, reverse=kind == SEVERAL)
         found += ordered[:count]
     assert len({sample.image_path for sample in found}) == SINGLE + TOGETHER
     return found
@@ -75,9 +75,9 @@ def samples(smoke_data: Path) -> list[Sample]:
 def mean_iou(predictor: Predictor, samples: list[Sample]) -> float:
     """Over all targets, the answers being given."""
     turns = [sample.conversations[0][0] for sample in samples]
-    pictures, conversations = [sample.image_path for sample in samples], [[(t.question, t.answer)] for t in turns]
+    images, conversations = [sample.image_path for sample in samples], [[(t.question, t.answer)] for t in turns]
     ious = []
-    for turn, answer in zip(turns, predictor.segment(pictures, conversations, list(range(len(samples)))), strict=True):
+    for turn, answer in zip(turns, predictor.segment(images, conversations, list(range(len(samples)))), strict=True):
         for target, mask in zip(turn.targets, answer.masks, strict=True):
             truth = target.decode() == 1
             ious.append((mask & truth).sum() / (mask | truth).sum())
@@ -95,7 +95,7 @@ def arguments(samples: list[Sample], folder: Path, data: Path) -> TrainArguments
 
 
 def exchanged(samples: list[Sample]) -> list[Sample]:
-    """Every question with the picture of the next one."""
+    """Every question with the image of the next one."""
     shown = [*samples[1:], samples[0]]
     return [dataclasses.replace(s, image_path=other.image_path) for s, other in zip(samples, shown, strict=True)]
 

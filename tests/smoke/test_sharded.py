@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 import merge_lora_weights_and_save_hf_model as merge
-from model.build.builder import save_model
-from model.build.tiny import make_tiny
+from demo.stages import free_port
+from demo.tiny import make_tiny
 from tests.smoke.conftest import ROOT, STEPS, Trainer
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
+from utils.checkpoints.builder import save_model
 from utils.engine.checkpoints import require_tag
-from utils.engine.journal import losses
-from utils.stages import free_port
+from utils.engine.sample_log import losses
 
 BYTES = 4
 # Three matrices of 2048 x 8192 in each of five layers: 252 million numbers, a gigabyte.

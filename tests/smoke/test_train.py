@@ -20,17 +20,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 import train_ds
-from model.build.builder import load_weights_into
-from model.build.export import read_trained_weights
+from demo.stages import launcher
 from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
 from tests.unit import data_sets
-from utils import scripts
-from utils.arguments import parse_train
+from utils.checkpoints.builder import load_weights_into
+from utils.checkpoints.export import read_trained_weights
+from utils.cli import scripts
+from utils.cli.arguments import parse_train
+from utils.cli.scripts import run_script
 from utils.engine.checkpoints import latest_tag, problem, step_of
 from utils.engine.fit import Run
-from utils.engine.journal import consumed
-from utils.scripts import run_script
-from utils.stages import launcher
+from utils.engine.sample_log import consumed
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def refusal(capsys: pytest.CaptureFixture, flags: list[str]) -> str:
     return last.partition(": ")[2]
 
 
-def test_a_plain_run_leaves_checkpoints_curves_pictures_and_a_card(plain_run: SmokeRun) -> None:
+def test_a_plain_run_leaves_checkpoints_curves_images_and_a_card(plain_run: SmokeRun) -> None:
     folder = plain_run.folder
     assert latest_tag(folder / "ckpt_model") == f"step{STEPS}"
     assert latest_tag(folder / "ckpt_model_best") in {"step2", f"step{STEPS}"}
@@ -153,7 +153,7 @@ def test_pretraining_in_words_and_starting_from_its_weights(
 
 @pytest.fixture(scope="module")
 def plain_parts(smoke_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A plain Llama with its tokenizer, and a CLIP tower whose pictures are of another size."""
+    """A plain Llama with its tokenizer, and a CLIP tower whose images are of another size."""
     folder = tmp_path_factory.mktemp("parts")
     tokenizer = AutoTokenizer.from_pretrained(smoke_base)
     width = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
@@ -213,12 +213,12 @@ def test_bad_input_gets_one_sentence(
     assert not (tmp_path / "bad" / "ckpt_model").exists()
 
 
-def test_damaged_pictures_are_passed_over_until_they_are_too_many(
+def test_damaged_images_are_passed_over_until_they_are_too_many(
     smoke_base: Path, smoke_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = shutil.copytree(smoke_data, tmp_path / "data")
-    for picture in sorted((data / "refer_seg/images/mscoco/images/train2014").iterdir())[:16:2]:
-        picture.write_bytes(picture.read_bytes()[:200])
+    for image in sorted((data / "refer_seg/images/mscoco/images/train2014").iterdir())[:16:2]:
+        image.write_bytes(image.read_bytes()[:200])
     flags = [*training_flags(smoke_base, data, tmp_path, "damaged"), "--no_eval", "--workers=1"]
     assert run_script(train_ds.main, [*flags, "--max_bad_samples=1"]) == 0
     assert "samples were left out:" in capsys.readouterr().err
@@ -267,7 +267,7 @@ def test_a_worker_that_is_killed_ends_a_run_in_a_sentence(smoke_base: Path, smok
     assert "a data worker ended after step" in said.splitlines()[-1] and "Traceback" not in said
 
 
-def test_ones_own_pictures_are_trained_on(smoke_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_ones_own_images_are_trained_on(smoke_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A COCO export and a folder of masks below custom/, as dataset/README.md says."""
     data = tmp_path / "data"
     for split in ("train", "val"):
@@ -283,9 +283,9 @@ def test_ones_own_pictures_are_trained_on(smoke_base: Path, tmp_path: Path, caps
 
 
 def write_own(folder: Path, masks: bool) -> None:
-    """Four pictures with a square each, marked by polygons or by class numbers."""
+    """Four images with a square each, marked by polygons or by class numbers."""
     for number in range(4):
-        data_sets.write_picture(folder / "images" / f"{number}.jpg", 48, 48)
+        data_sets.write_image(folder / "images" / f"{number}.jpg", 48, 48)
         labels = np.zeros((48, 48), dtype=np.uint8)
         labels[8:24, 8 + number : 24 + number] = 3
         if masks:

@@ -23,7 +23,7 @@ def write_json(path: Path, content: Any, encoding: str = "utf-8") -> Path:
     return path
 
 
-def write_picture(path: Path, height: int = HEIGHT, width: int = WIDTH) -> Path:
+def write_image(path: Path, height: int = HEIGHT, width: int = WIDTH) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((height, width, 3), 90, dtype=np.uint8)).save(path)
     return path
@@ -45,10 +45,10 @@ def ref(number: int, image_id: int, ann_id: Any, *sentences: str, split: str = "
 
 
 def instances() -> dict[str, Any]:
-    """Three pictures; annotations of one that is not listed, of a crowd, and of polygons without an inside."""
-    pictures = [{"id": n, "file_name": f"COCO_{n}.jpg", "height": HEIGHT, "width": WIDTH} for n in (1, 2, 3)]
+    """Three images; annotations of one that is not listed, of a crowd, and of polygons without an inside."""
+    images = [{"id": n, "file_name": f"COCO_{n}.jpg", "height": HEIGHT, "width": WIDTH} for n in (1, 2, 3)]
     return {
-        "images": pictures,
+        "images": images,
         "categories": [{"id": 7, "name": "cup"}, {"id": 90, "name": "traffic light"}],
         "annotations": [
             annotation(11, 1, [square(2, 2, 6)]),
@@ -70,7 +70,7 @@ def refs() -> list[dict[str, Any]]:
         ref(4, 2, 22, "all the cups"),
         ref(5, 3, 31, "nothing to see"),
         ref(6, 3, 32, "small cup", split="val"),
-        ref(7, 404, 99, "in a picture that is not listed"),
+        ref(7, 404, 99, "in an image that is not listed"),
         ref(8, 1, 1000, "to an annotation that is not there"),
     ]
 
@@ -85,7 +85,7 @@ def write_refer_seg(root: Path, name: str = "refcoco", found: Any = None, refs_f
     else:
         (folder / refs_file).write_bytes(pickle.dumps(found, protocol=2))
     for number in (1, 2, 3):
-        write_picture(root / COCO / "train2014" / f"COCO_{number}.jpg")
+        write_image(root / COCO / "train2014" / f"COCO_{number}.jpg")
     return root
 
 
@@ -122,8 +122,8 @@ def muse_records() -> list[dict[str, Any]]:
 
 def write_muse(root: Path, records: Any = None, split: str = "train") -> Path:
     write_json(root / "muse" / f"muse_{split}.json", muse_records() if records is None else records)
-    write_picture(root / COCO / "train2014" / "COCO_1.jpg")
-    write_picture(root / COCO / "val2017" / "0002.jpg")
+    write_image(root / COCO / "train2014" / "COCO_1.jpg")
+    write_image(root / COCO / "val2017" / "0002.jpg")
     return root
 
 
@@ -148,7 +148,7 @@ def vqa_records() -> list[dict[str, Any]]:
             "image": "0001.jpg",
             "conversations": [message("human", "Why?\n<image>"), message("gpt", "Because.")],
         },
-        {"id": "3", "conversations": [message("human", "No picture?"), message("gpt", "None.")]},
+        {"id": "3", "conversations": [message("human", "No image?"), message("gpt", "None.")]},
         {"id": "4", "image": "0001.jpg", "conversations": [message("gpt", "I begin.")]},
         {"id": "5", "image": "0001.jpg", "conversations": [message("human", "<image>"), message("gpt", "To what?")]},
     ]
@@ -156,7 +156,7 @@ def vqa_records() -> list[dict[str, Any]]:
 
 def write_vqa(root: Path, records: Any = None) -> Path:
     write_json(root / "llava_dataset" / "llava_instruct_150k.json", vqa_records() if records is None else records)
-    write_picture(root / "coco" / "train2017" / "0001.jpg")
+    write_image(root / "coco" / "train2017" / "0001.jpg")
     return root
 
 
@@ -164,7 +164,7 @@ MIXED_FOLDERS = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/trai
 
 
 def mixed_records() -> list[dict[str, Any]]:
-    """A record about a picture of each folder, another about the first, and two in words alone."""
+    """A record about an image of each folder, another about the first, and two in words alone."""
     names = [f"{folder}/0001.jpg" for folder in MIXED_FOLDERS]
     asked = [message("human", "<image>\nWhat is it?"), message("gpt", "A cup.")]
     words = [
@@ -173,14 +173,14 @@ def mixed_records() -> list[dict[str, Any]]:
         message("human", "When?"),
         message("gpt", "Never."),
     ]
-    pictured = [{"id": name, "image": name, "conversations": asked} for name in [*names, names[0]]]
-    return [*pictured[:3], {"id": "w", "conversations": words}, *pictured[3:], {"id": "v", "conversations": words[:2]}]
+    shown = [{"id": name, "image": name, "conversations": asked} for name in [*names, names[0]]]
+    return [*shown[:3], {"id": "w", "conversations": words}, *shown[3:], {"id": "v", "conversations": words[:2]}]
 
 
 def write_mixed(root: Path, records: Any = None) -> Path:
     write_json(root / "llava_dataset" / "llava_v1_5_mix665k.json", mixed_records() if records is None else records)
     for folder in MIXED_FOLDERS:
-        write_picture(root / folder / "0001.jpg")
+        write_image(root / folder / "0001.jpg")
     return root
 
 
@@ -206,7 +206,7 @@ def reason_record(*texts: str, is_sentence: bool = True) -> dict[str, Any]:
 def write_reason_seg(root: Path, split: str = "train", record: Any = None, encoding: str = "utf-8") -> Path:
     folder = root / "reason_seg" / "ReasonSeg" / split
     write_json(folder / f"{split}_a.json", record or reason_record("What would Zoë’s café need?"), encoding)
-    write_picture(folder / f"{split}_a.jpg")
+    write_image(folder / f"{split}_a.jpg")
     return root
 
 
@@ -214,7 +214,7 @@ def write_ade20k(root: Path, labels: np.ndarray | None = None, folder: str = "tr
     if labels is None:
         labels = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
         labels[:10], labels[10:16], labels[16:20] = 1, 3, 150
-    write_picture(root / "ade20k" / "images" / folder / "ADE_1.jpg")
+    write_image(root / "ade20k" / "images" / folder / "ADE_1.jpg")
     (root / "ade20k" / "annotations" / folder).mkdir(parents=True, exist_ok=True)
     Image.fromarray(labels).save(root / "ade20k" / "annotations" / folder / "ADE_1.png")
     return root
@@ -238,7 +238,7 @@ def striped(*stripes: tuple[int, int], rest: int = 255) -> np.ndarray:
 
 def write_cocostuff(root: Path, labels: np.ndarray | None = None) -> Path:
     """Sky, a wall that is "other", a person, and unlabelled pixels."""
-    write_picture(root / "coco/train2017/0001.jpg")
+    write_image(root / "coco/train2017/0001.jpg")
     write_labels(
         root / "cocostuff/train2017/0001.png", striped((156, 10), (172, 5), (0, 3)) if labels is None else labels
     )
@@ -258,7 +258,7 @@ MAPILLARY_LABELS = [
 def write_mapillary(root: Path, config: str = "config_v2.0.json", labels: str = "v2.0/labels", label: int = 1) -> Path:
     """Sky, rows of `label`, an ambiguous sign, a bench that does not count, and nothing."""
     write_json(root / "mapillary" / config, {"labels": MAPILLARY_LABELS, "version": "2.0"})
-    write_picture(root / "mapillary/training/images/a.jpg")
+    write_image(root / "mapillary/training/images/a.jpg")
     write_labels(
         root / "mapillary/training" / labels / "a.png", striped((0, 6), (label, 4), (2, 3), (3, 2), (4, 1), rest=5)
     )
@@ -273,13 +273,13 @@ def rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
 
 
-def parts(pictures: dict[int, str], categories: dict[int, str]) -> dict[str, Any]:
-    """Annotations of two pictures in COCO's form, of categories 3 (a thing), 8 and 40 (its parts, numbered alike)."""
+def parts(images: dict[int, str], categories: dict[int, str]) -> dict[str, Any]:
+    """Annotations of two images in COCO's form, of categories 3 (a thing), 8 and 40 (its parts, numbered alike)."""
     crowd = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     crowd[0:12, 0:16] = 1
     sizes = {"height": HEIGHT, "width": WIDTH}
     return {
-        "images": [{"id": number, "file_name": name, **sizes} for number, name in pictures.items()],
+        "images": [{"id": number, "file_name": name, **sizes} for number, name in images.items()],
         "categories": [{"id": number, "name": name} for number, name in categories.items()],
         "annotations": [
             annotation(1, 5, [square(2, 2, 6), square(5, 5, 6)], 3),
@@ -296,7 +296,7 @@ def parts(pictures: dict[int, str], categories: dict[int, str]) -> dict[str, Any
     }
 
 
-PART_PICTURES = {
+PART_IMAGES = {
     "pascal_part": ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages", "2008_1.jpg"),
     "paco_lvis": ("coco", "train2017/0001.jpg"),
     "partimagenet": ("vlpart/partimagenet/train", "n01_1.jpg"),
@@ -314,9 +314,9 @@ PART_CATEGORIES = {
 
 
 def write_parts(root: Path, name: str = "pascal_part", content: Any = None) -> Path:
-    folder, picture = PART_PICTURES[name]
-    pictures = {5: picture, 6: picture.replace("1.jpg", "2.jpg")}
-    for file in pictures.values():
-        write_picture(root / folder / file)
-    write_json(root / PART_FILES[name], parts(pictures, PART_CATEGORIES[name]) if content is None else content)
+    folder, image = PART_IMAGES[name]
+    images = {5: image, 6: image.replace("1.jpg", "2.jpg")}
+    for file in images.values():
+        write_image(root / folder / file)
+    write_json(root / PART_FILES[name], parts(images, PART_CATEGORIES[name]) if content is None else content)
     return root

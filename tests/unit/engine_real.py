@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 
 import train_ds
-from model.build.builder import save_model
-from model.build.tiny import make_tiny
+from demo.scenes import SceneSettings, write_scene_data
+from demo.scenes.planning import SceneDataSettings
+from demo.tiny import make_tiny
 from model.modeling_pixellm import PixelLMForCausalLM
 from model.processing_pixellm import ConversationTooLong
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
-from utils.arguments import parse_train
+from utils.checkpoints.builder import save_model
+from utils.cli.arguments import parse_train
 from utils.data.collate import IGNORED_TOKEN, Batch
 from utils.engine.runtime import Runtime
 from utils.engine.setup import StepBatches, make_mixture, seed_everything
-from utils.scenes import SceneSettings, write_scene_data
-from utils.scenes.planning import SceneDataSettings
 
-PICTURES = 8
+IMAGES = 8
 # The decoder's last layer norm stands over an eighth of its width. Over two channels it is all but a step function,
 # where rounding shows in a gradient's fifth digit; over four it is as smooth as any.
 WIDTH = 32
@@ -36,11 +36,11 @@ def write_real(folder: Path) -> None:
 
 
 def real_step(folder: Path, runtime: Runtime, rounds: int) -> tuple[PixelLMForCausalLM, list[Batch]]:
-    """The model as training starts with it, and this rank's micro-batches of a step of PICTURES pictures.
+    """The model as training starts with it, and this rank's micro-batches of a step of IMAGES images.
 
     folder: where `write_real` wrote.
     """
-    size = PICTURES // (runtime.world_size * rounds)
+    size = IMAGES // (runtime.world_size * rounds)
     flags = [f"--version={folder / 'base'}", f"--dataset_dir={folder / 'data'}", "--precision=fp32", "--lora_dropout=0"]
     flags += ["--dataset=refer_seg||vqa", "--sample_rates=1,1", "--refer_seg_data=refcoco||grefcoco", "--workers=0"]
     flags += ["--num_classes_per_sample=2", f"--batch_size={size}", f"--grad_accumulation_steps={rounds}"]
@@ -53,8 +53,8 @@ def real_step(folder: Path, runtime: Runtime, rounds: int) -> tuple[PixelLMForCa
 
 
 def words_and_targets(folder: Path) -> tuple[PixelLMForCausalLM, Batch, Batch]:
-    """The same model, a micro-batch of one picture with words alone, and one with something to mark."""
-    model, batches = real_step(folder, Runtime("plain", 0, 0, 1, torch.device("cpu")), PICTURES)
+    """The same model, a micro-batch of one image with words alone, and one with something to mark."""
+    model, batches = real_step(folder, Runtime("plain", 0, 0, 1, torch.device("cpu")), IMAGES)
     marks = [model.count_losses(**batch.as_kwargs())["bce"] > 0 for batch in batches]
     return model, batches[marks.index(False)], batches[marks.index(True)]
 
@@ -63,8 +63,8 @@ def answer_length(model: PixelLMForCausalLM, batch: Batch, tokens: int) -> int:
     """How many tokens an answer to the first question of `batch` has that nothing but `tokens` ends."""
     prompt = batch.input_ids[0][: int((batch.labels[0] != IGNORED_TOKEN).nonzero()[0])]
     kwargs = batch.as_kwargs()
-    pictures = {name: kwargs[name] for name in ("pixel_values", "resized_sizes")}
+    images = {name: kwargs[name] for name in ("pixel_values", "resized_sizes")}
     (answer,) = model.generate_answers(
-        **pictures, prompts=[prompt], image_index=torch.tensor([0]), end_token_id=-1, max_new_tokens=tokens
+        **images, prompts=[prompt], image_index=torch.tensor([0]), end_token_id=-1, max_new_tokens=tokens
     )
     return len(answer.ids)

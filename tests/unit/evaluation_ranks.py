@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from tests.unit.test_evaluation_kinds import Known, answer
-from utils.arguments import parse_evaluate
-from utils.scores.ranks import open_ranks
-from utils.scores.session import Drawing, Session
+from utils.cli.arguments import parse_evaluate
+from utils.evaluation.ranks import open_ranks
+from utils.evaluation.run import Drawing, Session
 
 SPEC = "grefcoco|unc|train||MultiReasonSeg|val||llava_instruct_150k|train"
 
@@ -25,13 +25,13 @@ class Shaky(Known):
     asked = 0
     most = -1
 
-    def answer(self, pictures: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
+    def answer(self, images: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
         if self.asked == self.most:
             if "RANK" not in os.environ:
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGKILL)
         self.asked += 1
-        return super().answer(pictures, questions, image_index, max_new_tokens)
+        return super().answer(images, questions, image_index, max_new_tokens)
 
     def _one(self, path: str, question: Any, given: bool) -> Any:
         if not isinstance(question, str):
@@ -41,7 +41,7 @@ class Shaky(Known):
     def fits(self, turns: Any) -> bool:
         return True
 
-    def likelihoods(self, pictures: Any, conversations: Any, image_index: Any) -> list[tuple[float, int]]:
+    def likelihoods(self, images: Any, conversations: Any, image_index: Any) -> list[tuple[float, int]]:
         return [(0.5 * len(turns[-1][1]), len(turns[-1][1])) for turns in conversations]
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from model.build.builder import build_model
+from utils.checkpoints.builder import build_model
 
 KIB = 1024
 PAUSE = 0.002

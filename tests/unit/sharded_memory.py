@@ -8,7 +8,7 @@ from pathlib import Path
 
 import train_ds
 from tests.unit.loading_memory import most_above_before
-from utils.arguments import parse_train
+from utils.cli.arguments import parse_train
 from utils.engine.runtime import open_runtime
 from utils.engine.setup import sharder
 from utils.engine.stepping import numbers_in

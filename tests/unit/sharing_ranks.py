@@ -20,7 +20,7 @@ ROUNDS = 2
 def step_of(
     folder: Path, runtime: Runtime, sharing: bool, rounds: int = ROUNDS
 ) -> tuple[dict[str, float], torch.Tensor, int]:
-    """Losses by name and all gradients of a step, and how many conversations found another about their picture."""
+    """Losses by name and all gradients of a step, and how many conversations found another about their image."""
     model, batches = real_step(folder, runtime, rounds)
     model.prefix_sharing = sharing
     losses, _ = PlainEngine(model, OptimizerSettings(), "fp32", runtime.device).accumulate(batches)

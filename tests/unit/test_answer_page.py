@@ -32,14 +32,14 @@ def test_pieces_of_a_text() -> None:
 
 def test_a_page_shows_phrases_in_the_colours_of_their_masks() -> None:
     one = answer("The red circle {seg} and the star {seg}.", ["The red circle", "the star"])
-    picture = np.full((20, 30, 3), 200, np.uint8)
-    page = answer_page(picture, one, "Where?")
+    image = np.full((20, 30, 3), 200, np.uint8)
+    page = answer_page(image, one, "Where?")
     for number, phrase in enumerate(one.phrases):
         assert page.count(f'<mark style="background: rgb{target_colour(number)};') == 2  # in the text and in the table
         assert page.count(f">{phrase}</mark>") == 2
     found = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", page)]
     shown = [np.asarray(Image.open(io.BytesIO(data))) for data in found]
-    assert np.array_equal(shown[0], picture) and np.array_equal(shown[1], draw_overlay(picture, one.masks, one.phrases))
+    assert np.array_equal(shown[0], image) and np.array_equal(shown[1], draw_overlay(image, one.masks, one.phrases))
     assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page and "<b>Where?</b>" in page
 
 

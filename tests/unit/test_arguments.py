@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils import scripts
-from utils.arguments import TrainArguments, parse_chat, parse_evaluate, parse_merge, parse_train, preprocessor_side
-from utils.command_line import options_of
-from utils.scripts import UserError
+from utils.cli import scripts
+from utils.cli.arguments import TrainArguments, parse_chat, parse_evaluate, parse_merge, parse_train, preprocessor_side
+from utils.cli.command_line import options_of
+from utils.cli.scripts import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,7 +98,7 @@ def test_the_readme_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (train.seg_token_num, train.image_feature_scale_num, train.vision_tower) == (
         3, 2, "openai/clip-vit-large-patch14-336",
     )  # fmt: skip
-    assert train.picture_side() == 448 and train.total_steps() == 5000 and train.local_rank == 1
+    assert train.image_side() == 448 and train.total_steps() == 5000 and train.local_rank == 1
     assert train.families() == [("sem_seg", 2.0), ("refer_seg", 9.0), ("vqa", 2.0), ("multi_reason_seg", 4.0)]
     merge = parse_merge(["--version=base", "--weight=w.bin", "--save_path=out"])
     assert merge.given == {"version", "weight", "save_path"}
@@ -233,9 +233,9 @@ def test_the_side_in_a_preprocessor_file(content: str, side: int | None, tmp_pat
     else:
         assert preprocessor_side(path) == side
         words = ["--version=v", f"--preprocessor_config={path}"]
-        assert parse_train(words).picture_side() == side
+        assert parse_train(words).image_side() == side
         with pytest.raises(UserError, match="give the same side"):
-            parse_train([*words, "--resize_vision_tower", "--resize_vision_tower_size=7"]).picture_side()
+            parse_train([*words, "--resize_vision_tower", "--resize_vision_tower_size=7"]).image_side()
 
 
 def test_every_option_is_documented_and_has_one_home() -> None:

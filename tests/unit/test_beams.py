@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from model.build.builder import BuiltModel, build_model
 from model.generation import FORCED, Decoding, GeneratedAnswer
 from model.predictor import AnswerOptions, Predictor
 from model.session import Finished, MaskReady, TextPiece
 from tests.unit.tiny_bases import options, write_language_model, write_tower
 from tests.unit.tiny_pixellm import make_model, noise, same
+from utils.checkpoints.builder import BuiltModel, build_model
 
 SIZES = [(32, 32), (20, 40), (1, 400)]
 QUESTIONS = ["the red circle", "which shapes are there, and which is left?", "blue?"]
@@ -45,8 +45,8 @@ def allowed(built: BuiltModel) -> list[int]:
     return [built.processor.end_token_id, built.processor.seg_token_ids[0], 7, 11]
 
 
-def pictures(built: BuiltModel) -> dict[str, Any]:
-    seen = [built.processor.encode_picture(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
+def images(built: BuiltModel) -> dict[str, Any]:
+    seen = [built.processor.encode_image(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
     return {
         "pixel_values": {"vision_tower": torch.stack([one.pixel_values for one in seen])},
         "resized_sizes": torch.tensor([one.resized_size for one in seen]),
@@ -67,7 +67,7 @@ def generate(
         end_token_id=built.processor.end_token_id,
         max_new_tokens=length,
         decoding=decoding,
-        **pictures(built),
+        **images(built),
     )
 
 
@@ -76,7 +76,7 @@ def log_probability(built: BuiltModel, number: int, ids: Sequence[int]) -> float
     """Of an answer to a question, in one pass without a cache, among the allowed tokens."""
     asked, index = prompts(built)[number], torch.tensor([number])
     row = torch.cat([asked, torch.tensor(list(ids))])[None]
-    rows = built.model.expand_rows(row, torch.ones_like(row), built.model.encode_pictures(**pictures(built)), index)
+    rows = built.model.expand_rows(row, torch.ones_like(row), built.model.encode_images(**images(built)), index)
     states = built.model.hidden_states(rows, index)[0, -len(ids) - 1 : -1]
     logits = built.model.get_output_embeddings()(states)[:, allowed(built)].log_softmax(dim=-1)
     return sum(float(logits[place, allowed(built).index(token)]) for place, token in enumerate(ids))

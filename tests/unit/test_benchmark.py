@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.build import baselines
-from utils import benchmark
+from tools.bench import baselines
+from tools.bench import measure as benchmark
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_bars() -> None:
 def test_a_peak_is_counted_from_where_it_was_forgotten(child_env: dict[str, str]) -> None:
     # 64 MiB before that do not count, 32 MiB after do.
     script = """
-from utils.benchmark import forget_peak, peak_bytes
+from tools.bench.measure import forget_peak, peak_bytes
 import json
 before = bytearray(b"x") * 2**26
 del before
@@ -121,12 +121,12 @@ print(json.dumps({"over": peak_bytes() - loaded}))
 
 @pytest.mark.long
 def test_the_bench_walks_its_road(tmp_path: Path, repository: Path, child_env: dict[str, str]) -> None:
-    command = [sys.executable, "tools/bench.py", "--size", "smoke", "--out", str(tmp_path), "--threads", "1"]
+    command = [sys.executable, "tools/bench/answering.py", "--size", "smoke", "--out", str(tmp_path), "--threads", "1"]
     done = subprocess.run(command, cwd=repository, env=child_env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["wrong"] == [] and found["answer_speedup_without_cache"] > 1
-    assert set(found["costs"]) == {"tokens", "targets", "questions", "pictures"}
+    assert set(found["costs"]) == {"tokens", "targets", "questions", "images"}
     assert found["compiled"]["answer_seconds"] > 0 and found["compiled"]["said"]
     assert list(found["phases"]) == ["answering", "decoding steps", "training", "memory", "costs", "compiling"]
     assert found["memory"]["train_release"]["over_loaded"] > 0

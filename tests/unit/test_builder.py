@@ -1,4 +1,4 @@
-"""From plain folders to a PixelLM and on from one: every kind of base, what it carries along, and larger pictures."""
+"""From plain folders to a PixelLM and on from one: every kind of base, what it carries along, and larger images."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from model.build.builder import MASK_PARTS, BuiltModel, ModelOptions, build_model, load_weights_into, save_model
 from model.processing_pixellm import check_groups
 from model.vision_tower import resize_position_table
 from tests.unit.tiny_bases import PATCH, SIDE, options, write_language_model, write_tower
 from tests.unit.tiny_batches import NONE, ONE, TWO, make_batch
 from tests.unit.tiny_pixellm import make_model
+from utils.checkpoints.builder import MASK_PARTS, BuiltModel, ModelOptions, build_model, load_weights_into, save_model
 
 # Language model, its tokenizer, conversation format, tower, and whether embeddings and head are one table.
 BASES = [
@@ -102,7 +102,7 @@ def test_spare_rows_of_a_table_are_used_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_larger_pictures_keep_what_the_tower_knows_of_places(tower: str, tmp_path: Path) -> None:
+def test_larger_images_keep_what_the_tower_knows_of_places(tower: str, tmp_path: Path) -> None:
     base = write_language_model(tmp_path / "base", "llama")
     eye = write_tower(tmp_path / "tower", tower)
     native = build_model(str(base), str(eye), options())

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.build.builder import BuildError, ModelOptions, build_model, save_model
 from tests.unit.tiny_bases import options, write_language_model, write_tower
 from tests.unit.tiny_batches import ONE, TWO, make_batch
 from tests.unit.tiny_pixellm import make_model
-from utils.scripts import explain
+from utils.checkpoints.builder import BuildError, ModelOptions, build_model, save_model
+from utils.cli.scripts import explain
 
 Change = Callable[[Path], object]
 Tensors = dict[str, torch.Tensor]

@@ -7,7 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.build.builder import (
+from tests.unit.tiny_bases import options, write_language_model, write_tower
+from tests.unit.tiny_batches import NONE, ONE, TWO, make_batch, total_loss
+from tests.unit.tiny_pixellm import make_model
+from utils.checkpoints.builder import (
     BuildError,
     BuiltModel,
     TrainingRecipe,
@@ -16,9 +19,6 @@ from model.build.builder import (
     merge_lora,
     save_model,
 )
-from tests.unit.tiny_bases import options, write_language_model, write_tower
-from tests.unit.tiny_batches import NONE, ONE, TWO, make_batch, total_loss
-from tests.unit.tiny_pixellm import make_model
 
 LAYERS = 2
 TABLES = {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"}

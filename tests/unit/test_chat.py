@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 import chat
-from model.build.builder import BuiltModel
 from model.predictor import Predictor
 from tests.unit.tiny_pixellm import make_model, noise, saying
-from utils import scripts
-from utils.chat.terminal import Terminal
-from utils.scripts import run_script
+from utils.checkpoints.builder import BuiltModel
+from utils.cli import scripts
+from utils.cli.scripts import run_script
+from utils.serving.terminal import Terminal
 
 SAID = "It is the red circle {seg} and the blue square {seg}."
 
@@ -44,7 +44,7 @@ def loaded(built: BuiltModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     Image.fromarray(noise(20, 30)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
@@ -82,12 +82,12 @@ def run(*flags: object) -> int:
 
 
 def test_one_answer_writes_overlay_and_masks_and_prints_everything(
-    built: BuiltModel, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    built: BuiltModel, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "new" / "answer.png"
-    assert run(f"--image={picture}", "--prompt=Where are they?", f"--out={out}") == 0
+    assert run(f"--image={image}", "--prompt=Where are they?", f"--out={out}") == 0
     predictor = Predictor(built.model, built.processor)
-    predictor.set_image(picture)
+    predictor.set_image(image)
     answer = predictor.ask("Where are they?")
     assert Image.open(out).size == (390, 260)
     assert sorted(path.name for path in out.parent.iterdir()) == ["answer.png", "answer_mask1.png", "answer_mask2.png"]
@@ -104,9 +104,9 @@ def test_one_answer_writes_overlay_and_masks_and_prints_everything(
     assert "2. the blue square" in said[2]
 
 
-def test_without_out_answers_gather_in_a_folder(picture: Path, tmp_path: Path) -> None:
+def test_without_out_answers_gather_in_a_folder(image: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        assert run(f"--image={picture}", "--prompt=Where?", f"--vis_save_path={tmp_path / 'vis'}") == 0
+        assert run(f"--image={image}", "--prompt=Where?", f"--vis_save_path={tmp_path / 'vis'}") == 0
     names = {path.name for path in (tmp_path / "vis").iterdir()}
     assert names >= {"photo_1.png", "photo_1_mask1.png", "photo_2.png", "photo_2_mask2.png"}
 
@@ -115,42 +115,42 @@ def test_without_out_answers_gather_in_a_folder(picture: Path, tmp_path: Path) -
     ("flags", "said"),
     [
         (["--prompt=Where?"], "--prompt is given without --image"),
-        (["--image={picture}", "--out={place}/a.png"], "--out is for one answer"),
-        (["--image={picture}", "--prompt=Where?", "--out={place}/a.txt"], "is no picture file"),
-        (["--image={picture}", "--prompt=Where?", "--out={picture}/a.png"], "cannot write"),
+        (["--image={image}", "--out={place}/a.png"], "--out is for one answer"),
+        (["--image={image}", "--prompt=Where?", "--out={place}/a.txt"], "is no image file"),
+        (["--image={image}", "--prompt=Where?", "--out={image}/a.png"], "cannot write"),
         (["--image={place}/gone.png", "--prompt=Where?"], "does not exist"),
         (["--image={place}/broken.png", "--prompt=Where?"], "cannot be read"),
         (["--image={place}", "--prompt=Where?"], "cannot be read"),
-        (["--image={picture}", "--prompt="], "the prompt is empty"),
-        (["--image={picture}", "--prompt=  "], "the prompt is empty"),
-        (["--image={picture}", "--prompt=the [SEG0]"], "reserved token"),
-        (["--image={picture}", "--prompt=<image> what"], "reserved token"),
-        (["--image={picture}", "--prompt=where is {{seg}}"], "reserved token"),
-        (["--image={picture}", "--prompt=Where?", "--precision=int8"], "--precision must be one of"),
-        (["--image={picture}", "--prompt=Where?", "--load_in_8bit", "--load_in_4bit"], "contradict each other"),
-        (["--image={picture}", "--prompt=" + "word " * 300], "model_max_length"),
+        (["--image={image}", "--prompt="], "the prompt is empty"),
+        (["--image={image}", "--prompt=  "], "the prompt is empty"),
+        (["--image={image}", "--prompt=the [SEG0]"], "reserved token"),
+        (["--image={image}", "--prompt=<image> what"], "reserved token"),
+        (["--image={image}", "--prompt=where is {{seg}}"], "reserved token"),
+        (["--image={image}", "--prompt=Where?", "--precision=int8"], "--precision must be one of"),
+        (["--image={image}", "--prompt=Where?", "--load_in_8bit", "--load_in_4bit"], "contradict each other"),
+        (["--image={image}", "--prompt=" + "word " * 300], "model_max_length"),
     ],
 )
 def test_one_answer_refuses_in_one_sentence(
-    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], said: str
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], said: str
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     before = sorted(tmp_path.iterdir())
     where = f"--vis_save_path={tmp_path / 'vis'}" if not any("--out" in flag for flag in flags) else "--device=auto"
-    assert run(where, *(flag.format(picture=picture, place=tmp_path) for flag in flags)) == 2
+    assert run(where, *(flag.format(image=image, place=tmp_path) for flag in flags)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_conversation_goes_on_after_every_mistake(
-    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, keyboard: Callable[..., None]
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture, keyboard: Callable[..., None]
 ) -> None:
     Image.fromarray(noise(5, 5)).save(tmp_path / "other.png")
     keyboard(
-        str(tmp_path / "gone.png"),  # no picture yet: asked for again
+        str(tmp_path / "gone.png"),  # no image yet: asked for again
         "",
-        str(picture),
+        str(image),
         "Where?",
         "",
         "the [SEG3] please",
@@ -170,14 +170,14 @@ def test_a_conversation_goes_on_after_every_mistake(
 
 
 @pytest.mark.parametrize("leave", ["/quit", EOFError()])
-def test_a_conversation_can_be_left(picture: Path, keyboard: Callable[..., None], leave: Any) -> None:
+def test_a_conversation_can_be_left(image: Path, keyboard: Callable[..., None], leave: Any) -> None:
     keyboard(leave, "never read")
-    assert run(f"--image={picture}") == 0
+    assert run(f"--image={image}") == 0
 
 
 def test_ctrl_c_stops_an_answer_and_leaves_at_the_question(
     built: BuiltModel,
-    picture: Path,
+    image: Path,
     keyboard: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
@@ -186,41 +186,39 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_question(
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(built.model, "encode_pictures", interrupt)
+    monkeypatch.setattr(built.model, "encode_images", interrupt)
     keyboard("Where?", "Where?", KeyboardInterrupt())
-    assert run(f"--image={picture}", f"--vis_save_path={tmp_path / 'vis'}") == 130
+    assert run(f"--image={image}", f"--vis_save_path={tmp_path / 'vis'}") == 130
     assert capsys.readouterr().out.count("stopped") == 2
     assert not (tmp_path / "vis").exists()
 
 
-def test_a_bad_first_picture_ends_a_conversation_before_it_starts(tmp_path: Path, keyboard: Any) -> None:
+def test_a_bad_first_image_ends_a_conversation_before_it_starts(tmp_path: Path, keyboard: Any) -> None:
     keyboard("never read")
     assert run(f"--image={tmp_path / 'gone.png'}") == 2
 
 
 def test_control_characters_do_not_reach_the_terminal(
-    built: BuiltModel, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    built: BuiltModel, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with saying(built, ["It is the \x1b[31mred\x07 thing {seg}."]):
-        assert run(f"--image={picture}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}") == 0
+        assert run(f"--image={image}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}") == 0
     said = capsys.readouterr().out
     assert "[31mred" in said
     assert not set(said) & {"\x1b", "\x07"}
 
 
-def test_an_answer_without_masks(
-    built: BuiltModel, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_answer_without_masks(built: BuiltModel, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with saying(built, ["There is none."]):
-        assert run(f"--image={picture}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}") == 0
+        assert run(f"--image={image}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}") == 0
     assert capsys.readouterr().out.splitlines() == ["Answer: There is none.", f"  overlay: {tmp_path / 'a.png'}"]
     assert not list(tmp_path.glob("a_mask*"))
 
 
 def test_the_folder_says_the_precision_unless_a_flag_does(
-    loaded: list[tuple[Any, ...]], picture: Path, tmp_path: Path
+    loaded: list[tuple[Any, ...]], image: Path, tmp_path: Path
 ) -> None:
-    asked = (f"--image={picture}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}")
+    asked = (f"--image={image}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}")
     assert run(*asked) == 0
     assert run(*asked, "--precision=fp32", "--device=cpu", "--attn_implementation=eager") == 0
     assert run(*asked, "--load_in_4bit") == 0
@@ -231,8 +229,8 @@ def test_the_folder_says_the_precision_unless_a_flag_does(
     ]
 
 
-def test_flags_without_effect_are_named(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    asked = (f"--image={picture}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}")
+def test_flags_without_effect_are_named(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    asked = (f"--image={image}", "--prompt=Where?", f"--out={tmp_path / 'a.png'}")
     assert run(*asked, "--seg_token_num=3", "--vision-tower=openai/clip", "--image_size=1024") == 0
     said = capsys.readouterr().err
     for flag in ("--seg_token_num", "--vision_tower", "--image_size"):
@@ -241,21 +239,21 @@ def test_flags_without_effect_are_named(picture: Path, tmp_path: Path, capsys: p
 
 
 def test_commands_of_a_conversation(
-    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, keyboard: Callable[..., None]
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture, keyboard: Callable[..., None]
 ) -> None:
     saved = tmp_path / "kept" / "answer.png"
     keyboard(
-        "/masks",  # there is no picture yet, so no answer
-        f"/image {picture}",
+        "/masks",  # there is no image yet, so no answer
+        f"/image {image}",
         "/undo",
         "Where?",
         "/masks",
         f"/save {saved}",
         "/save",
         f"/save {saved.with_suffix('.html')}",
-        f"/save {picture}/answer.html",
+        f"/save {image}/answer.html",
         f"/save {tmp_path / 'answer.txt'}",
-        f"/save {picture}/answer.png",
+        f"/save {image}/answer.png",
         "/save a\0b.png",
         "/undo",
         "/masks",
@@ -272,18 +270,18 @@ def test_commands_of_a_conversation(
     assert said.count("2. the blue square: box") == 3  # two answers and /masks
     names = sorted(path.name for path in saved.parent.iterdir())
     assert names == ["answer.html", "answer.png", "answer_mask1.png", "answer_mask2.png"]
-    assert "/save needs a file" in said and "answer.txt is no picture file" in said and "taken back: Where?" in said
+    assert "/save needs a file" in said and "answer.txt is no image file" in said and "taken back: Where?" in said
     assert said.count("cannot write") == 3 and "there is no command /nonsense" in said and "/image FILE" in said
 
 
 def test_a_conversation_is_asked_with_its_turns(
-    built: BuiltModel, picture: Path, keyboard: Callable[..., None], tmp_path: Path, monkeypatch: Any
+    built: BuiltModel, image: Path, keyboard: Callable[..., None], tmp_path: Path, monkeypatch: Any
 ) -> None:
     prompts: list[Any] = []
     prompt = Predictor.prompt
     monkeypatch.setattr(Predictor, "prompt", lambda self, turns: prompts.append(turns) or prompt(self, turns))
-    keyboard("Where?", "And there?", "/undo", "Again?", "/reset", "Last?", f"/image {picture}", "New?")
-    assert run(f"--image={picture}", f"--vis_save_path={tmp_path / 'vis'}") == 0
+    keyboard("Where?", "And there?", "/undo", "Again?", "/reset", "Last?", f"/image {image}", "New?")
+    assert run(f"--image={image}", f"--vis_save_path={tmp_path / 'vis'}") == 0
     prompts = prompts[1::2]  # each is tried for its length first
     asked = [[question for question, _ in turns] for turns in prompts]
     assert asked == [["Where?"], ["Where?", "And there?"], ["Where?", "Again?"], ["Last?"], ["New?"]]
@@ -291,20 +289,20 @@ def test_a_conversation_is_asked_with_its_turns(
 
 
 def test_a_pipe_gets_answers_alone_and_a_status(
-    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = f"--vis_save_path={tmp_path / 'vis'}"
     monkeypatch.setattr("sys.stdin", io.StringIO("Where?\nWhere again?\n"))
-    assert run(f"--image={picture}", where) == 0
+    assert run(f"--image={image}", where) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "Answer: It is the red circle and the blue square."
     assert len(said) == 8 and not [line for line in said if "Question" in line or "/help" in line]
     monkeypatch.setattr("sys.stdin", io.StringIO("Where?\x1b[2J\n/undo\n"))
-    assert run(f"--image={picture}", where, "--echo") == 0
+    assert run(f"--image={image}", where, "--echo") == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "Question: Where? [2J" and shown[1].startswith("Answer: ") and shown[5] == "Question: /undo"
     monkeypatch.setattr("sys.stdin", io.StringIO("the [SEG0]\nWhere?\n"))
-    assert run(f"--image={picture}", where) == 1
+    assert run(f"--image={image}", where) == 1
     said = capsys.readouterr().out.splitlines()
     assert "reserved token" in said[0] and said[1].startswith("Answer: ")
 
@@ -330,7 +328,7 @@ class Colourful(io.StringIO):
         return True
 
 
-def test_colours_and_a_picture_where_the_terminal_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_and_a_image_where_the_terminal_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
     for columns in (8, 20, 200):
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -342,23 +340,23 @@ def test_colours_and_a_picture_where_the_terminal_has_them(monkeypatch: pytest.M
             terminal.show(noise(30, 60))
             drawn[columns, len(able)] = out.getvalue()
     assert drawn[20, 2] == drawn[20, 0] == "red  [0m\n"
-    assert drawn[8, 1] == "\x1b[38;2;255;0;0mred  [0m\x1b[0m\n"  # no room for a picture
+    assert drawn[8, 1] == "\x1b[38;2;255;0;0mred  [0m\x1b[0m\n"  # no room for an image
     # 20 columns wide, so 10 pixels high, which are 5 rows of letters; 200 are cut to 72 columns, 36 pixels, 18 rows.
     assert drawn[20, 1].count("\n") == 1 + 5 and drawn[20, 1].count("▀") == 5 * 20
     assert drawn[200, 1].count("\n") == 1 + 18 and drawn[200, 1].count("▀") == 18 * 72
 
 
 def test_five_hundred_hostile_lines(
-    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture, keyboard: Callable[..., None], built: BuiltModel
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture, keyboard: Callable[..., None], built: BuiltModel
 ) -> None:
     rng = random.Random(0)
     words = ["/image", "/save", "/masks", "/undo", "/reset", "/help", "/", "//", "~", "../..", "%s", "-1", " ", "\r"]
     words += ["\0", "\x1b[2J", "[SEG0]", "{seg}", "<image>", "</s>", "é", "日本", "\u202e", "\ud800", "x" * 5000]
-    words += [str(picture)]
+    words += [str(image)]
     lines = [rng.choice(["", " "]).join(rng.choices(words, k=rng.randrange(6))) for _ in range(500)]
     keyboard(*[line for line in lines if not line.startswith(("/save ", "/save/"))])
     with saying(built, ["a {seg}"]):
-        assert run(f"--image={picture}", f"--vis_save_path={tmp_path / 'vis'}", "--max_new_tokens=2") == 0
+        assert run(f"--image={image}", f"--vis_save_path={tmp_path / 'vis'}", "--max_new_tokens=2") == 0
     said = capsys.readouterr()
     assert "Traceback" not in said.out + said.err and not set(said.out) & {"\x1b", "\0", "\u202e"}
 
@@ -385,7 +383,7 @@ def test_a_batch_is_refused_in_one_sentence(
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """Twelve questions about three pictures, and five bad lines between them."""
+    """Twelve questions about three images, and five bad lines between them."""
     for number in range(3):
         Image.fromarray(noise(20 + number, 30, seed=number)).save(tmp_path / f"{number}.png")
     lines = [json.dumps({"image": f"{number % 3}.png", "question": f"Where is {number}?"}) for number in range(12)]
@@ -438,11 +436,11 @@ def test_a_batch_killed_goes_on_where_it_was(
     asked: list[int] = []
     answer = Predictor.answer
 
-    def dies(self: Predictor, pictures: Any, questions: Any, *others: Any) -> Any:
+    def dies(self: Predictor, images: Any, questions: Any, *others: Any) -> Any:
         asked.append(len(questions))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return answer(self, pictures, questions, *others)
+        return answer(self, images, questions, *others)
 
     monkeypatch.setattr(Predictor, "answer", dies)
     assert batch(questions, out, built) == 130

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.build.builder import BuiltModel, save_model
 from tests.unit.pseudo_terminal import CTRL_C, CTRL_D, PATIENCE, Screen
 from tests.unit.tiny_pixellm import answer_ids, make_model, noise
+from utils.checkpoints.builder import BuiltModel, save_model
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals on Windows"),
@@ -65,14 +65,14 @@ def typing_env(child_env: dict[str, str]) -> dict[str, str]:
 
 
 def widest(written: str) -> int:
-    """Columns of the picture that was drawn in letters; 0 where none was."""
+    """Columns of the image that was drawn in letters; 0 where none was."""
     return max(line.count("▀") for line in written.split("\n"))
 
 
 def test_a_person_at_a_terminal(command: Start, typing_env: dict[str, str], tmp_path: Path, repository: Path) -> None:
     """Turns, Ctrl-C, windows, unicode and attacks in one sitting, because a process takes seconds to start."""
-    picture, vis = tmp_path / f"photo{ATTACK}.png", tmp_path / "vis"
-    Image.fromarray(noise(30, 60)).save(picture)
+    image, vis = tmp_path / f"photo{ATTACK}.png", tmp_path / "vis"
+    Image.fromarray(noise(30, 60)).save(image)
     answers = [
         "It is the red circle {seg}.",
         f"the {ATTACK} blue {{seg}} é日本 {ATTACK}.",
@@ -80,7 +80,7 @@ def test_a_person_at_a_terminal(command: Start, typing_env: dict[str, str], tmp_
         "It is small.",
         "the green star {seg}.",
     ]
-    start = command(answers, f"--image={picture}", f"--vis_save_path={vis}", pause=0.05)
+    start = command(answers, f"--image={image}", f"--vis_save_path={vis}", pause=0.05)
     with Screen(start, typing_env, repository, columns=200, rows=50) as screen:
         screen.wait_for("Question: ")
         screen.enter("Where is the red circle?")
@@ -116,15 +116,15 @@ def test_a_person_at_a_terminal(command: Start, typing_env: dict[str, str], tmp_
     left = OURS.sub("", screen.written)
     assert not set(left) & {"\x1b", "\x07", "\u202e"}, left
     assert "Traceback" not in left
-    assert len(list(vis.glob("*_?.png"))) == 4  # the stopped answer left no picture
+    assert len(list(vis.glob("*_?.png"))) == 4  # the stopped answer left no image
 
 
-def hostile_lines(count: int, picture: Path) -> list[str]:
+def hostile_lines(count: int, image: Path) -> list[str]:
     """Lines of words that hurt, bytes that are no text and keys that edit; none that ends, stops or clears input."""
     rng = random.Random(1)
     words = ["/image", "/save", "/masks", "/undo", "/reset", "/help", "/", "//", "~", "../..", "%s", "-1", " ", "--x"]
     words += ["\x1b[A", "\x1b[D", "\x7f", "\x01", "\x05", "\x0b", "\x19", "[SEG0]", "{seg}", "<image>", "</s>", "é"]
-    words += ["日本", "\u202e", "\x9b2J", "\udcff", "\udcc3", "x" * 300, "\\", '"', "'", "$(ls)", str(picture)]
+    words += ["日本", "\u202e", "\x9b2J", "\udcff", "\udcc3", "x" * 300, "\\", '"', "'", "$(ls)", str(image)]
     lines = [rng.choice(["", " "]).join(rng.choices(words, k=rng.randrange(6))) for _ in range(count)]
     return [line for line in lines if not re.search(r"/save\s*[^\s]", line)]
 
@@ -133,15 +133,15 @@ def hostile_lines(count: int, picture: Path) -> list[str]:
 def test_five_hundred_hostile_lines_in_a_terminal(
     command: Start, typing_env: dict[str, str], tmp_path: Path, repository: Path
 ) -> None:
-    picture = tmp_path / "photo.png"
-    Image.fromarray(noise(20, 30)).save(picture)
+    image = tmp_path / "photo.png"
+    Image.fromarray(noise(20, 30)).save(image)
     start = command(
         [f"{ATTACK} a {{seg}}", "é日本"],
-        f"--image={picture}",
+        f"--image={image}",
         f"--vis_save_path={tmp_path / 'vis'}",
         "--max_new_tokens=9",
     )
-    lines = hostile_lines(530, picture)
+    lines = hostile_lines(530, image)
     assert len(lines) >= 500
     with Screen(start, typing_env, tmp_path, columns=40, rows=10) as screen:
         screen.wait_for("Question: ")

@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 
 import check_data
-from model.build.builder import save_model
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, annotation, corners, muse_instance, ref, shape, square
 from tests.unit.tiny_pixellm import make_model
-from utils.data.doctor.examine import Examination
-from utils.data.doctor.leaks import picture_key
-from utils.data.doctor.report import BROKEN, HARMLESS, LEFT_OUT, MISSING
+from utils.checkpoints.builder import save_model
+from utils.cli.scripts import run_script
+from utils.data.check.examine import Examination
+from utils.data.check.leaks import image_key
+from utils.data.check.report import BROKEN, HARMLESS, LEFT_OUT, MISSING
 from utils.data.errors import DataError
-from utils.data.reader import ReaderOptions
-from utils.data.readers import build_reader
-from utils.scripts import run_script
+from utils.data.readers.base import ReaderOptions
+from utils.data.readers.registry import build_reader
 
 INSTANCES = "refer_seg/refcoco/instances.json"
 REFS = "refer_seg/refcoco/refs(unc).p"
-PICTURE = f"{data_sets.COCO}/train2014/COCO_1.jpg"
+IMAGE = f"{data_sets.COCO}/train2014/COCO_1.jpg"
 REFCOCO = ["--dataset=refer_seg", "--refer_seg_data=refcoco"]
 MUSE = ["--dataset=multi_reason_seg"]
 PASCAL = ["--dataset=sem_seg", "--sem_seg_data=pascal_part"]
@@ -86,15 +86,15 @@ def cut(path: Path) -> None:
     path.write_bytes(content[: len(content) * 2 // 3])
 
 
-def text_as_picture(root: Path) -> None:
-    (sound(root) / PICTURE).write_text("I am no picture", encoding="utf-8")
+def text_as_image(root: Path) -> None:
+    (sound(root) / IMAGE).write_text("I am no image", encoding="utf-8")
 
 
 def link_out(root: Path) -> None:
     sound(root)
-    data_sets.write_picture(root.parent / "outside" / "COCO_1.jpg")
-    (root / PICTURE).unlink()
-    (root / PICTURE).symlink_to(root.parent / "outside" / "COCO_1.jpg")
+    data_sets.write_image(root.parent / "outside" / "COCO_1.jpg")
+    (root / IMAGE).unlink()
+    (root / IMAGE).symlink_to(root.parent / "outside" / "COCO_1.jpg")
 
 
 class RunsCode:
@@ -103,7 +103,7 @@ class RunsCode:
 
 
 def other_size(root: Path) -> None:
-    data_sets.write_picture(sound(root) / PICTURE, HEIGHT + 8, WIDTH)
+    data_sets.write_image(sound(root) / IMAGE, HEIGHT + 8, WIDTH)
 
 
 def with_mark(root: Path) -> None:
@@ -123,8 +123,8 @@ def annotation_twice(content: Any) -> None:
 # name: what is planted, the flags that ask for it, the cause it must be found by, its level, and the exit status.
 Fault = tuple[Callable[[Path], Any], list[str], str, str, int]
 FAULTS: dict[str, Fault] = {
-    "missing picture": (lambda r: (sound(r) / PICTURE).unlink(), REFCOCO, "missing picture", BROKEN, 1),
-    "truncated JPEG": (lambda r: cut(sound(r) / PICTURE), REFCOCO, "damaged picture", BROKEN, 1),
+    "missing image": (lambda r: (sound(r) / IMAGE).unlink(), REFCOCO, "missing image", BROKEN, 1),
+    "truncated JPEG": (lambda r: cut(sound(r) / IMAGE), REFCOCO, "damaged image", BROKEN, 1),
     "truncated JSON": (lambda r: cut(sound(r) / INSTANCES), REFCOCO, "broken JSON", BROKEN, 1),
     "BOM": (with_mark, REFCOCO, "byte order mark", HARMLESS, 0),
     "cp1252 in a COCO file": (latin, REFCOCO, "text in another encoding", BROKEN, 1),
@@ -156,10 +156,10 @@ FAULTS: dict[str, Fault] = {
         LEFT_OUT,
         0,
     ),
-    "annotation of an absent picture": (
+    "annotation of an absent image": (
         data_sets.write_parts,
         PASCAL,
-        "annotation of a picture that is not listed",
+        "annotation of an image that is not listed",
         LEFT_OUT,
         0,
     ),
@@ -184,7 +184,7 @@ FAULTS: dict[str, Fault] = {
         BROKEN,
         1,
     ),
-    "mask of another size": (other_size, REFCOCO, "mask of another size than its picture", BROKEN, 1),
+    "mask of another size": (other_size, REFCOCO, "mask of another size than its image", BROKEN, 1),
     "label over range": (
         lambda r: data_sets.write_ade20k(r, np.full((HEIGHT, WIDTH), 200, dtype=np.uint8)),
         ADE20K,
@@ -236,14 +236,14 @@ FAULTS: dict[str, Fault] = {
         LEFT_OUT,
         0,
     ),
-    "duplicate id of a picture": (
+    "duplicate id of an image": (
         lambda r: instances(r, lambda c: c["images"].append({**c["images"][0], "file_name": "other.jpg"})),
         REFCOCO,
-        "picture id listed twice for different pictures",
+        "image id listed twice for different images",
         LEFT_OUT,
         0,
     ),
-    "a picture that is text": (text_as_picture, REFCOCO, "file that is no picture", BROKEN, 1),
+    "an image that is text": (text_as_image, REFCOCO, "file that is no image", BROKEN, 1),
     "a link out of the root": (link_out, REFCOCO, "path out of the data root", BROKEN, 1),
     "a pickle with code": (
         lambda r: (sound(r) / REFS).write_bytes(pickle.dumps([RunsCode()], protocol=2)),
@@ -252,7 +252,7 @@ FAULTS: dict[str, Fault] = {
         BROKEN,
         1,
     ),
-    "target outside the picture": (
+    "target outside the image": (
         segmentation([square(WIDTH + 5, 2, 6)]),
         REFCOCO,
         "target without a pixel",
@@ -262,7 +262,7 @@ FAULTS: dict[str, Fault] = {
     "target half outside": (
         segmentation([square(WIDTH - 5, 2, 15)]),
         REFCOCO,
-        "target that reaches out of its picture",
+        "target that reaches out of its image",
         HARMLESS,
         0,
     ),
@@ -307,7 +307,7 @@ def test_training_refuses_or_replaces_what_is_broken(name: str, tmp_path: Path) 
     except DataError as error:
         assert error.cause == cause
         return
-    examination = Examination(reader, range(len(reader)), check_data.open_picture, with_content=False)
+    examination = Examination(reader, range(len(reader)), check_data.open_image, with_content=False)
     found = [one for place in range(len(reader)) for _, one, _ in examination[place].findings]
     assert found == [cause]
 
@@ -347,7 +347,7 @@ def test_what_is_sound_is_usable(tmp_path: Path, capsys: pytest.CaptureFixture) 
     status, result = run(tmp_path / "data", *REFCOCO)
     (part,) = result["sets"]
     assert status == 0 and part["state"] == "usable" and part["findings"] == []
-    assert (part["pictures"], part["opened"], part["questions"], part["targets"]) == (2, 2, 2, 2)
+    assert (part["images"], part["opened"], part["questions"], part["targets"]) == (2, 2, 2, 2)
     assert "usable" in capsys.readouterr().out
 
 
@@ -362,14 +362,14 @@ def test_full_opens_everything_in_parallel(tmp_path: Path) -> None:
     data_sets.write_refer_seg(root, found=refs)
     data_sets.write_json(root / INSTANCES, content)
     for n in range(1, 41):
-        data_sets.write_picture(root / data_sets.COCO / "train2014" / f"COCO_{n}.jpg")
+        data_sets.write_image(root / data_sets.COCO / "train2014" / f"COCO_{n}.jpg")
     cut(root / data_sets.COCO / "train2014" / "COCO_40.jpg")
     status, result = run(root, *REFCOCO)
     assert status == 0 and result["sets"][0]["opened"] == 32
     for workers in ("0", "2"):
         status, result = run(root, *REFCOCO, "--full", f"--workers={workers}")
         assert status == 1 and result["sets"][0]["opened"] == 40
-        assert found_by(result) == {"damaged picture": (BROKEN, 1)}
+        assert found_by(result) == {"damaged image": (BROKEN, 1)}
 
 
 def test_leaks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -395,11 +395,11 @@ def test_leaks_by_content_are_found_with_full(tmp_path: Path) -> None:
     assert (leak["by"], leak["count"]) == ("content", 1) and leak["first"].endswith("train_a.jpg")
 
 
-def test_a_picture_of_coco_is_known_in_every_edition() -> None:
-    wanted = picture_key("/a/coco/train2017/000000000009.jpg")
-    assert picture_key("/b/train2014/COCO_train2014_000000000009.jpg") == wanted
-    assert picture_key("/b/val2014/COCO_val2014_000000000010.jpg") != wanted
-    assert picture_key("/b/mine/000000000009.jpg") == "/b/mine/000000000009.jpg"
+def test_a_image_of_coco_is_known_in_every_edition() -> None:
+    wanted = image_key("/a/coco/train2017/000000000009.jpg")
+    assert image_key("/b/train2014/COCO_train2014_000000000009.jpg") == wanted
+    assert image_key("/b/val2014/COCO_val2014_000000000010.jpg") != wanted
+    assert image_key("/b/mine/000000000009.jpg") == "/b/mine/000000000009.jpg"
 
 
 def test_a_page_shows_what_is_learned(tmp_path: Path) -> None:

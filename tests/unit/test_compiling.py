@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from model.answers import Answer
-from model.build.baselines import training_step
-from model.build.measured_training import TRAINED_SHAPES, batch_to_train, model_to_train
 from model.compiling import compile_for_answers
 from model.predictor import Predictor
 from tests.unit.tiny_pixellm import make_model, noise, same, saying
+from tools.bench.baselines import training_step
+from tools.bench.measured_training import TRAINED_SHAPES, batch_to_train, model_to_train
 
 
 def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,13 +41,13 @@ def test_compiled_layers_give_the_same_losses_and_gradients(checkpointing: bool)
 
 
 def compare_layers(backend: str, checkpointing: bool, sizes: tuple[int, ...]) -> None:
-    """sizes: pictures of each batch. Layers that are compiled in training, without dropout in front of LoRA."""
+    """sizes: images of each batch. Layers that are compiled in training, without dropout in front of LoRA."""
     model, names = model_to_train(TRAINED_SHAPES["tiny"], torch.device("cpu"), checkpointing)
     model = model.float()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    batches = [batch_to_train(model, pictures) for pictures in sizes]
+    batches = [batch_to_train(model, images) for images in sizes]
     found = []
     for compiled in (False, True):
         if compiled:

@@ -12,56 +12,56 @@ import torch
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, square
 from tests.unit.test_data_mixture import FakeEncoded, FakeProcessor
-from utils.arguments import TrainArguments, parse_train
+from utils.cli.arguments import TrainArguments, parse_train
 from utils.data.bad_samples import BAD_SAMPLES, BadSamples
 from utils.data.dataset import TrainingDataset
 from utils.data.errors import DataError
 from utils.data.mixture import Mixture
-from utils.data.reader import ReaderOptions
-from utils.data.readers import build_reader
+from utils.data.readers.base import ReaderOptions
+from utils.data.readers.registry import build_reader
 from utils.engine.runtime import Runtime
 from utils.engine.setup import StepBatches
 
-PICTURES = 40
+IMAGES = 40
 GONE, DAMAGED, SMALL, EMPTY = 3, 11, 17, 23
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """As the processor's."""
 
     user_message = True
 
 
 class StrictEyes(FakeProcessor):
-    """Says of a picture that it cannot be opened, as the processor does."""
+    """Says of an image that it cannot be opened, as the processor does."""
 
     tokenizer = SimpleNamespace(pad_token_id=0)
 
-    def open_picture(self, source: Any) -> np.ndarray:
-        array = super().open_picture(source)
+    def open_image(self, source: Any) -> np.ndarray:
+        array = super().open_image(source)
         if array is None:
-            raise PictureError(f"{source} is damaged:\nreplace it")
+            raise ImageError(f"{source} is damaged:\nreplace it")
         return array
 
 
 def write_forty(root: Path, broken: bool = True) -> Path:
-    """A referring set of 40 pictures with one thing each; four of them are broken, each in its own way."""
+    """A referring set of 40 images with one thing each; four of them are broken, each in its own way."""
     sizes = {"height": HEIGHT, "width": WIDTH}
-    pictures = [{"id": number, "file_name": f"p{number}.jpg", **sizes} for number in range(PICTURES)]
-    marked = [data_sets.annotation(number, number, [square(2, 2, 6)]) for number in range(PICTURES)]
+    images = [{"id": number, "file_name": f"p{number}.jpg", **sizes} for number in range(IMAGES)]
+    marked = [data_sets.annotation(number, number, [square(2, 2, 6)]) for number in range(IMAGES)]
     if broken:
         marked[EMPTY]["segmentation"] = [square(500, 500, 6)]
-    content = {"images": pictures, "categories": [{"id": 7, "name": "cup"}], "annotations": marked}
-    refs = [data_sets.ref(number, number, number, f"cup {number}") for number in range(PICTURES)]
+    content = {"images": images, "categories": [{"id": 7, "name": "cup"}], "annotations": marked}
+    refs = [data_sets.ref(number, number, number, f"cup {number}") for number in range(IMAGES)]
     data_sets.write_refer_seg(root, found=refs)
     data_sets.write_json(root / "refer_seg/refcoco/instances.json", content)
     folder = root / data_sets.COCO / "train2014"
-    for number in range(PICTURES):
-        data_sets.write_picture(folder / f"p{number}.jpg")
+    for number in range(IMAGES):
+        data_sets.write_image(folder / f"p{number}.jpg")
     if broken:
         (folder / f"p{GONE}.jpg").unlink()
-        (folder / f"p{DAMAGED}.jpg").write_bytes(b"no picture")
-        data_sets.write_picture(folder / f"p{SMALL}.jpg", HEIGHT, WIDTH - 1)
+        (folder / f"p{DAMAGED}.jpg").write_bytes(b"no image")
+        data_sets.write_image(folder / f"p{SMALL}.jpg", HEIGHT, WIDTH - 1)
     return root
 
 
@@ -70,18 +70,18 @@ def mixture(root: Path) -> Mixture:
 
 
 CAUSES = {
-    GONE: "missing picture",
-    DAMAGED: "picture error",
-    SMALL: "mask of another size than its picture",
+    GONE: "missing image",
+    DAMAGED: "image error",
+    SMALL: "mask of another size than its image",
     EMPTY: "target without a pixel",
 }
 
 
 def test_bad_samples_are_replaced_by_others_that_follow_from_their_number(tmp_path: Path) -> None:
     mixed = mixture(write_forty(tmp_path))
-    made = TrainingDataset(mixed, StrictEyes(), PICTURES)
-    wanted = [mixed.locate(i)[1] for i in range(PICTURES)]
-    infos = [made[i].info for i in range(PICTURES)]
+    made = TrainingDataset(mixed, StrictEyes(), IMAGES)
+    wanted = [mixed.locate(i)[1] for i in range(IMAGES)]
+    infos = [made[i].info for i in range(IMAGES)]
     for number, info in zip(wanted, infos, strict=True):
         own = f"refcoco/train/{number}"
         if number in CAUSES:
@@ -90,20 +90,20 @@ def test_bad_samples_are_replaced_by_others_that_follow_from_their_number(tmp_pa
             assert bad[0].cause == CAUSES[number] and f"p{number}.jpg" in bad[0].message and "\n" not in bad[0].message
         else:
             assert info["sample_id"] == own and info[BAD_SAMPLES] == [] and info["replaced_samples"] == 0
-    again = TrainingDataset(mixture(tmp_path), StrictEyes(), PICTURES)
-    assert [again[i].info for i in reversed(range(PICTURES))] == infos[::-1], "a stand-in must depend on i alone"
+    again = TrainingDataset(mixture(tmp_path), StrictEyes(), IMAGES)
+    assert [again[i].info for i in reversed(range(IMAGES))] == infos[::-1], "a stand-in must depend on i alone"
 
 
 def test_a_mistake_in_the_program_is_not_skipped(tmp_path: Path) -> None:
     class Mistaken(FakeProcessor):
-        def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> FakeEncoded:
+        def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> FakeEncoded:
             raise KeyError("oops")
 
     with pytest.raises(KeyError, match="oops"):
         TrainingDataset(mixture(write_forty(tmp_path)), Mistaken(), 1)[0]
 
     class Forgetful(FakeProcessor):
-        def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> FakeEncoded:
+        def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> FakeEncoded:
             tokens = torch.ones(3, dtype=torch.long)
             return FakeEncoded(tokens, tokens, [], len(turns), 0)
 
@@ -114,10 +114,10 @@ def test_a_mistake_in_the_program_is_not_skipped(tmp_path: Path) -> None:
 def test_when_all_are_bad_it_ends(tmp_path: Path) -> None:
     root = write_forty(tmp_path)
     mixed = mixture(root)
-    for picture in (root / data_sets.COCO / "train2014").iterdir():
-        picture.unlink()
+    for image in (root / data_sets.COCO / "train2014").iterdir():
+        image.unlink()
     with pytest.raises(DataError, match=r"^9 samples in a row, from number 5 on, cannot be used; .*p\d+\.jpg.*missing"):
-        TrainingDataset(mixed, StrictEyes(), PICTURES)[5]
+        TrainingDataset(mixed, StrictEyes(), IMAGES)[5]
 
 
 def info(*bad: tuple[str, str]) -> dict[str, Any]:

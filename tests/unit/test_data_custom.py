@@ -11,10 +11,10 @@ from PIL import Image
 
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, annotation, message, square
-from utils.arguments import TrainArguments
+from utils.cli.arguments import TrainArguments
 from utils.data.errors import DataError
-from utils.data.reader import Reader, ReaderOptions
-from utils.data.readers import build_eval_reader, build_reader
+from utils.data.readers.base import Reader, ReaderOptions
+from utils.data.readers.registry import build_eval_reader, build_reader
 from utils.data.samples import IGNORE_LABEL, Turn
 from utils.engine.setup import make_mixture
 
@@ -36,13 +36,13 @@ def write_coco(root: Path, spoken: bool, name: str = "mine", split: str = "train
         records[0]["sentences"] = ["the left cup", {"sent": "cup one"}]
         records[1]["sentences"] = ["the right cup"]
         records[2]["sentences"] = ["a line"]
-    pictures = [{"id": n, "file_name": f"{n}.jpg", "height": HEIGHT, "width": WIDTH} for n in (1, 2)]
-    content = {"images": pictures, "annotations": records, **changes}
+    images = [{"id": n, "file_name": f"{n}.jpg", "height": HEIGHT, "width": WIDTH} for n in (1, 2)]
+    content = {"images": images, "annotations": records, **changes}
     if not spoken:
         content.setdefault("categories", [{"id": 7, "name": "cup"}])
     data_sets.write_json(home(root, name, split) / "annotations.json", content)
-    for picture in pictures:
-        data_sets.write_picture(home(root, name, split) / "images" / picture["file_name"])
+    for image in images:
+        data_sets.write_image(home(root, name, split) / "images" / image["file_name"])
     return root
 
 
@@ -50,9 +50,9 @@ def write_class_masks(root: Path, classes: Any = None, label: int = 2) -> Path:
     labels = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     labels[:4], labels[4:6], labels[6:7] = label, 3, IGNORE_LABEL
     for name, values in (("a", labels), ("b", np.zeros_like(labels))):
-        data_sets.write_picture(home(root) / "images" / f"{name}.jpg")
+        data_sets.write_image(home(root) / "images" / f"{name}.jpg")
         data_sets.write_labels(home(root) / "masks" / f"{name}.png", values)
-    data_sets.write_picture(home(root) / "images" / "alone.jpg")
+    data_sets.write_image(home(root) / "images" / "alone.jpg")
     found = {"2": "sofa", "3": "cat", "9": "dog"} if classes is None else classes
     data_sets.write_json(home(root) / "masks" / "classes.json", found)
     return root
@@ -61,7 +61,7 @@ def write_class_masks(root: Path, classes: Any = None, label: int = 2) -> Path:
 def write_target_masks(root: Path) -> Path:
     mask = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     mask[2:5, 3:9] = (255, 0, 0)
-    data_sets.write_picture(home(root) / "images" / "a.jpg")
+    data_sets.write_image(home(root) / "images" / "a.jpg")
     for name in ("red_cup.png", "the_tray.png", "_.png"):
         data_sets.write_labels(home(root) / "masks" / "a" / name, mask)
     data_sets.write_labels(home(root) / "masks" / "gone" / "cup.png", mask)
@@ -78,7 +78,7 @@ def write_lines(root: Path, records: list[Any]) -> Path:
     path = home(root) / "annotations.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n", encoding="utf-8-sig")
-    data_sets.write_picture(home(root) / "images" / "a.jpg")
+    data_sets.write_image(home(root) / "images" / "a.jpg")
     return root
 
 
@@ -98,11 +98,11 @@ def areas(found: Reader, index: int = 0) -> dict[str, int]:
 def test_coco_without_sentences_asks_for_categories(tmp_path: Path) -> None:
     found = reader(write_coco(tmp_path, spoken=False))
     assert len(found) == 1 and areas(found) == {"the cup": 72}
-    assert found.picture(0) == str(home(tmp_path) / "images" / "1.jpg")
+    assert found.image(0) == str(home(tmp_path) / "images" / "1.jpg")
     assert found.skipped == {
         "annotation without a polygon that has an inside": 1,
-        "annotation of a picture that is not listed": 1,
-        "picture without a usable annotation": 1,
+        "annotation of an image that is not listed": 1,
+        "image without a usable annotation": 1,
     }
 
 
@@ -117,7 +117,7 @@ def test_coco_with_sentences_asks_in_those_words(tmp_path: Path) -> None:
 
 def test_class_numbers_in_one_png(tmp_path: Path) -> None:
     found = pickle.loads(pickle.dumps(reader(write_class_masks(tmp_path))))
-    assert len(found) == 2 and found.skipped == {"picture without a mask": 1}
+    assert len(found) == 2 and found.skipped == {"image without a mask": 1}
     assert areas(found) == {"the sofa": 4 * WIDTH, "the cat": 2 * WIDTH}
     mask = turns(found)[0].targets[0].decode()
     assert (mask[6] == IGNORE_LABEL).all() and set(np.unique(mask)) == {0, 1, IGNORE_LABEL}
@@ -128,7 +128,7 @@ def test_class_numbers_in_one_png(tmp_path: Path) -> None:
 def test_one_file_per_target(tmp_path: Path) -> None:
     found = reader(write_target_masks(tmp_path))
     assert areas(found) == {"the red cup": 18, "the tray": 18}
-    assert found.skipped == {"mask without a picture": 1, "mask whose name says nothing": 1}
+    assert found.skipped == {"mask without an image": 1, "mask whose name says nothing": 1}
 
 
 def test_lines_hold_conversations(tmp_path: Path) -> None:
@@ -205,14 +205,14 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, write: Any, cause: str, 
         ({"size": [HEIGHT, WIDTH + 1], "counts": [0, HEIGHT * (WIDTH + 1)]}, "run lengths of another size"),
     ],
 )
-def test_a_mask_that_cannot_be_used_costs_its_picture(tmp_path: Path, mask: Any, cause: str) -> None:
+def test_a_mask_that_cannot_be_used_costs_its_image(tmp_path: Path, mask: Any, cause: str) -> None:
     found = reader(write_lines(tmp_path, [line("a", "b {seg}", masks=[mask])]))
     with pytest.raises(DataError) as caught:
         turns(found)
     assert caught.value.cause == cause
 
 
-def test_a_label_without_a_name_costs_its_picture(tmp_path: Path) -> None:
+def test_a_label_without_a_name_costs_its_image(tmp_path: Path) -> None:
     found = reader(write_class_masks(tmp_path, label=77))
     with pytest.raises(DataError, match="label 77") as caught:
         turns(found)
@@ -225,7 +225,7 @@ def test_names_stay_below_custom(tmp_path: Path, name: str) -> None:
         build_reader(name, tmp_path, "train")
 
 
-def test_pictures_are_png_too(tmp_path: Path) -> None:
+def test_images_are_png_too(tmp_path: Path) -> None:
     write_target_masks(tmp_path)
     (home(tmp_path) / "images" / "a.jpg").unlink()
     Image.new("RGB", (WIDTH, HEIGHT)).save(home(tmp_path) / "images" / "a.png")
@@ -233,12 +233,12 @@ def test_pictures_are_png_too(tmp_path: Path) -> None:
 
 
 def test_the_example_in_the_repository_can_be_read() -> None:
-    """8 and 4 pictures with 3 conversations each; polygons and run lengths are masks of the picture's size."""
+    """8 and 4 images with 3 conversations each; polygons and run lengths are masks of the image's size."""
     root = Path(__file__).parents[2] / "dataset"
-    for split, pictures in (("train", 8), ("val", 4)):
+    for split, images in (("train", 8), ("val", 4)):
         samples = list(build_eval_reader(f"custom|shapes|{split}", root))
         turns = [turn for sample in samples for conversation in sample.conversations for turn in conversation]
-        assert (len({sample.image_path for sample in samples}), len(turns)) == (pictures, 3 * pictures)
+        assert (len({sample.image_path for sample in samples}), len(turns)) == (images, 3 * images)
         for target in (target for turn in turns for target in turn.targets):
             mask = target.decode()
             assert mask.shape == (112, 112) and 200 < mask.sum() < 2000, "a shape of 20 to 41 pixels"

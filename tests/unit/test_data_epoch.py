@@ -1,4 +1,4 @@
-"""An epoch over every reader, each on 2,000 made-up pictures: nothing raises, each picture comes once, with masks."""
+"""An epoch over every reader, each on 2,000 made-up images: nothing raises, each image comes once, with masks."""
 
 import os
 from collections.abc import Callable
@@ -13,26 +13,26 @@ from tests.unit.data_sets import HEIGHT, WIDTH, annotation, message, square
 from tests.unit.tokenizer_kinds import make_processor
 from utils.data.dataset import TrainingDataset
 from utils.data.mixture import Mixture
-from utils.data.reader import ReaderOptions
-from utils.data.readers import build_reader
+from utils.data.readers.base import ReaderOptions
+from utils.data.readers.registry import build_reader
 
-PICTURES = 2000
+IMAGES = 2000
 SIZES = {"height": HEIGHT, "width": WIDTH}
 OPTIONS = ReaderOptions(num_classes_per_sample=3, num_classes_per_question=3, use_expand_question_list=True)
 
 
 def copies(first: Path, name: Callable[[int], str]) -> None:
-    """`first` under PICTURES names beside it, without taking more room."""
-    for number in range(PICTURES):
+    """`first` under IMAGES names beside it, without taking more room."""
+    for number in range(IMAGES):
         target = first.parent / name(number)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.link(first, target)
     first.unlink()
 
 
-def label_maps(pictures: str, labels: str, values: tuple[tuple[int, int], ...], config: str = "") -> Any:
+def label_maps(images: str, labels: str, values: tuple[tuple[int, int], ...], config: str = "") -> Any:
     def write(root: Path) -> None:
-        copies(data_sets.write_picture(root / pictures / "first.jpg"), "{:06}.jpg".format)
+        copies(data_sets.write_image(root / images / "first.jpg"), "{:06}.jpg".format)
         copies(data_sets.write_labels(root / labels / "first.png", data_sets.striped(*values)), "{:06}.png".format)
         if config:
             data_sets.write_json(root / config, {"labels": data_sets.MAPILLARY_LABELS})
@@ -41,7 +41,7 @@ def label_maps(pictures: str, labels: str, values: tuple[tuple[int, int], ...], 
 
 
 def marked(number: int) -> list[dict[str, Any]]:
-    """Two things in picture `number`, one of them of two parts, and every seventh time a crowd."""
+    """Two things in image `number`, one of them of two parts, and every seventh time a crowd."""
     place = number % 12
     things = [annotation(3 * number, number, [square(place, 2, 6), square(place + 3, 5, 6)], 3)]
     things.append(annotation(3 * number + 1, number, [square(1, 12, 3 + place % 5)], 8))
@@ -53,17 +53,17 @@ def marked(number: int) -> list[dict[str, Any]]:
 
 def coco(name: Callable[[int], str]) -> dict[str, Any]:
     return {
-        "images": [{"id": number, "file_name": name(number), **SIZES} for number in range(PICTURES)],
-        "annotations": [one for number in range(PICTURES) for one in marked(number)],
+        "images": [{"id": number, "file_name": name(number), **SIZES} for number in range(IMAGES)],
+        "annotations": [one for number in range(IMAGES) for one in marked(number)],
     }
 
 
 def parts(name: str) -> Any:
-    folder, picture = data_sets.PART_PICTURES[name]
+    folder, image = data_sets.PART_IMAGES[name]
 
     def write(root: Path) -> None:
-        prefix = picture.rpartition("1.jpg")[0]
-        first = data_sets.write_picture(root / folder / f"{prefix}first.jpg")
+        prefix = image.rpartition("1.jpg")[0]
+        first = data_sets.write_image(root / folder / f"{prefix}first.jpg")
         copies(first, lambda number: f"{prefix.rpartition('/')[2]}{number}.jpg")
         found = coco(lambda number: f"{prefix}{number}.jpg")
         found["categories"] = [{"id": n, "name": said} for n, said in data_sets.PART_CATEGORIES[name].items()]
@@ -80,11 +80,11 @@ def referring(name: str, refs_file: str, folder: str = f"{data_sets.COCO}/train2
             thing = data_sets.ref(2 * number, number, 3 * number, f"cup {number}", "the one with two parts")
             return [thing, data_sets.ref(2 * number + 1, number, group, "small thing")]
 
-        data_sets.write_refer_seg(root, name, [one for number in range(PICTURES) for one in asked(number)], refs_file)
+        data_sets.write_refer_seg(root, name, [one for number in range(IMAGES) for one in asked(number)], refs_file)
         categories = [{"id": 3, "name": "cup"}, {"id": 8, "name": "tray"}]
         found = coco("{}.jpg".format) | {"categories": categories}
         data_sets.write_json(root / "refer_seg" / name / "instances.json", found)
-        copies(data_sets.write_picture(root / folder / "first.jpg"), "{}.jpg".format)
+        copies(data_sets.write_image(root / folder / "first.jpg"), "{}.jpg".format)
 
     return write
 
@@ -95,17 +95,17 @@ def muse(root: Path) -> None:
         asked = ["What can I drink from?", "What is needed to serve?", "What burns?"]
         return {"file_name": f"{number}.jpg", **SIZES, "questions": asked, "answers": [[cup], [cup, tray], []]}
 
-    data_sets.write_json(root / "muse" / "muse_train.json", [record(number) for number in range(PICTURES)])
-    copies(data_sets.write_picture(root / data_sets.COCO / "train2014" / "first.jpg"), "{}.jpg".format)
+    data_sets.write_json(root / "muse" / "muse_train.json", [record(number) for number in range(IMAGES)])
+    copies(data_sets.write_image(root / data_sets.COCO / "train2014" / "first.jpg"), "{}.jpg".format)
 
 
 def llava(name: str, before: str) -> Any:
     def write(root: Path) -> None:
         talk = [message("human", "<image>\nWhat is it?"), message("gpt", "A cup."), message("human", "And that?")]
         talk.append(message("gpt", "A tray."))
-        records = [{"id": str(n), "image": f"{before}{n}.jpg", "conversations": talk} for n in range(PICTURES)]
+        records = [{"id": str(n), "image": f"{before}{n}.jpg", "conversations": talk} for n in range(IMAGES)]
         data_sets.write_json(root / "llava_dataset" / f"{name}.json", records)
-        copies(data_sets.write_picture(root / "coco/train2017" / "first.jpg"), "{}.jpg".format)
+        copies(data_sets.write_image(root / "coco/train2017" / "first.jpg"), "{}.jpg".format)
 
     return write
 
@@ -120,8 +120,8 @@ def reason(root: Path) -> None:
 def own(form: str) -> Any:
     def write(root: Path) -> None:
         home = root / "custom" / "mine" / "train"
-        copies(data_sets.write_picture(home / "images" / "first.jpg"), "{}.jpg".format)
-        outline = [[square(n % 9, 3, 5)] for n in range(PICTURES)]
+        copies(data_sets.write_image(home / "images" / "first.jpg"), "{}.jpg".format)
+        outline = [[square(n % 9, 3, 5)] for n in range(IMAGES)]
         mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
         mask[3:9, 4:20] = 2
         if form == "coco":
@@ -129,7 +129,7 @@ def own(form: str) -> Any:
             data_sets.write_json(home / "annotations.json", found)
         elif form == "lines":
             told = [message("human", "What can I drink from?"), message("gpt", "From the cup {seg}.")]
-            lines = [{"image": f"{n}.jpg", "conversations": told, "masks": [outline[n]]} for n in range(PICTURES)]
+            lines = [{"image": f"{n}.jpg", "conversations": told, "masks": [outline[n]]} for n in range(IMAGES)]
             text = "\n".join(map(data_sets.json.dumps, lines))
             (home / "annotations.jsonl").write_text(text, encoding="utf-8")
         elif form == "classes":
@@ -184,12 +184,12 @@ def test_an_epoch_over_every_reader(which: str, tmp_path: Path) -> None:
     name, write = SETS[which]
     write(tmp_path)
     reader = build_reader(name, tmp_path, "train", OPTIONS)
-    assert len(reader) == PICTURES
-    dataset = TrainingDataset(Mixture([reader], [1.0], seed=1), make_processor("fast_llama"), PICTURES, strict=True)
+    assert len(reader) == IMAGES
+    dataset = TrainingDataset(Mixture([reader], [1.0], seed=1), make_processor("fast_llama"), IMAGES, strict=True)
     seen, masks = set(), 0
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         example = dataset[number]
         seen.add(example.info["sample_id"])
         masks += len(example.masks.windows)
-    assert len(seen) == PICTURES, "each picture once"
-    assert (masks >= PICTURES) == (not which.startswith("llava"))
+    assert len(seen) == IMAGES, "each image once"
+    assert (masks >= IMAGES) == (not which.startswith("llava"))

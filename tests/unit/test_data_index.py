@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from tests.unit import data_sets
-from utils.data import index, json_stream
+from utils.data import index
 from utils.data.errors import DataError
 from utils.data.index import Gathered, RecordIndex, open_index
-from utils.data.json_stream import items_of
-from utils.data.reader import Reader, ReaderOptions
-from utils.data.readers import build_reader
+from utils.data.readers import json_stream
+from utils.data.readers.base import Reader, ReaderOptions
+from utils.data.readers.json_stream import items_of
+from utils.data.readers.registry import build_reader
 from utils.data.samples import Sample
 
 INDEXED = {
@@ -217,12 +218,12 @@ def test_a_reader_gives_the_same_from_its_index(name: str, tmp_path: Path, monke
         assert all_samples(reader) == all_samples(in_memory)
         assert reader.skipped == in_memory.skipped and reader.noted == in_memory.noted
         assert reader.fingerprint == in_memory.fingerprint
-        assert list(map(reader.picture, range(len(reader)))) == list(map(in_memory.picture, range(len(reader))))
+        assert list(map(reader.image, range(len(reader)))) == list(map(in_memory.image, range(len(reader))))
     turns = [turn for sample in all_samples(opened) for conversation in sample.conversations for turn in conversation]
     assert all((target.decode() == 1).any() for turn in turns for target in turn.targets)
 
 
-def test_leaving_out_held_out_pictures_has_an_index_of_its_own(tmp_path: Path, on_disk: None) -> None:
+def test_leaving_out_held_out_images_has_an_index_of_its_own(tmp_path: Path, on_disk: None) -> None:
     root = data_sets.write_refer_seg(tmp_path)
     refs = [data_sets.ref(1, 1, 11, "cup", split="val")]
     data_sets.write_refer_seg(root, "refcoco+", found=refs)
@@ -252,7 +253,7 @@ def test_a_full_check_compares_contents(tmp_path: Path, on_disk: None) -> None:
 ONE_RANK = """
 import sys, numpy as np
 from utils.data import index
-from utils.data.readers import build_reader
+from utils.data.readers.registry import build_reader
 index._SMALL = 0
 write = index._write
 index._write = lambda *given: (print("parsed"), write(*given))

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH
 from utils.data.errors import DataError
-from utils.data.reader import Reader, ReaderOptions
-from utils.data.readers import build_reader
+from utils.data.readers.base import Reader, ReaderOptions
+from utils.data.readers.registry import build_reader
 
 WITHOUT_WORDS = ReaderOptions(explanatory=-1)
 
@@ -27,7 +27,7 @@ class Family:
     write: Callable[[Path], Path]
     file: str
     segmentation: tuple[Any, ...] = ()
-    picture: tuple[Any, ...] = ()
+    image: tuple[Any, ...] = ()
     folder: str = ""
 
 
@@ -35,7 +35,7 @@ def referring(name: str, refs_file: str, folder: str = f"{data_sets.COCO}/train2
     def write(root: Path) -> Path:
         data_sets.write_refer_seg(root, name, refs_file=refs_file)
         for number in (1, 2, 3):
-            data_sets.write_picture(root / folder / f"COCO_{number}.jpg")
+            data_sets.write_image(root / folder / f"COCO_{number}.jpg")
         return root
 
     return Family(
@@ -49,7 +49,7 @@ def referring(name: str, refs_file: str, folder: str = f"{data_sets.COCO}/train2
 
 
 def parted(name: str) -> Family:
-    folder, _ = data_sets.PART_PICTURES[name]
+    folder, _ = data_sets.PART_IMAGES[name]
     return Family(
         name,
         lambda root: data_sets.write_parts(root, name),
@@ -85,14 +85,14 @@ FAMILIES = (
         "llava_instruct_150k",
         data_sets.write_vqa,
         "llava_dataset/llava_instruct_150k.json",
-        picture=(0, "image"),
+        image=(0, "image"),
         folder="coco/train2017",
     ),
-    Family("llava_v1_5_mix665k", data_sets.write_mixed, "llava_dataset/llava_v1_5_mix665k.json", picture=(0, "image")),
+    Family("llava_v1_5_mix665k", data_sets.write_mixed, "llava_dataset/llava_v1_5_mix665k.json", image=(0, "image")),
     Family("mapillary", data_sets.write_mapillary, "mapillary/config_v2.0.json", folder="mapillary/training/images"),
 )
 SEGMENTED = [family for family in FAMILIES if family.segmentation]
-PICTURED = [family for family in FAMILIES if family.picture]
+IMAGED = [family for family in FAMILIES if family.image]
 
 
 def named(families: Any) -> Any:
@@ -100,7 +100,7 @@ def named(families: Any) -> Any:
 
 
 def everything(family: Family, root: Path) -> Reader:
-    """The reader, once it has read all pictures and decoded all masks."""
+    """The reader, once it has read all images and decoded all masks."""
     reader = build_reader(family.name, root, "train", WITHOUT_WORDS)
     for index in range(len(reader)):
         for conversation in reader.read_all(index, np.random.default_rng(0)).conversations:
@@ -199,16 +199,16 @@ def test_boxes_are_not_read(tmp_path: Path, family: Family) -> None:
     assert len(everything(family, tmp_path)) > 0
 
 
-@named(PICTURED)
+@named(IMAGED)
 def test_names_that_leave_the_data_root_are_refused(tmp_path: Path, family: Family) -> None:
     root = family.write(tmp_path / "root")
     path = root / family.file
-    data_sets.write_picture(tmp_path / "secret.jpg")
-    usual = change(path, family.picture, "x")
+    data_sets.write_image(tmp_path / "secret.jpg")
+    usual = change(path, family.image, "x")
     start = usual.rpartition("/")[0]
     for name in ("../" * 8 + "secret.jpg", str(tmp_path / "secret.jpg"), "a\0b.jpg"):
         for full in {name, f"{start}/{name}".lstrip("/")} if start else {name}:
-            change(path, family.picture, full)
+            change(path, family.image, full)
             with pytest.raises(DataError, match="expected a path") as caught:
                 everything(family, root)
             assert "secret.jpg, named by" not in str(caught.value), "nothing may be looked for out there"
@@ -217,10 +217,10 @@ def test_names_that_leave_the_data_root_are_refused(tmp_path: Path, family: Fami
 @named([family for family in FAMILIES if family.folder])
 def test_links_out_of_the_data_root_are_refused(tmp_path: Path, family: Family) -> None:
     root = family.write(tmp_path / "root")
-    outside = data_sets.write_picture(tmp_path / "secret.jpg")
-    for picture in (root / family.folder).rglob("*.jpg"):
-        picture.unlink()
-        picture.symlink_to(outside)
+    outside = data_sets.write_image(tmp_path / "secret.jpg")
+    for image in (root / family.folder).rglob("*.jpg"):
+        image.unlink()
+        image.symlink_to(outside)
     refused(family, root, r"is a link to .*secret\.jpg, outside the data root .*: put a copy in its place")
 
 
@@ -234,14 +234,14 @@ def test_a_link_in_place_of_an_annotation_of_reason_seg_is_refused(tmp_path: Pat
 
 
 @named([family for family in FAMILIES if family.folder and family.name != "ReasonSeg"])
-def test_missing_pictures_are_named(tmp_path: Path, family: Family) -> None:
+def test_missing_images_are_named(tmp_path: Path, family: Family) -> None:
     root = family.write(tmp_path)
     reader = build_reader(family.name, root, "train", WITHOUT_WORDS)
-    for picture in (root / family.folder).rglob("*.jpg"):
-        picture.unlink()
-    with pytest.raises(DataError, match=r"the picture .*\.jpg, named by .*, is missing") as caught:
+    for image in (root / family.folder).rglob("*.jpg"):
+        image.unlink()
+    with pytest.raises(DataError, match=r"the image .*\.jpg, named by .*, is missing") as caught:
         reader.read(0, np.random.default_rng(0))
-    assert caught.value.cause == "missing picture"
+    assert caught.value.cause == "missing image"
 
 
 LABEL_MAPS = {
@@ -265,7 +265,7 @@ def test_label_maps_that_are_cut_coloured_deep_or_links_out(tmp_path: Path, name
         return str(caught.value), caught.value.cause
 
     path.write_bytes(whole[: len(whole) // 2])
-    assert "is not a picture that can be opened" in said()[0] and said()[1] == "damaged picture"
+    assert "is not an image that can be opened" in said()[0] and said()[1] == "damaged image"
     Image.new("RGB", (WIDTH, HEIGHT)).save(path)
     assert "another edition" in said()[0]
     Image.fromarray(np.full((HEIGHT, WIDTH), 300, dtype=np.uint16)).save(path)
@@ -284,13 +284,13 @@ def test_points_of_reason_seg_that_are_no_numbers(tmp_path: Path, value: Any) ->
         build_reader("ReasonSeg", tmp_path, "train", WITHOUT_WORDS)
 
 
-def test_a_ref_without_an_annotation_and_an_annotation_of_an_absent_picture(tmp_path: Path) -> None:
+def test_a_ref_without_an_annotation_and_an_annotation_of_an_absent_image(tmp_path: Path) -> None:
     refs = [data_sets.ref(1, 1, 11, "a cup"), data_sets.ref(2, 1, 5000, "lost"), data_sets.ref(3, 404, 99, "absent")]
     root = data_sets.write_refer_seg(tmp_path, found=refs)
     reader = everything(FAMILIES[0], root)
     assert len(reader) == 1 and reader.skipped == {
         "ref to an annotation instances.json does not hold": 1,
-        "ref about a picture instances.json does not list": 1,
+        "ref about an image instances.json does not list": 1,
     }
     del refs[0]["ann_id"]
     data_sets.write_refer_seg(tmp_path, found=refs)

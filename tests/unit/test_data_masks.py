@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_rle
 
-from tests.unit.data_sets import HEIGHT, WIDTH, square, write_picture
+from tests.unit.data_sets import HEIGHT, WIDTH, square, write_image
 from utils.data.errors import DataError
-from utils.data.files import DataRoot, picture_size
+from utils.data.files import DataRoot, image_size
 from utils.data.masks import CocoMask, LabelMask, PaintedMask, UnionMask, WindowedMasks, coco_mask, windows_of
-from utils.data.pickles import load_plain_pickle
+from utils.data.readers.pickles import load_plain_pickle
+from utils.data.readers.sem_seg.label_map_classes import ADE20K_CLASSES, COCO_STUFF_CLASSES
 from utils.data.samples import IGNORE_LABEL, SEG_MARKER, Target, Turn
-from utils.data.sem_seg.label_map_classes import ADE20K_CLASSES, COCO_STUFF_CLASSES
 from utils.data.templates import listed, number_word, pick_phrasing, target_name
 
 
@@ -96,10 +96,10 @@ def test_a_window_is_as_small_as_its_mask_but_for_whole_words() -> None:
         assert window.left == min(left, WIDTH - width) and width == -(-side // 8) * 8
         assert window.pixels.sum() == side * side and window.pixels.flags.c_contiguous
     narrow = CocoMask(4, 5, (np.array(square(1, 1, 3), dtype=np.float64),)).window()
-    assert narrow is not None and narrow.pixels.shape == (3, 5), "no word has room: the picture's own width"
+    assert narrow is not None and narrow.pixels.shape == (3, 5), "no word has room: the image's own width"
 
 
-def test_masks_of_a_picture_drawn_together_are_those_drawn_alone() -> None:
+def test_masks_of_a_image_drawn_together_are_those_drawn_alone() -> None:
     """Whatever others there are: empty ones, whole ones, several outlines, run lengths, runs without a pixel."""
     rng = np.random.default_rng(2)
     rles = [coco_rle.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in drawn_masks().values()]
@@ -162,7 +162,7 @@ def test_compressed_run_lengths_are_added_up_as_they_decode() -> None:
         ([1, 2, 3], "x0 y0"),
         ("abc", "neither polygons nor run lengths"),
         (None, "neither polygons nor run lengths"),
-        ({"size": [WIDTH, HEIGHT], "counts": [0, HEIGHT * WIDTH]}, "its picture has"),
+        ({"size": [WIDTH, HEIGHT], "counts": [0, HEIGHT * WIDTH]}, "its image has"),
         ({"size": [HEIGHT, WIDTH], "counts": [5, 5]}, "add up"),
         ({"size": [HEIGHT, WIDTH], "counts": "0"}, "add up"),
         ({"size": [HEIGHT, WIDTH], "counts": b"\xff\xfe"}, "add up"),
@@ -234,35 +234,35 @@ def test_plain_pickles_are_read_and_others_refused() -> None:
             load_plain_pickle(broken, "refs.p")
 
 
-def test_pictures_cannot_leave_the_root(tmp_path: Path) -> None:
-    outside = write_picture(tmp_path / "outside.jpg")
-    elsewhere = tmp_path / "disk" / "pictures"
-    write_picture(elsewhere / "a.jpg")
+def test_images_cannot_leave_the_root(tmp_path: Path) -> None:
+    outside = write_image(tmp_path / "outside.jpg")
+    elsewhere = tmp_path / "disk" / "images"
+    write_image(elsewhere / "a.jpg")
     folder = tmp_path / "root" / "own"
-    write_picture(folder / "b.jpg")
+    write_image(folder / "b.jpg")
     (folder / "link.jpg").symlink_to(outside)
     (folder / "twin.jpg").symlink_to(folder / "b.jpg")
     (tmp_path / "root" / "mounted").symlink_to(elsewhere)
     root = DataRoot(tmp_path / "root")
-    assert root.picture(root.folder("own"), "twin.jpg", "x.json").endswith("twin.jpg")
-    assert os.path.isfile(root.picture(root.folder("mounted"), "a.jpg", "x.json"))
+    assert root.image(root.folder("own"), "twin.jpg", "x.json").endswith("twin.jpg")
+    assert os.path.isfile(root.image(root.folder("mounted"), "a.jpg", "x.json"))
     for name in ("../outside.jpg", str(outside), "", "a\0b", "link.jpg"):
         with pytest.raises(DataError, match=r"x\.json"):
-            root.picture(str(folder), name, "x.json")
+            root.image(str(folder), name, "x.json")
     with pytest.raises(DataError, match=r"absent\.jpg.*x\.json.*is missing"):
-        root.picture(str(folder), "absent.jpg", "x.json")
+        root.image(str(folder), "absent.jpg", "x.json")
     with pytest.raises(DataError, match="no data root"):
         DataRoot(tmp_path / "nowhere")
 
 
-def test_picture_size_follows_the_exif_rotation(tmp_path: Path) -> None:
+def test_image_size_follows_the_exif_rotation(tmp_path: Path) -> None:
     image = Image.new("RGB", (30, 20))
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
     image.save(tmp_path / "upright.jpg")
-    assert picture_size(str(tmp_path / "turned.jpg")) == (30, 20)
-    assert picture_size(str(tmp_path / "upright.jpg")) == (20, 30)
+    assert image_size(str(tmp_path / "turned.jpg")) == (30, 20)
+    assert image_size(str(tmp_path / "upright.jpg")) == (20, 30)
 
 
 def test_names_and_phrasings() -> None:

@@ -14,13 +14,13 @@ import torch
 from scipy.stats import chisquare
 
 from tests.unit import data_sets
-from utils.arguments import TrainArguments
-from utils.data.collate import IGNORED_TOKEN, PICTURE_KEY, Batch, collate
+from utils.cli.arguments import TrainArguments
+from utils.data.collate import IGNORED_TOKEN, IMAGE_KEY, Batch, collate
 from utils.data.dataset import TOGETHER, Joined, RankBatches, TrainingDataset, build_loader
 from utils.data.errors import DataError
 from utils.data.mixture import Mixture, build_mixture
-from utils.data.reader import Reader, ReaderOptions
-from utils.data.samples import NO_PICTURE, Sample, Target, Turn
+from utils.data.readers.base import Reader, ReaderOptions
+from utils.data.samples import NO_IMAGE, Sample, Target, Turn
 from utils.engine.setup import make_mixture
 
 SIDE = 8
@@ -39,7 +39,7 @@ class FakeReader(Reader):
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         turn = Turn("what", "this", (), "text")
-        return Sample("picture", ((turn,),), self.name, f"{self.name}/{index}/{rng.integers(10**9)}")
+        return Sample("image", ((turn,),), self.name, f"{self.name}/{index}/{rng.integers(10**9)}")
 
     def read_all(self, index: int, rng: np.random.Generator) -> Sample:
         return self.read(index, rng)
@@ -65,16 +65,16 @@ def test_rates_are_kept() -> None:
     assert {never.locate(i)[0] for i in range(500)} == {0}
 
 
-def test_each_picture_comes_once_before_any_comes_twice() -> None:
+def test_each_image_comes_once_before_any_comes_twice() -> None:
     drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
     mixed = mixture()
     for i in range(9000):
-        which, picture = mixed.locate(i)
-        drawn[which].append(picture)
+        which, image = mixed.locate(i)
+        drawn[which].append(image)
     for which, length in ((0, 50), (1, 7), (2, 1000)):
         rounds = [drawn[which][start : start + length] for start in range(0, len(drawn[which]) - length + 1, length)]
         assert len(rounds) > 2
-        assert all(sorted(pictures) == list(range(length)) for pictures in rounds)
+        assert all(sorted(images) == list(range(length)) for images in rounds)
         assert rounds[0] != rounds[1]
 
 
@@ -85,7 +85,7 @@ README_SETS = {
     "paco_lvis": (lambda root: data_sets.write_parts(root, "paco_lvis"), "vlpart/paco"),
     "mapillary": (data_sets.write_mapillary, "mapillary"),
     "refclef": (lambda root: data_sets.write_refer_seg(root, "refclef"), "refer_seg/refclef"),
-    "saiapr": (lambda root: data_sets.write_picture(root / SAIAPR / "COCO_1.jpg"), SAIAPR),
+    "saiapr": (lambda root: data_sets.write_image(root / SAIAPR / "COCO_1.jpg"), SAIAPR),
     "refcoco": (data_sets.write_refer_seg, "refer_seg/refcoco"),
     "refcoco+": (lambda root: data_sets.write_refer_seg(root, "refcoco+"), "refer_seg/refcoco+"),
     "refcocog": (
@@ -134,7 +134,7 @@ def test_wrong_rates_are_refused(tmp_path: Path) -> None:
 
     both = build("refer_seg||multi_reason_seg", "3,1")
     assert both.shares.tolist() == [0.375, 0.375, 0.25]
-    assert "MultiReasonSeg (train): 25.0% of samples, 2 pictures; left out: 1 × " in both.describe()
+    assert "MultiReasonSeg (train): 25.0% of samples, 2 images; left out: 1 × " in both.describe()
     assert both.fingerprint == build("refer_seg||multi_reason_seg", "1,1").fingerprint
     data_sets.write_muse(tmp_path, data_sets.muse_records()[:1])
     assert both.fingerprint != build("refer_seg||multi_reason_seg", "3,1").fingerprint
@@ -162,7 +162,7 @@ class TooLong(ValueError):
 
 
 @dataclass
-class FakePicture:
+class FakeImage:
     resized: np.ndarray
     side: int
     original_size: tuple[int, int]
@@ -183,21 +183,21 @@ class FakeProcessor:
     def __init__(self, most: int = 10**6) -> None:
         self.most = most
 
-    def open_picture(self, source: Any) -> np.ndarray:
+    def open_image(self, source: Any) -> np.ndarray:
         return cv2.imread(source)
 
-    def prepare_picture(self, source: Any, fast: bool) -> FakePicture:
-        array = self.open_picture(source) if isinstance(source, str) else source
+    def prepare_image(self, source: Any, fast: bool) -> FakeImage:
+        array = self.open_image(source) if isinstance(source, str) else source
         resized = np.full((5 if fast else 6, SIDE, 3), int(array.mean()), dtype=np.uint8)
-        return FakePicture(resized, SIDE, array.shape[:2])
+        return FakeImage(resized, SIDE, array.shape[:2])
 
     @staticmethod
     def pixel_statistics(pixels: torch.Tensor, resized_sizes: torch.Tensor) -> torch.Tensor:
-        """The height of the picture in its square is taken off every number."""
+        """The height of the image in its square is taken off every number."""
         return pixels.float() - resized_sizes[:, :1, None, None]
 
-    def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> FakeEncoded:
-        ids: list[int] = [] if with_picture else [3]
+    def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> FakeEncoded:
+        ids: list[int] = [] if with_image else [3]
         groups: list[int] = []
         kept = 0
         for number, (question, answer) in enumerate(turns):
@@ -242,19 +242,19 @@ class Listed:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
-    return str(data_sets.write_picture(tmp_path / "picture.png", 4, 5))
+def image(tmp_path: Path) -> str:
+    return str(data_sets.write_image(tmp_path / "image.png", 4, 5))
 
 
 def dataset(samples: list[Sample], processor: FakeProcessor, length: int = 8) -> TrainingDataset:
     return TrainingDataset(Listed(samples), processor, length, too_long_errors=(TooLong,))  # type: ignore[arg-type]
 
 
-def test_a_batch_orders_targets_by_picture_row_and_place(picture: str) -> None:
+def test_a_batch_orders_targets_by_image_row_and_place(image: str) -> None:
     samples = [
-        Sample(picture, ((turn(1, 2), turn(), turn(3)), (turn(4, words=9),)), "d", "first"),
-        Sample(picture, ((turn(),),), "d", "second"),
-        Sample(picture, ((turn(5),),), "d", "third"),
+        Sample(image, ((turn(1, 2), turn(), turn(3)), (turn(4, words=9),)), "d", "first"),
+        Sample(image, ((turn(),),), "d", "second"),
+        Sample(image, ((turn(5),),), "d", "third"),
     ]
     made = dataset(samples, FakeProcessor())
     batch = collate([made[i] for i in range(3)], pad_token_id=9)
@@ -263,7 +263,7 @@ def test_a_batch_orders_targets_by_picture_row_and_place(picture: str) -> None:
     assert [masks.sum(dim=(1, 2)).tolist() for masks in batch.masks] == [[1, 2, 3, 4], [], [5]]
     assert all(masks.dtype == torch.uint8 for masks in batch.masks)
     assert batch.target_questions.tolist() == [0, 0, 1, 2, 3]
-    assert batch.pixel_values[PICTURE_KEY].shape == (3, 3, SIDE, SIDE)
+    assert batch.pixel_values[IMAGE_KEY].shape == (3, 3, SIDE, SIDE)
     assert batch.original_sizes.tolist() == [[4, 5]] * 3 and batch.resized_sizes.tolist() == [[6, SIDE]] * 3
     lengths = batch.attention_mask.sum(1).tolist()
     assert lengths == [15, 11, 4, 5]
@@ -275,29 +275,29 @@ def test_a_batch_orders_targets_by_picture_row_and_place(picture: str) -> None:
     assert batch.info[2]["sample_id"] == "third" and batch.info[0]["dropped_turns"] == 0
 
 
-def test_batches_without_any_target_and_moving_them(picture: str) -> None:
-    batch = collate([dataset([Sample(picture, ((turn(),),), "d", "s")], FakeProcessor())[0]])
+def test_batches_without_any_target_and_moving_them(image: str) -> None:
+    batch = collate([dataset([Sample(image, ((turn(),),), "d", "s")], FakeProcessor())[0]])
     assert batch.target_questions.shape == (0,) and batch.target_questions.dtype == torch.long
     moved = batch.to("cpu", torch.bfloat16)
-    assert moved.pixel_values[PICTURE_KEY].dtype == torch.bfloat16 and moved.input_ids.dtype == torch.long
-    assert batch.pixel_values[PICTURE_KEY].dtype == torch.uint8, "the batch itself must not change"
+    assert moved.pixel_values[IMAGE_KEY].dtype == torch.bfloat16 and moved.input_ids.dtype == torch.long
+    assert batch.pixel_values[IMAGE_KEY].dtype == torch.uint8, "the batch itself must not change"
     for done in (batch.to("cpu"), batch.to("cpu").to("cpu")):
-        assert done.pixel_values[PICTURE_KEY].dtype == torch.float32 and done.normalise is None
-        pixels = done.pixel_values[PICTURE_KEY]
+        assert done.pixel_values[IMAGE_KEY].dtype == torch.float32 and done.normalise is None
+        pixels = done.pixel_values[IMAGE_KEY]
         assert (pixels[:, :, :6] == 90 - 6).all(), "normalised once: 90 less the height of 6"
-        assert (pixels[:, :, 6:] == -6).all(), "black beside the picture"
-    assert torch.equal(batch.as_kwargs()["pixel_values"][PICTURE_KEY], done.pixel_values[PICTURE_KEY])
+        assert (pixels[:, :, 6:] == -6).all(), "black beside the image"
+    assert torch.equal(batch.as_kwargs()["pixel_values"][IMAGE_KEY], done.pixel_values[IMAGE_KEY])
     assert list(batch.as_kwargs()) == [
         *("input_ids", "attention_mask", "labels", "pixel_values", "resized_sizes", "original_sizes"),
         *("image_index", "masks", "target_questions"),
     ]
 
 
-def test_a_batch_is_the_same_after_a_journey_between_processes(picture: str) -> None:
-    samples = [Sample(picture, ((turn(1, 2),),), "d", "first"), Sample(picture, ((turn(),),), "d", "second")]
+def test_a_batch_is_the_same_after_a_journey_between_processes(image: str) -> None:
+    samples = [Sample(image, ((turn(1, 2),),), "d", "first"), Sample(image, ((turn(),),), "d", "second")]
     made = dataset(samples, FakeProcessor())
     batch = collate([made[0], made[1]])
-    batch.pixel_values[PICTURE_KEY][0, 1, 2, 3] = 7
+    batch.pixel_values[IMAGE_KEY][0, 1, 2, 3] = 7
     batch.masks[0][0, 3, 4] = 255
     floating = batch.to("cpu", torch.bfloat16)
     for sent in (batch, floating):
@@ -313,8 +313,8 @@ def test_a_batch_is_the_same_after_a_journey_between_processes(picture: str) -> 
                 assert one.dtype == two.dtype and torch.equal(one, two), name
 
 
-def test_dropped_turns_take_their_masks_along_and_are_counted(picture: str) -> None:
-    sample = Sample(picture, ((turn(1), turn(2, 3), turn(4)), (turn(5, words=50),), (turn(6),)), "d", "s")
+def test_dropped_turns_take_their_masks_along_and_are_counted(image: str) -> None:
+    sample = Sample(image, ((turn(1), turn(2, 3), turn(4)), (turn(5, words=50),), (turn(6),)), "d", "s")
     example = dataset([sample], FakeProcessor(most=11))[0]
     assert example.masks.drawn().sum(dim=(1, 2)).tolist() == [1, 2, 3, 6]
     assert [row.target_turns for row in example.rows] == [[0, 1, 1], [0]]
@@ -323,8 +323,8 @@ def test_dropped_turns_take_their_masks_along_and_are_counted(picture: str) -> N
     assert example.info["kinds"] == ["direct", "several", "direct"]
 
 
-def test_a_sample_that_is_too_long_altogether_is_replaced_by_one_that_follows_from_i(picture: str) -> None:
-    long, short = (Sample(picture, ((turn(1, words=n),),), "d", f"{n} words") for n in (50, 2))
+def test_a_sample_that_is_too_long_altogether_is_replaced_by_one_that_follows_from_i(image: str) -> None:
+    long, short = (Sample(image, ((turn(1, words=n),),), "d", f"{n} words") for n in (50, 2))
     made = dataset([long, short], FakeProcessor(most=20), length=3)
     assert [made[i].info["sample_id"] for i in (0, 1, 2)] == ["2 words"] * 3
     assert [made[i].info["replaced_samples"] for i in (0, 1, 2)] == [1, 0, 1]
@@ -334,23 +334,23 @@ def test_a_sample_that_is_too_long_altogether_is_replaced_by_one_that_follows_fr
         TrainingDataset(Listed([long]), FakeProcessor(most=20), 1)[0]  # type: ignore[arg-type]
 
 
-def test_samples_that_are_made_together_are_those_made_alone(picture: str) -> None:
-    """Words of all, then pictures of all; what is too long is replaced before the others go on."""
-    long, short = (Sample(picture, ((turn(1, words=n),),), "d", f"{n} words") for n in (50, 2))
+def test_samples_that_are_made_together_are_those_made_alone(image: str) -> None:
+    """Words of all, then images of all; what is too long is replaced before the others go on."""
+    long, short = (Sample(image, ((turn(1, words=n),),), "d", f"{n} words") for n in (50, 2))
     done: list[str] = []
 
     class Noting(FakeProcessor):
-        def prepare_picture(self, source: Any, fast: bool) -> FakePicture:
-            done.append("picture")
-            return super().prepare_picture(source, fast)
+        def prepare_image(self, source: Any, fast: bool) -> FakeImage:
+            done.append("image")
+            return super().prepare_image(source, fast)
 
-        def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> FakeEncoded:
+        def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> FakeEncoded:
             done.append("words")
-            return super().encode_conversation(turns, with_picture)
+            return super().encode_conversation(turns, with_image)
 
     made = dataset([long, short], Noting(most=20), length=3)
     together = made.__getitems__([0, 1, 2])
-    assert done == ["words"] * 5 + ["picture"] * 3, "two are too long"
+    assert done == ["words"] * 5 + ["image"] * 3, "two are too long"
     alone = [made[number] for number in range(3)]
     for one, other in zip(together, alone, strict=True):
         assert one.info == other.info and torch.equal(one.masks.drawn(), other.masks.drawn())
@@ -358,24 +358,24 @@ def test_samples_that_are_made_together_are_those_made_alone(picture: str) -> No
     assert [one.info["number"] for one in together] == [0, 1, 2]
 
 
-def test_a_mask_of_another_size_is_refused(picture: str) -> None:
+def test_a_mask_of_another_size_is_refused(image: str) -> None:
     odd = Turn("q", "a {seg}", (Target("thing", Square(1, (5, 4))),), "direct")
-    with pytest.raises(DataError, match=r"mask of 'thing' in s1 has 5×4 pixels, its picture .*picture\.png 4×5"):
-        dataset([Sample(picture, ((odd,),), "d", "s1")], FakeProcessor())[0]
+    with pytest.raises(DataError, match=r"mask of 'thing' in s1 has 5×4 pixels, its image .*image\.png 4×5"):
+        dataset([Sample(image, ((odd,),), "d", "s1")], FakeProcessor())[0]
 
 
-def test_a_sample_without_a_picture(picture: str) -> None:
+def test_a_sample_without_a_image(image: str) -> None:
     samples = [
-        Sample(NO_PICTURE, ((turn(), turn()),), "d", "words alone"),
-        Sample(picture, ((turn(2),),), "d", "pictured"),
+        Sample(NO_IMAGE, ((turn(), turn()),), "d", "words alone"),
+        Sample(image, ((turn(2),),), "d", "shown"),
     ]
     made = dataset(samples, FakeProcessor())
     batch = collate([made[0], made[1]])
     assert batch.image_index.tolist() == [0, 1] and batch.input_ids[:, 0].tolist() == [3, 1]
     assert [masks.shape for masks in batch.masks] == [(0, 1, 1), (1, 4, 5)]
-    assert (batch.pixel_values[PICTURE_KEY][0] == 0).all() and batch.original_sizes.tolist() == [[1, 1], [4, 5]]
-    with pytest.raises(ValueError, match="words has targets but no picture"):
-        Sample(NO_PICTURE, ((turn(1),),), "d", "words")
+    assert (batch.pixel_values[IMAGE_KEY][0] == 0).all() and batch.original_sizes.tolist() == [[1, 1], [4, 5]]
+    with pytest.raises(ValueError, match="words has targets but no image"):
+        Sample(NO_IMAGE, ((turn(1),),), "d", "words")
 
 
 def samples_in_order(batches: list[list[Batch]]) -> list[str]:
@@ -383,8 +383,8 @@ def samples_in_order(batches: list[list[Batch]]) -> list[str]:
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 8), (2, 4), (4, 2), (2, 1)])
-def test_the_order_over_all_ranks_is_that_of_one(picture: str, ranks: int, batch_size: int) -> None:
-    samples = [Sample(picture, ((turn(1),),), "d", f"{number}") for number in range(16)]
+def test_the_order_over_all_ranks_is_that_of_one(image: str, ranks: int, batch_size: int) -> None:
+    samples = [Sample(image, ((turn(1),),), "d", f"{number}") for number in range(16)]
     made = dataset(samples, FakeProcessor(), length=16)
     common = {"world_size": ranks, "batch_size": batch_size, "pad_token_id": 0, "workers": 0}
     loaders = [list(build_loader(made, rank=rank, **common)) for rank in range(ranks)]  # type: ignore[arg-type]
@@ -425,9 +425,9 @@ def test_batches_are_joined_but_for_the_last() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_gives_its_batches_as_often_as_asked(picture: str, workers: int) -> None:
+def test_a_loader_gives_its_batches_as_often_as_asked(image: str, workers: int) -> None:
     """Of 34 samples in twos a worker makes 16, 16 and 2 at once."""
-    made = dataset([Sample(picture, ((turn(1),),), "d", "s")], FakeProcessor(), length=34)
+    made = dataset([Sample(image, ((turn(1),),), "d", "s")], FakeProcessor(), length=34)
     loader = build_loader(made, rank=0, world_size=1, batch_size=2, pad_token_id=0, workers=workers)
     assert TOGETHER == 16 and len(loader) == 17
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What the data give goes through a PixelLM: conversations in words alone, by themselves and beside pictures."""
+"""What the data give goes through a PixelLM: conversations in words alone, by themselves and beside images."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import torch
 
 from tests.unit import data_sets
 from tests.unit.tiny_pixellm import make_model
-from utils.data.collate import PICTURE_KEY, Batch, collate
+from utils.data.collate import IMAGE_KEY, Batch, collate
 from utils.data.dataset import TrainingDataset
 from utils.data.mixture import Mixture
-from utils.data.reader import ReaderOptions
-from utils.data.readers import build_reader
+from utils.data.readers.base import ReaderOptions
+from utils.data.readers.registry import build_reader
 
 
 def test_conversations_in_words_alone_train_the_language_model(tmp_path: Path) -> None:
@@ -35,8 +35,8 @@ def test_conversations_in_words_alone_train_the_language_model(tmp_path: Path) -
     with torch.no_grad():
         unseen = text_loss(collate(alone[:1]))
         batch = collate(alone[:1]).to("cpu")
-        batch.pixel_values[PICTURE_KEY] += 1.0
-        assert torch.equal(text_loss(batch), unseen), "the stand-in picture must not be seen"
-        pictured = next(example for example in examples if example.original_size != (1, 1))
-        both, one = text_loss(collate([pictured, alone[0]])), text_loss(collate([pictured]))
+        batch.pixel_values[IMAGE_KEY] += 1.0
+        assert torch.equal(text_loss(batch), unseen), "the stand-in image must not be seen"
+        shown = next(example for example in examples if example.original_size != (1, 1))
+        both, one = text_loss(collate([shown, alone[0]])), text_loss(collate([shown]))
         torch.testing.assert_close(both, one + unseen)

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from tests.unit import data_sets
 from tests.unit.tokenizer_kinds import make_processor
-from utils.arguments import TrainArguments
+from utils.cli.arguments import TrainArguments
 from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.mixture import Mixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from utils.data import passing
-from utils.data.collate import PICTURE_KEY, Batch, EncodedRow, Example, collated, parcel
+from utils.data.collate import IMAGE_KEY, Batch, EncodedRow, Example, collated, parcel
 from utils.data.masks import Window, WindowedMasks
 from utils.data.passing import Corner, SharedSlots, make_slots
 
@@ -17,7 +17,7 @@ needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_meth
 
 
 def make_batch(seed: int = 0, side: int = 16) -> Batch:
-    """Two pictures, channels last in memory; masks without and with ignored pixels, of odd sizes; no target at all."""
+    """Two images, channels last in memory; masks without and with ignored pixels, of odd sizes; no target at all."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (2, side, side, 3), generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
     masks = [torch.randint(0, 2, (3, 7, 5), generator=generator, dtype=torch.uint8), torch.zeros(0, 4, 9).byte()]
@@ -27,7 +27,7 @@ def make_batch(seed: int = 0, side: int = 16) -> Batch:
         input_ids=ids,
         attention_mask=ids > 50,
         labels=ids - 100,
-        pixel_values={PICTURE_KEY: pixels},
+        pixel_values={IMAGE_KEY: pixels},
         resized_sizes=torch.tensor([[16, 8], [4, 16]]),
         original_sizes=torch.tensor([[7, 5], [4, 9]]),
         image_index=torch.tensor([0, 0, 1]),
@@ -40,14 +40,14 @@ def make_batch(seed: int = 0, side: int = 16) -> Batch:
 def assert_same(one: Batch, other: Batch) -> None:
     assert one.info == other.info and len(one.masks) == len(other.masks)
     pairs = [
-        (one.pixel_values[PICTURE_KEY], other.pixel_values[PICTURE_KEY]),
+        (one.pixel_values[IMAGE_KEY], other.pixel_values[IMAGE_KEY]),
         *zip(one.masks, other.masks, strict=True),
     ]
     names = ("input_ids", "attention_mask", "labels", "resized_sizes", "original_sizes", "image_index")
     pairs += [(getattr(one, name), getattr(other, name)) for name in (*names, "target_questions")]
     for a, b in pairs:
         assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    assert one.pixel_values[PICTURE_KEY].stride() == other.pixel_values[PICTURE_KEY].stride()
+    assert one.pixel_values[IMAGE_KEY].stride() == other.pixel_values[IMAGE_KEY].stride()
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_batch_is_the_same_through_a_slot_and_in_a_message(own_slots: SharedSl
 
 
 def make_example(number: int) -> Example:
-    """A picture of 3 by 5 pixels in a square of 8, with a row of `number` tokens, and masks of which one has 255."""
+    """An image of 3 by 5 pixels in a square of 8, with a row of `number` tokens, and masks of which one has 255."""
     rng = np.random.default_rng(number)
     corner = Corner(rng.integers(1, 256, (3, 5, 3), dtype=np.uint8), 8)
     windows = [Window(2, 1, np.ones((4, 3), dtype=np.uint8)), Window(0, 0, np.full((1, 9), 255, dtype=np.uint8))]
@@ -89,9 +89,9 @@ def test_a_parcel_arrives_as_its_batches(monkeypatch: pytest.MonkeyPatch, slot_b
     assert [len(batch.masks) for batch in arrived] == [2, 1]
     for one, other in zip(arrived, expected, strict=True):
         assert_same(one, other)
-    pixels, masks = arrived[0].pixel_values[PICTURE_KEY], arrived[0].masks
+    pixels, masks = arrived[0].pixel_values[IMAGE_KEY], arrived[0].masks
     np.testing.assert_array_equal(pixels[1, :, :3, :5].permute(1, 2, 0), examples[1].pixel_values.pixels)
-    assert not pixels[:, :, 3:].any() and not pixels[:, :, :, 5:].any(), "black beside the pictures"
+    assert not pixels[:, :, 3:].any() and not pixels[:, :, :, 5:].any(), "black beside the images"
     assert [one.shape for one in masks] == [(1, 7, 9), (2, 7, 9)]
     assert masks[1].sum(dim=(1, 2)).tolist() == [4 * 3, 9 * 255] and masks[1][0, 2:6, 1:4].all()
     assert arrived[0].input_ids.tolist() == [[0, 1, 2, 3, 9], [0, 1, 2, 3, 4]]

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from tests.unit import data_sets
-from utils import scripts
-from utils.arguments import TrainArguments
-from utils.data.asked import absences, asked_for_evaluation, asked_for_training
+from utils.cli import scripts
+from utils.cli.arguments import TrainArguments
 from utils.data.errors import DataError
-from utils.data.presence import absence_sentence, absence_table
-from utils.data.readers import FAMILIES, build_reader, parts_of
+from utils.data.readers.registry import FAMILIES, build_reader, parts_of
+from utils.data.requested_sets import absences, asked_for_evaluation, asked_for_training
+from utils.data.required_files import absence_sentence, absence_table
 from utils.engine.setup import refuse_missing_data
 
 EVERY_SET = [name for family, names in FAMILIES.items() if family != "custom" for name in names]
@@ -22,7 +22,7 @@ def arguments(root: Path, **flags: str) -> TrainArguments:
 
 def test_all_of_the_readmes_data_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("utils.data.asked.note", said.append)
+    monkeypatch.setattr("utils.data.requested_sets.note", said.append)
     data_sets.write_refer_seg(tmp_path)
     with pytest.raises(DataError, match=r"ade20k/images/training is missing, and \d+ more of what was asked") as caught:
         refuse_missing_data(arguments(tmp_path))
@@ -70,7 +70,7 @@ def test_a_reader_refuses_what_the_table_names(tmp_path: Path, name: str) -> Non
     assert any(one.path in str(caught.value) for one in missing)
 
 
-def test_folders_of_pictures_are_needed_where_a_record_names_them(tmp_path: Path) -> None:
+def test_folders_of_images_are_needed_where_a_record_names_them(tmp_path: Path) -> None:
     data_sets.write_muse(tmp_path)
     assert absences(asked_for_evaluation("MultiReasonSeg|train"), tmp_path) == []
     (tmp_path / data_sets.COCO / "val2017").rename(tmp_path / "away")

@@ -12,9 +12,9 @@ import pytest
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH
 from utils.data.errors import DataError
-from utils.data.reader import Reader, ReaderOptions
-from utils.data.readers import FAMILIES, build_eval_reader, build_reader, build_training_readers
-from utils.data.samples import IGNORE_LABEL, NO_PICTURE, SEG_MARKER, Sample, Turn
+from utils.data.readers.base import Reader, ReaderOptions
+from utils.data.readers.registry import FAMILIES, build_eval_reader, build_reader, build_training_readers
+from utils.data.samples import IGNORE_LABEL, NO_IMAGE, SEG_MARKER, Sample, Turn
 
 MANY = ReaderOptions(num_classes_per_sample=10)
 
@@ -47,7 +47,7 @@ def test_refer_seg(tmp_path: Path) -> None:
     assert reader.skipped == {
         "ref to a crowd": 1,
         "ref to an annotation without a polygon that has an inside": 1,
-        "ref about a picture instances.json does not list": 1,
+        "ref about an image instances.json does not list": 1,
         "ref to an annotation instances.json does not hold": 1,
     }
 
@@ -99,14 +99,14 @@ def test_refcocog_by_its_two_splits(tmp_path: Path) -> None:
         build_reader("refcocog", root, "testC")
 
 
-def test_refclef_has_lists_of_run_lengths_and_pictures_of_its_own(tmp_path: Path) -> None:
+def test_refclef_has_lists_of_run_lengths_and_images_of_its_own(tmp_path: Path) -> None:
     halves = np.zeros((2, HEIGHT, WIDTH), dtype=np.uint8)
     halves[0, 2:10, 2:10], halves[1, 6:14, 6:14] = 1, 1
     root = data_sets.write_refer_seg(tmp_path, "refclef", data_sets.refs()[:1])
     content = data_sets.instances()
     content["annotations"][0]["segmentation"] = [data_sets.rle(half) for half in halves]
     data_sets.write_json(root / "refer_seg/refclef/instances.json", content)
-    data_sets.write_picture(tmp_path / "refer_seg/images/saiapr_tc-12/COCO_1.jpg")
+    data_sets.write_image(tmp_path / "refer_seg/images/saiapr_tc-12/COCO_1.jpg")
     reader = build_reader("refclef", root, "train")
     sample = reader.read(0, np.random.default_rng(0))
     assert "saiapr_tc-12" in sample.image_path and areas(turns(sample)[0]) == [64 + 64 - 16]
@@ -123,7 +123,7 @@ def test_what_is_listed_twice_under_one_id_is_left_out_of_refer_seg(tmp_path: Pa
     assert [turn.targets[0].name for turn in everything(reader)["refcoco/train/1"]] == ["a light high up"]
     assert "refcoco/train/2" not in everything(reader)
     assert reader.skipped["annotation id listed twice for different annotations"] == 1
-    assert reader.skipped["picture id listed twice for different pictures"] == 1
+    assert reader.skipped["image id listed twice for different images"] == 1
 
 
 def test_exclude_val_looks_at_every_referring_set(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_exclude_val_looks_at_every_referring_set(tmp_path: Path) -> None:
     data_sets.write_refer_seg(tmp_path, "refcoco+", held_out)
     reader = build_reader("refcoco", root, "train", ReaderOptions(exclude_val=True))
     assert set(everything(reader)) == {"refcoco/train/1"}
-    assert reader.skipped["ref about a picture of a val or test split"] == 3
+    assert reader.skipped["ref about an image of a val or test split"] == 3
 
 
 def test_vqa(tmp_path: Path) -> None:
@@ -143,18 +143,18 @@ def test_vqa(tmp_path: Path) -> None:
     told = [(turn.question, turn.answer, turn.kind) for turn in turns(sample)]
     assert told == [("What is it?", "A cup.", "text"), ("Which colour?", "Blue.", "text"), ("Why?", "Because.", "text")]
     assert sorted(reader.skipped.values()) == [1, 1]
-    assert reader.read(1, np.random.default_rng(0)).image_path == NO_PICTURE
+    assert reader.read(1, np.random.default_rng(0)).image_path == NO_IMAGE
     short = build_reader("llava_instruct_150k", tmp_path, "train", ReaderOptions(num_classes_per_sample=1))
     assert len(short.read(0, np.random.default_rng(0)).conversations) == 1
 
 
-def test_mixed_vqa_has_pictures_in_several_folders_and_rows_in_words_alone(tmp_path: Path) -> None:
+def test_mixed_vqa_has_images_in_several_folders_and_rows_in_words_alone(tmp_path: Path) -> None:
     reader = build_reader("llava_v1_5_mix665k", data_sets.write_mixed(tmp_path), "train", MANY)
     samples = [reader.read_all(index, np.random.default_rng(0)) for index in range(len(reader))]
     assert len({sample.sample_id for sample in samples}) == len(samples) == 8
     paths = [sample.image_path.removeprefix(f"{tmp_path}/") for sample in samples]
-    pictures = [f"{folder}/0001.jpg" for folder in data_sets.MIXED_FOLDERS]
-    assert paths == [*pictures[:3], NO_PICTURE, *pictures[3:], NO_PICTURE]
+    images = [f"{folder}/0001.jpg" for folder in data_sets.MIXED_FOLDERS]
+    assert paths == [*images[:3], NO_IMAGE, *images[3:], NO_IMAGE]
     assert [len(sample.conversations) for sample in samples] == [2, *[1] * 7]
     assert [turn.answer for turn in turns(samples[3])] == ["Nobody.", "Never."]
     assert all(turn.kind == "text" and "<image>" not in turn.question for sample in samples for turn in turns(sample))
@@ -163,14 +163,14 @@ def test_mixed_vqa_has_pictures_in_several_folders_and_rows_in_words_alone(tmp_p
         build_reader("llava_v1_5_mix665k", tmp_path, "train")
 
 
-def test_mixed_vqa_refuses_pictures_elsewhere_and_other_splits(tmp_path: Path) -> None:
+def test_mixed_vqa_refuses_images_elsewhere_and_other_splits(tmp_path: Path) -> None:
     for name in ("sam/images/0001.jpg", "/etc/passwd", "../0001.jpg", ""):
         record = data_sets.mixed_records()[0] | {"image": name}
         root = data_sets.write_mixed(tmp_path, [record])
         with pytest.raises(DataError, match="expected a path that begins with coco/train2017 or gqa/images"):
             build_reader("llava_v1_5_mix665k", root, "train")
     root = data_sets.write_mixed(tmp_path, [data_sets.mixed_records()[0] | {"image": "coco/train2017/../../up.jpg"}])
-    with pytest.raises(DataError, match=r"names the picture '\.\./\.\./up\.jpg'; expected a path inside"):
+    with pytest.raises(DataError, match=r"names the image '\.\./\.\./up\.jpg'; expected a path inside"):
         build_reader("llava_v1_5_mix665k", root, "train").read(0, np.random.default_rng(0))
     with pytest.raises(DataError, match="has no split 'val'; it has train only"):
         build_reader("llava_v1_5_mix665k", root, "val")
@@ -234,16 +234,16 @@ def test_reason_seg(tmp_path: Path, encoding: str) -> None:
     assert reader.skipped == {"polygon of fewer than three points": 1}
 
 
-def test_reason_seg_phrases_splits_and_pictures_alone(tmp_path: Path) -> None:
+def test_reason_seg_phrases_splits_and_images_alone(tmp_path: Path) -> None:
     data_sets.write_reason_seg(tmp_path, record=data_sets.reason_record("tallest cup", "", is_sentence=False))
     data_sets.write_reason_seg(tmp_path, "val")
-    data_sets.write_picture(tmp_path / "reason_seg/ReasonSeg/val/alone.jpg")
+    data_sets.write_image(tmp_path / "reason_seg/ReasonSeg/val/alone.jpg")
     reader = build_reader("ReasonSeg", tmp_path, "train|val", ReaderOptions(explanatory=-1))
     found = everything(reader)
     assert set(found) == {"ReasonSeg/train/train_a", "ReasonSeg/val/val_a"}
     (turn,) = found["ReasonSeg/train/train_a"]
     assert "the tallest cup" in turn.question and turn.targets[0].name == "the tallest cup"
-    assert reader.skipped["picture without a json file"] == 1
+    assert reader.skipped["image without a json file"] == 1
 
 
 def test_reason_seg_splits_by_name_and_joined(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_reason_seg_splits_by_name_and_joined(tmp_path: Path) -> None:
 
 def test_reason_seg_without_a_polygon_of_the_target(tmp_path: Path) -> None:
     record = data_sets.reason_record("what?") | {"shapes": [data_sets.shape("ignore", *data_sets.corners(1, 1, 5))]}
-    with pytest.raises(DataError, match="1 × picture without a polygon of the target"):
+    with pytest.raises(DataError, match="1 × image without a polygon of the target"):
         build_reader("ReasonSeg", data_sets.write_reason_seg(tmp_path, record=record), "train")
 
 
@@ -286,9 +286,9 @@ def test_explanations_come_in_their_share(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_ade20k(tmp_path: Path) -> None:
     data_sets.write_ade20k(tmp_path)
-    data_sets.write_picture(tmp_path / "ade20k/images/training/ADE_2.jpg")
+    data_sets.write_image(tmp_path / "ade20k/images/training/ADE_2.jpg")
     reader = build_reader("ade20k", tmp_path, "train", ReaderOptions(num_classes_per_question=2))
-    assert len(reader) == 1 and reader.skipped["picture without a label map"] == 1
+    assert len(reader) == 1 and reader.skipped["image without a label map"] == 1
     found = everything(reader)["ade20k/train/ADE_1"]
     assert [turn.targets[0].name for turn in found] == ["the wall", "the sky", "the flag"]
     assert [areas(turn) for turn in found] == [[10 * WIDTH], [6 * WIDTH], [4 * WIDTH]]
@@ -414,8 +414,8 @@ MISSING_KEYS = [
     ("refer_seg", ["images"], ""),
     ("refer_seg", ["annotations"], ""),
     ("refer_seg", ["categories"], ""),
-    ("refer_seg", ["images", 0, "file_name"], "picture 1"),
-    ("refer_seg", ["images", 0, "height"], "picture 1"),
+    ("refer_seg", ["images", 0, "file_name"], "image 1"),
+    ("refer_seg", ["images", 0, "height"], "image 1"),
     ("refer_seg", ["annotations", 0, "segmentation"], "annotation 11"),
     ("refer_seg", ["annotations", 0, "image_id"], "an annotation"),
     ("refer_seg", ["annotations", 0, "category_id"], "annotation 11"),
@@ -438,8 +438,8 @@ MISSING_KEYS = [
     ("parts", ["images"], ""),
     ("parts", ["annotations"], ""),
     ("parts", ["categories"], ""),
-    ("parts", ["images", 0, "file_name"], "picture 5"),
-    ("parts", ["images", 0, "width"], "picture 5"),
+    ("parts", ["images", 0, "file_name"], "image 5"),
+    ("parts", ["images", 0, "width"], "image 5"),
     ("parts", ["annotations", 0, "segmentation"], "annotation 1"),
     ("parts", ["annotations", 0, "image_id"], "an annotation"),
     ("parts", ["annotations", 0, "category_id"], "annotation 1"),
@@ -474,7 +474,7 @@ def test_missing_keys_and_wrong_types_are_named(
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "picture"),
+    ("name", "write", "image"),
     [
         ("refcoco", data_sets.write_refer_seg, f"{data_sets.COCO}/train2014/COCO_1.jpg"),
         ("llava_instruct_150k", data_sets.write_vqa, "coco/train2017/0001.jpg"),
@@ -482,16 +482,16 @@ def test_missing_keys_and_wrong_types_are_named(
         ("pascal_part", data_sets.write_parts, "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages/2008_1.jpg"),
     ],
 )
-def test_a_missing_picture_is_named_when_it_is_read(
-    tmp_path: Path, name: str, write: Callable[[Path], Path], picture: str
+def test_a_missing_image_is_named_when_it_is_read(
+    tmp_path: Path, name: str, write: Callable[[Path], Path], image: str
 ) -> None:
     reader = build_reader(name, write(tmp_path), "train")
-    (tmp_path / picture).unlink()
-    with pytest.raises(DataError, match=rf"{picture}, named by .*\.json, is missing"):
+    (tmp_path / image).unlink()
+    with pytest.raises(DataError, match=rf"{image}, named by .*\.json, is missing"):
         reader.read(0, np.random.default_rng(0))
 
 
-def test_broken_label_maps_and_pictures(tmp_path: Path) -> None:
+def test_broken_label_maps_and_images(tmp_path: Path) -> None:
     def read() -> None:
         build_reader("ade20k", tmp_path, "train").read(0, np.random.default_rng(0))
 
@@ -503,17 +503,17 @@ def test_broken_label_maps_and_pictures(tmp_path: Path) -> None:
         read()
     label = tmp_path / "ade20k/annotations/training/ADE_1.png"
     label.write_bytes(label.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"ADE_1\.png is not a picture"):
+    with pytest.raises(DataError, match=r"ADE_1\.png is not an image"):
         read()
     label.unlink()
     with pytest.raises(
-        DataError, match=r"holds nothing usable for ade20k, split 'train'.*1 × picture without a label map"
+        DataError, match=r"holds nothing usable for ade20k, split 'train'.*1 × image without a label map"
     ):
         read()
     data_sets.write_reason_seg(tmp_path)
-    picture = tmp_path / "reason_seg/ReasonSeg/train/train_a.jpg"
-    picture.write_text("no picture")
-    with pytest.raises(DataError, match=r"train_a\.jpg is not a picture"):
+    image = tmp_path / "reason_seg/ReasonSeg/train/train_a.jpg"
+    image.write_text("no image")
+    with pytest.raises(DataError, match=r"train_a\.jpg is not an image"):
         build_reader("ReasonSeg", tmp_path, "train", ReaderOptions(explanatory=-1)).read(0, np.random.default_rng(0))
 
 
@@ -560,7 +560,7 @@ def test_an_absent_data_set_is_named_by_its_path_and_archive(
         build_reader(name, tmp_path / "nowhere", "train")
 
 
-def test_pictures_folders_are_looked_for_before_training(tmp_path: Path) -> None:
+def test_images_folders_are_looked_for_before_training(tmp_path: Path) -> None:
     data_sets.write_parts(tmp_path)
     (tmp_path / "vlpart/pascal_part/VOCdevkit").rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match=r"the folder .*VOC2010/JPEGImages is missing; .*VOCtrainval_03-May-2010\.tar"):

@@ -1,4 +1,4 @@
-"""The readers on real pictures and annotations; areas and texts were computed without them (expected.json)."""
+"""The readers on real images and annotations; areas and texts were computed without them (expected.json)."""
 
 import json
 from collections import Counter
@@ -11,11 +11,11 @@ from PIL import Image
 
 from utils.data.masks import coco_mask
 from utils.data.mixture import build_mixture
-from utils.data.reader import ReaderOptions
-from utils.data.readers import build_eval_reader, build_reader
+from utils.data.readers.base import ReaderOptions
+from utils.data.readers.registry import build_eval_reader, build_reader
+from utils.data.readers.sem_seg.label_map_classes import COCO_STUFF_CLASSES
+from utils.data.readers.sem_seg.part_names import pascal_part_names
 from utils.data.samples import IGNORE_LABEL, Sample, Turn
-from utils.data.sem_seg.label_map_classes import COCO_STUFF_CLASSES
-from utils.data.sem_seg.part_names import pascal_part_names
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,9 @@ def test_genuine_explanations(realdata: Path, root: Path, tmp_path: Path) -> Non
 
 def test_muse_and_vqa(root: Path, expected: dict[str, list[dict[str, Any]]]) -> None:
     wanted = {entry["image_id"]: entry["mask_area_pycocotools"] for entry in expected["coco_masks"] if "sent" in entry}
-    for split, pictures in (("train", 4), ("val", 2), ("test_less", 2), ("test_many", 2)):
+    for split, images in (("train", 4), ("val", 2), ("test_less", 2), ("test_many", 2)):
         reader = build_eval_reader(f"MultiReasonSeg|{split}", root)
-        assert len(reader) == pictures
+        assert len(reader) == images
         for sample in reader:
             single, several = all_turns([sample])
             assert single.kind == several.kind == "reasoning"

@@ -10,14 +10,14 @@ import pytest
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, square
 from utils.data.errors import DataError
-from utils.data.reader import Reader, ReaderOptions
-from utils.data.readers import build_reader
+from utils.data.readers.base import Reader, ReaderOptions
+from utils.data.readers.registry import build_reader
+from utils.data.readers.sem_seg.part_names import paco_names, partimagenet_names, pascal_part_names
 from utils.data.samples import IGNORE_LABEL, Turn
-from utils.data.sem_seg.part_names import paco_names, partimagenet_names, pascal_part_names
 
 
 def turns(reader: Reader, index: int = 0) -> dict[str, Turn]:
-    """All turns about a picture by the name of their target."""
+    """All turns about an image by the name of their target."""
     sample = reader.read_all(index, np.random.default_rng(0))
     return {turn.targets[0].name: turn for conversation in sample.conversations for turn in conversation}
 
@@ -29,12 +29,12 @@ def counts(turn: Turn) -> tuple[int, int]:
     return int((mask == 1).sum()), int((mask == IGNORE_LABEL).sum())
 
 
-def test_cocostuff_takes_pictures_from_coco_and_leaves_out_classes_with_a_dash(tmp_path: Path) -> None:
+def test_cocostuff_takes_images_from_coco_and_leaves_out_classes_with_a_dash(tmp_path: Path) -> None:
     root = data_sets.write_cocostuff(tmp_path)
     data_sets.write_labels(root / "cocostuff/train2017/0002.png", data_sets.striped((0, 3)))
-    data_sets.write_picture(root / "coco/train2017/0003.jpg")
+    data_sets.write_image(root / "coco/train2017/0003.jpg")
     reader = build_reader("cocostuff", root, "train")
-    assert reader.skipped == {"picture without a label map": 1, "label map without a picture": 1}
+    assert reader.skipped == {"image without a label map": 1, "label map without an image": 1}
     found = turns(reader)
     assert list(found) == ["the person", "the sky"]
     assert reader.read(0, np.random.default_rng(0)).image_path.endswith("coco/train2017/0001.jpg")
@@ -98,7 +98,7 @@ NAMES = {
 def test_parts_are_united_and_crowds_are_ignored(tmp_path: Path, name: str) -> None:
     reader = build_reader(name, data_sets.write_parts(tmp_path, name), "train")
     assert len(reader) == 1
-    assert reader.read(0, np.random.default_rng(0)).image_path.endswith(data_sets.PART_PICTURES[name][1])
+    assert reader.read(0, np.random.default_rng(0)).image_path.endswith(data_sets.PART_IMAGES[name][1])
     found = turns(reader)
     assert list(found) == NAMES[name]
     thing = 36 + 36 - 9
@@ -108,9 +108,9 @@ def test_parts_are_united_and_crowds_are_ignored(tmp_path: Path, name: str) -> N
         assert counts(found["the left front leg of the cow"]) == (9 + 9 - 1, 0)
     assert reader.skipped == {
         "annotation without a polygon that has an inside": 3,
-        "annotation of a picture that is not listed": 1,
-        "class of a picture with a crowd region only": 1,
-        "picture without a usable annotation": 1,
+        "annotation of an image that is not listed": 1,
+        "class of an image with a crowd region only": 1,
+        "image without a usable annotation": 1,
     }
 
 
@@ -159,7 +159,7 @@ def test_brackets_stay_only_where_they_tell_things_apart() -> None:
 
 
 def changed(tmp_path: Path, name: str, change: dict[str, Any]) -> Path:
-    """The set `name` with entries of its first picture's record replaced."""
+    """The set `name` with entries of its first image's record replaced."""
     root = data_sets.write_parts(tmp_path, name)
     path = root / data_sets.PART_FILES[name]
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -172,10 +172,10 @@ def test_classes_that_lvis_did_not_mark_everywhere_are_left_out(tmp_path: Path) 
     root = changed(tmp_path, "paco_lvis", {"not_exhaustive_category_ids": [3, 77]})
     reader = build_reader("paco_lvis", root, "train")
     assert list(turns(reader)) == NAMES["paco_lvis"][1:]
-    assert reader.skipped["class of a picture that is not annotated exhaustively"] == 1
+    assert reader.skipped["class of an image that is not annotated exhaustively"] == 1
 
 
-def test_paco_pictures_may_lie_in_mounted_folders(tmp_path: Path) -> None:
+def test_paco_images_may_lie_in_mounted_folders(tmp_path: Path) -> None:
     root = data_sets.write_parts(tmp_path / "root", "paco_lvis")
     (root / "coco/train2017").rename(tmp_path / "disk")
     (root / "coco/train2017").symlink_to(tmp_path / "disk")
@@ -220,14 +220,14 @@ def one_annotation(segmentation: Any, category_id: int = 3) -> dict[str, Any]:
     [
         (
             one_annotation({"size": [WIDTH, HEIGHT], "counts": [0, HEIGHT * WIDTH]}),
-            r"annotation 1 of .*run lengths for a size of \[32, 24\]; its picture has \[24, 32\]",
+            r"annotation 1 of .*run lengths for a size of \[32, 24\]; its image has \[24, 32\]",
         ),
         (one_annotation({"size": [HEIGHT, WIDTH], "counts": "0"}), "run lengths that do not add up to 24×32 pixels"),
         (one_annotation([[1, 1, float("nan"), 4, 9, 1]]), "not finite"),
         (one_annotation([square(1, 1, 4)], 77), "category 77, which 'categories' does not list"),
         ({"categories": [{"id": 3, "name": "cow"}, {"id": 3, "name": "dog"}]}, "category 3 .* called 'dog', and 'cow'"),
         ({"categories": [{"id": 3, "name": " "}]}, "category 3 .* is called ''"),
-        ({"images": []}, "nothing usable for pascal_part.*annotation of a picture that is not listed"),
+        ({"images": []}, "nothing usable for pascal_part.*annotation of an image that is not listed"),
     ],
 )
 def test_malformed_part_annotations_are_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -239,7 +239,7 @@ def test_malformed_part_annotations_are_named(tmp_path: Path, change: dict[str, 
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_a_picture_listed_twice(tmp_path: Path) -> None:
+def test_a_image_listed_twice(tmp_path: Path) -> None:
     root = data_sets.write_parts(tmp_path)
     path = root / data_sets.PART_FILES["pascal_part"]
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -247,9 +247,9 @@ def test_a_picture_listed_twice(tmp_path: Path) -> None:
     data_sets.write_json(path, content)
     assert len(build_reader("pascal_part", root, "train")) == 1, "a plain repetition is no harm"
     content["images"][-1]["file_name"] = "2008_3.jpg"
-    data_sets.write_picture(root / data_sets.PART_PICTURES["pascal_part"][0] / "2008_3.jpg")
+    data_sets.write_image(root / data_sets.PART_IMAGES["pascal_part"][0] / "2008_3.jpg")
     content["images"].append({"id": 8, "file_name": "2008_3.jpg", "height": HEIGHT, "width": WIDTH})
     content["annotations"].append(data_sets.annotation(1, 8, [square(1, 1, 4)], 3))
     data_sets.write_json(path, content)
     reader = build_reader("pascal_part", root, "train")
-    assert len(reader) == 1 and reader.skipped["picture id listed twice for different pictures"] == 1
+    assert len(reader) == 1 and reader.skipped["image id listed twice for different images"] == 1

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tools import demo as script
-from utils.data.readers import build_eval_reader
-from utils.demo import BARS, SIZES, Demo
-from utils.scenes import HELD_OUT_SPEC, SceneDataSettings, write_scene_data
-from utils.scoreboard import Bar
-from utils.stages import Stage, Stages
+from demo import run_demo as script
+from demo.pipeline import BARS, SIZES, Demo
+from demo.scenes import HELD_OUT_SPEC, SceneDataSettings, write_scene_data
+from demo.scoreboard import Bar
+from demo.stages import Stage, Stages
+from utils.data.readers.registry import build_eval_reader
 
 KINDS = ("direct", "several", "reasoning", "no_target")
 KEYS = {
@@ -54,18 +54,18 @@ def test_the_plan_names_scripts_that_are_there_and_counts_its_stages(
             assert all((repository / name).is_file() for name in scripts), scripts
     (train,) = (stage for stage in stages if isinstance(stage, Stage) and stage.name == "train")
     assert ("--num_gpus" in train.command) == (engine == "deepspeed")
-    # Pictures per step and threads are the same: 2 ranks x 1 round x 1 thread, or 1 process x 2 rounds x 2 threads.
+    # Images per step and threads are the same: 2 ranks x 1 round x 1 thread, or 1 process x 2 rounds x 2 threads.
     assert ("--grad_accumulation_steps" in train.command) == (engine == "plain")
     assert train.env["OMP_NUM_THREADS"] == ("1" if engine == "deepspeed" else "2")
 
 
 def test_it_talks_about_several_things_that_can_be_told_apart(drawn: Path, repository: Path) -> None:
-    picture, (first, *rest) = make_demo(drawn, repository).talk()
+    image, (first, *rest) = make_demo(drawn, repository).talk()
     turns = {
         turn.question: turn
         for sample in build_eval_reader(HELD_OUT_SPEC, drawn / "dataset")
         for (turn,) in sample.conversations
-        if sample.image_path == picture
+        if sample.image_path == image
     }
     assert rest and {turns[question].kind for question in rest} <= {"reasoning", "direct"}
     names = [target.name for target in turns[first].targets]

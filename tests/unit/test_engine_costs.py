@@ -8,12 +8,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.unit.engine_toys import CLASSES, WIDTH, ToyBatch, collate, cut, make_samples, make_toy
-from utils.engine import costs
-from utils.engine.costs import Costs, StepClock
+from utils.engine import throughput as costs
 from utils.engine.fit import Plan, Run
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.probe import probe_gradients
 from utils.engine.stepping import OptimizerSettings, Schedule
+from utils.engine.throughput import Costs, StepClock
 
 CPU = torch.device("cpu")
 
@@ -37,16 +37,16 @@ def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_figures_by_hand() -> None:
     batch = Words(*vars(collate(make_samples(2))).values())
     batch.info = [{}, {}]
-    found = Costs(CPU, ranks=3, flops_per_picture=5e9)
+    found = Costs(CPU, ranks=3, flops_per_image=5e9)
     assert found.figures() == {} and found.line() == "" and found.summary() == ""
     found.peak = 1e11
     found.add(2.0, [batch], {"data": 0.5, "forward": 1.0})
     found.add(1.0, [batch, batch], {"data": 0.1, "forward": 0.6})
     figures = found.figures()
-    # 2 + 4 pictures and 4 + 8 tokens in 3 s on each of 3 ranks.
-    assert figures["speed/pictures_per_second"] == pytest.approx(6.0)
+    # 2 + 4 images and 4 + 8 tokens in 3 s on each of 3 ranks.
+    assert figures["speed/images_per_second"] == pytest.approx(6.0)
     assert figures["speed/tokens_per_second"] == pytest.approx(12.0)
-    # A rank does 2 pictures a second of 5e9 operations: 1e10 of 1e11.
+    # A rank does 2 images a second of 5e9 operations: 1e10 of 1e11.
     assert figures["speed/mfu"] == pytest.approx(0.1)
     split = {name: figures[f"seconds/{name}"] for name in ("data", "forward", "other")}
     assert split == pytest.approx({"data": 0.3, "forward": 0.8, "other": 0.4})
@@ -85,7 +85,7 @@ def test_a_run_writes_its_costs_and_a_trace(tmp_path: Path, capsys: pytest.Captu
     events.Reload()
     names = set(events.Tags()["scalars"])
     parts = ("data", "forward", "backward", "optimizer", "communication", "other")
-    assert {f"seconds/{part}" for part in parts} | {"speed/pictures_per_second", "memory/peak_gib"} <= names
+    assert {f"seconds/{part}" for part in parts} | {"speed/images_per_second", "memory/peak_gib"} <= names
     assert len(list((tmp_path / "trace").glob("*.json"))) == 1
     said = capsys.readouterr().err
     assert "pic/s" in said and "a step of the last 5: " in said

@@ -11,12 +11,12 @@ import torch
 
 from tests.unit.engine_real import real_step, words_and_targets, write_real
 from tests.unit.engine_toys import cut, make_samples, make_toy
+from utils.cli.scripts import UserError
 from utils.engine.checkpoints import latest_tag
 from utils.engine.deepspeed_engine import full_config, read_user_config
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime, deepspeed_problem
 from utils.engine.stepping import OptimizerSettings
-from utils.scripts import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("zero0-rounds2", "zero1-rounds2", "zero2-rounds1", "zero2-rounds4", "zero3-rounds2")

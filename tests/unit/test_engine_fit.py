@@ -17,15 +17,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.unit.engine_toys import ToyBatch, cut, make_samples, make_toy
-from utils import scripts
+from utils.cli import scripts
+from utils.cli.run_card import find_run_card, write_run_card
+from utils.cli.scripts import UserError, explain, run_script
 from utils.engine import plain_engine, prepare
 from utils.engine.checkpoints import keep_as, latest_tag, point_to, remove_superseded, seal, tag_of
 from utils.engine.fit import BEST, CHECKPOINT, Plan, Run
 from utils.engine.plain_engine import PlainEngine
-from utils.engine.run_card import find_run_card, write_run_card
 from utils.engine.runtime import deepspeed_problem, open_runtime
 from utils.engine.stepping import OptimizerSettings, Schedule
-from utils.scripts import UserError, explain, run_script
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -59,8 +59,8 @@ def test_a_run_leaves_latest_best_and_curves(tmp_path: Path, capsys: pytest.Capt
         modes.append((run.engine.model.training, torch.is_grad_enabled()))
         return {"giou": next(scores)}
 
-    picture = np.zeros((4, 6, 3), dtype=np.uint8)
-    run = Run(engine(), plan(), tmp_path, validate, lambda: {"answers/0": picture})
+    image = np.zeros((4, 6, 3), dtype=np.uint8)
+    run = Run(engine(), plan(), tmp_path, validate, lambda: {"answers/0": image})
     progress = run.fit(batches)
     assert (progress.step, progress.best, progress.best_step) == (STEPS, 0.5, 4)
     assert modes == [(False, False)] * 3 and run.engine.model.training
@@ -168,7 +168,7 @@ def test_torch_wraps_a_full_disk_and_it_is_still_one_sentence(tmp_path: Path) ->
         "from pathlib import Path\n"
         "from tests.unit.test_engine_fit import engine\n"
         "from utils.engine.saving import save_checkpoint\n"
-        "from utils.scripts import run_script\n"
+        "from utils.cli.scripts import run_script\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "big = engine()\n"
         "big.model.large = torch.nn.Parameter(torch.zeros(300_000))\n"

@@ -20,19 +20,19 @@ import pytest
 import torch
 
 from tests.unit.engine_toys import ToyBatch, collate, cut, make_samples, make_toy
-from utils import scripts
+from utils.cli import scripts
+from utils.cli.scripts import Stopped, UserError, run_script
 from utils.data.bad_samples import BAD_SAMPLES
 from utils.engine import checkpoints, fit
 from utils.engine.checkpoints import latest_tag, tags
 from utils.engine.fit import CHECKPOINT, Plan, Run
-from utils.engine.guard import DUMPS, SPIKES, Guard
-from utils.engine.journal import consumed, forget_after
 from utils.engine.lock import lock_folder
+from utils.engine.nan_guard import DUMPS, SPIKES, Guard
 from utils.engine.plain_engine import WEIGHTS, PlainEngine
 from utils.engine.protocol import StepReport
 from utils.engine.random_state import random_state, restore_random_state
+from utils.engine.sample_log import consumed, forget_after
 from utils.engine.stepping import OptimizerSettings, Schedule
-from utils.scripts import Stopped, UserError, run_script
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -285,7 +285,7 @@ import os, signal, sys, time
 from pathlib import Path
 from tests.unit.test_engine_guards import batches, engine, plan
 from utils.engine.fit import Run
-from utils.scripts import run_script
+from utils.cli.scripts import run_script
 
 def slow(step, batch):
     if step == 2:
@@ -366,7 +366,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from utils.engine.lock import lock_folder
-from utils.scripts import run_script
+from utils.cli.scripts import run_script
 
 def main(_):
     lock_folder(Path(sys.argv[1]))

@@ -5,14 +5,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from demo.muon import ADAMW_RMS, MOMENTUM, Muon, orthogonal, shared_out
 from tests.unit.engine_toys import collate, cut, make_samples, make_toy
-from utils.arguments import parse_train
-from utils.engine.muon import ADAMW_RMS, MOMENTUM, Muon, orthogonal, shared_out
+from utils.cli.arguments import parse_train
+from utils.cli.scripts import UserError
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime
 from utils.engine.setup import make_engine
 from utils.engine.stepping import MUON, OptimizerSettings, hidden_matrices, make_optimizer, set_learning_rate
-from utils.scripts import UserError
 
 CPU = torch.device("cpu")
 RATE = 1e-2

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from tests.unit.engine_toys import make_toy
-from utils import scripts
-from utils.arguments import parse_train
+from utils.cli import scripts
+from utils.cli.arguments import parse_train
+from utils.cli.scripts import UserError
 from utils.engine.preflight import batch_arithmetic, draws, memory_needed, memory_there, require_rows, under_chance
 from utils.engine.stale_locks import clear_stale_locks
-from utils.scripts import UserError
 
 
 def test_the_arithmetic_of_a_step() -> None:
@@ -20,11 +20,11 @@ def test_the_arithmetic_of_a_step() -> None:
     args = parse_train(flags)
     # 2 x 8 x 10 = 160; 10 x 500 steps of 160 are 800,000.
     assert batch_arithmetic(args, 8) == (
-        "a step is 2 pictures x 8 ranks x 10 rounds = 160 samples; 5,000 steps take 800,000"
+        "a step is 2 images x 8 ranks x 10 rounds = 160 samples; 5,000 steps take 800,000"
     )
     assert draws(["a", "b"], [0.75, 0.25], [600, 100], 400).splitlines() == [
-        "a: about 300 samples, 0.5 times its 600 pictures",
-        "b: about 100 samples, 1.0 times its 100 pictures",
+        "a: about 300 samples, 0.5 times its 600 images",
+        "b: about 100 samples, 1.0 times its 100 images",
     ]
 
 
@@ -50,7 +50,7 @@ def test_tokens_without_rows_are_refused() -> None:
 
 def test_a_score_below_chance_says_what_to_look_at() -> None:
     assert under_chance(0.3) is None
-    assert "do masks lie on their pictures" in str(under_chance(0.01))
+    assert "do masks lie on their images" in str(under_chance(0.01))
 
 
 def test_flags_that_contradict(capsys: pytest.CaptureFixture) -> None:

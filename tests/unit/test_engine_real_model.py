@@ -1,4 +1,4 @@
-"""The gradient of one optimizer step of a true PixelLM, however its pictures are cut into micro-batches."""
+"""The gradient of one optimizer step of a true PixelLM, however its images are cut into micro-batches."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.engine_real import PICTURES, real_step, write_real
+from tests.unit.engine_real import IMAGES, real_step, write_real
 from tests.unit.engine_toys import gradients
 from utils.data.collate import Batch
 from utils.engine import plain_engine
@@ -39,7 +39,7 @@ def gradient_of(folder: Path, rounds: int, dtype: torch.dtype) -> tuple[torch.Te
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_the_gradient_does_not_depend_on_the_cut(folder: Path, dtype: torch.dtype, within: float) -> None:
     whole, _ = gradient_of(folder, 1, dtype)
-    for rounds in (2, PICTURES):
+    for rounds in (2, IMAGES):
         found, step = gradient_of(folder, rounds, dtype)
         assert (found - whole).norm() <= within * whole.norm()
     targets = [len(batch.target_questions) for batch in step]

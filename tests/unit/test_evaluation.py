@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils import evaluation
+from utils.cli.scripts import UserError
 from utils.data.samples import IGNORE_LABEL, Sample, Target, Turn
-from utils.metrics import Overlap
-from utils.scores.figures import intervals
-from utils.scripts import UserError
+from utils.evaluation import ask as evaluation
+from utils.evaluation.aggregate import intervals
+from utils.evaluation.metrics import Overlap
 
 SIZE = (4, 6)
 LOGIT = np.float32(40.0)  # so sure that BCE and DICE at the sampled points see the masks themselves
@@ -36,7 +36,7 @@ def sample(path: str, *turns: Turn, dataset: str = "drawn") -> Sample:
 
 
 def samples() -> list[Sample]:
-    """Two pictures: four questions about the first, one about the second."""
+    """Two images: four questions about the first, one about the second."""
     return [
         sample(
             "a.png",
@@ -70,12 +70,12 @@ class Fake:
         self.respond = respond
         self.calls: list[tuple[str, list[str], list[str]]] = []
 
-    def answer(self, pictures: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
-        self.calls.append(("answer", list(pictures), [pictures[index] for index in image_index]))
+    def answer(self, images: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
+        self.calls.append(("answer", list(images), [images[index] for index in image_index]))
         return [self.respond([name for name in BOXES if name in question]) for question in questions]
 
-    def segment(self, pictures: Any, conversations: Any, image_index: Any) -> list[Any]:
-        self.calls.append(("segment", list(pictures), [pictures[index] for index in image_index]))
+    def segment(self, images: Any, conversations: Any, image_index: Any) -> list[Any]:
+        self.calls.append(("segment", list(images), [images[index] for index in image_index]))
         return [self.respond([n for n in BOXES if n in given]) for ((_, given),) in conversations]
 
 
@@ -147,7 +147,7 @@ def test_wrong_names_with_right_masks() -> None:
     assert found["text_accuracy"] == 2 / 5  # the bar itself, and no name where there is none
 
 
-def test_a_pictures_questions_are_asked_together_and_other_pictures_are_shown_in_turn() -> None:
+def test_a_images_questions_are_asked_together_and_other_images_are_shown_in_turn() -> None:
     predictor = oracle()
     run(predictor, batch_size=4)
     a, b = "a.png", "b.png"
@@ -177,18 +177,18 @@ def test_ways_of_asking_can_be_left_out() -> None:
     assert found["giou"] == 1.0
 
 
-def test_a_single_picture_cannot_be_exchanged() -> None:
+def test_a_single_image_cannot_be_exchanged() -> None:
     found = evaluation.evaluate(oracle(), samples()[1:], progress=False)
     assert found["giou_shuffled"] is None
 
 
-def test_another_pictures_masks_are_brought_to_the_questions_size() -> None:
+def test_another_images_masks_are_brought_to_the_questions_size() -> None:
     large = (8, 12)
     mixed = [sample("a.png", turn("direct", "red square")), sample("b.png", turn("direct", "dot", size=large))]
 
     class BySize(Fake):
-        def answer(self, pictures: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
-            sizes = [SIZE if pictures[index] == "a.png" else large for index in image_index]
+        def answer(self, images: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
+            sizes = [SIZE if images[index] == "a.png" else large for index in image_index]
             return [answer(["dot"], [np.ones(size)], size=size) for size in sizes]
 
     found = evaluation.evaluate(BySize(list), mixed, protocols=["free"], progress=False)
@@ -288,7 +288,7 @@ def test_silence_under_every_protocol() -> None:
 
 def test_silence_in_the_releases_generation_loop() -> None:
     class Silent(Fake):
-        def answer(self, pictures: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
+        def answer(self, images: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
             return [answer([], []) for _ in questions]
 
     found = run(Silent(lambda names: answer(names, [region(name) for name in names])), protocols=["release"])
@@ -315,8 +315,8 @@ def test_masking_everything_under_every_protocol() -> None:
     assert free["groups"]["questions_with_too_many"] == 1
     assert found["teacher"]["giou_matched"] == pytest.approx((4 + (4 + 6) / 2 + 1 + 6) / 24 / 4)
     assert release(found, "validate") == pytest.approx(((4 + 4 + 6 + 1 + 6) / 24 / 5, 21 / (5 * 24)), abs=1e-5)
-    # Picture a: four pairs, and a surplus mask whose raw logits of 40 lie outside of [0, 1]: its union is empty, which
-    # the release counts as right. So 15 of 24 and 1, picture b 6 of 24, over 5 + 1 predictions.
+    # Image a: four pairs, and a surplus mask whose raw logits of 40 lie outside of [0, 1]: its union is empty, which
+    # the release counts as right. So 15 of 24 and 1, image b 6 of 24, over 5 + 1 predictions.
     assert release(found, "ar_validate") == pytest.approx(((15 / 24 + 1 + 6 / 24) / 6, 21 / (5 * 24)), abs=1e-5)
 
 
@@ -339,8 +339,8 @@ def test_repeated_groups_under_every_protocol() -> None:
 
 def test_repeated_groups_in_the_releases_generation_loop() -> None:
     class Twice(Fake):
-        def answer(self, pictures: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
-            found = super().answer(pictures, questions, image_index, max_new_tokens)
+        def answer(self, images: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
+            found = super().answer(images, questions, image_index, max_new_tokens)
             return [answer(one.phrases * 2, [*one.masks, *one.masks]) for one in found]
 
     found = run(Twice(lambda names: answer(names, [region(name) for name in names])), protocols=["release"])
@@ -390,7 +390,7 @@ def test_the_release_needs_logits() -> None:
         run(Fake(without), protocols=["release"])
 
 
-def test_classes_are_scored_over_all_pictures() -> None:
+def test_classes_are_scored_over_all_images() -> None:
     shifted = {"red square": 1, "blue bar": 0, "dot": 0}
 
     def shift(names: list[str]) -> Any:
@@ -401,7 +401,7 @@ def test_classes_are_scored_over_all_pictures() -> None:
         sample("b.png", turn("direct", "red square"), turn("no_target", question="moon?"), dataset="ade20k"),
     ]
     found = evaluation.evaluate(Fake(shift), asked, progress=False)["datasets"]["ade20k"]
-    # A square of 2 x 2 moved by one: 2 of 6 pixels, in both pictures.
+    # A square of 2 x 2 moved by one: 2 of 6 pixels, in both images.
     assert found["class_iou"] == {"dot": 1.0, "red square": (2 + 2) / (6 + 6)}
     assert found["miou"] == found["miou_teacher_forced"] == pytest.approx((1 + 1 / 3) / 2)
 
@@ -410,10 +410,10 @@ def test_intervals_belong_to_scores() -> None:
     scored: list[evaluation.Scored] = []
     found = run(Fake(lambda names: answer(["red square"], [np.ones(SIZE)])), on_scored=scored.append)
     bounds = intervals([one.figures for one in scored])
-    # Two pictures: a with IoUs of 4, 10, 1 and 0 of 24, b with 6 of 24; a quarter of the draws takes only one of them.
+    # Two images: a with IoUs of 4, 10, 1 and 0 of 24, b with 6 of 24; a quarter of the draws takes only one of them.
     low, high = bounds["giou"]
     assert (low, high) == pytest.approx(((4 + 10 + 1 + 0) / 24 / 4, 6 / 24))
     assert low <= found["giou"] <= high
     assert bounds["datasets"]["other"]["giou_interval"] == [6 / 24, 6 / 24]
     assert bounds["giou_by_kind"]["several"] == [10 / 24, 10 / 24]
-    assert bounds["unit"] == "picture" and bounds["draws"] == 10_000
+    assert bounds["unit"] == "image" and bounds["draws"] == 10_000

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from utils.scores import bootstrap
+from utils.evaluation import bootstrap
 
 
 def test_intervals_are_those_of_scipy() -> None:
@@ -26,8 +26,8 @@ def test_intervals_are_those_of_scipy() -> None:
     assert ours[0] < intersections.sum() / unions.sum() < ours[1]
 
 
-def test_pictures_are_the_units() -> None:
-    # One picture of ten right questions and one of ten wrong ones: a draw of two pictures scores 0, 1/2 or 1.
+def test_images_are_the_units() -> None:
+    # One image of ten right questions and one of ten wrong ones: a draw of two images scores 0, 1/2 or 1.
     units = ["a"] * 10 + ["b"] * 10
     sums = bootstrap.by_unit(units, [(1.0, 1.0)] * 10 + [(0.0, 1.0)] * 10)
     assert sums.tolist() == [[10, 10], [0, 10]]
@@ -48,7 +48,7 @@ def test_the_seed_decides_and_columns_share_their_draws() -> None:
     assert first != bootstrap.ratio_intervals(rows, ones, seed=1)[0]
 
 
-def test_ten_thousand_draws_of_a_thousand_pictures_take_seconds() -> None:
+def test_ten_thousand_draws_of_a_thousand_images_take_seconds() -> None:
     rows = np.random.default_rng(0).random((1000, 4))
     start = time.process_time()
     bootstrap.ratio_intervals(rows, np.ones_like(rows))
@@ -56,5 +56,5 @@ def test_ten_thousand_draws_of_a_thousand_pictures_take_seconds() -> None:
 
 
 def test_nothing_has_no_interval() -> None:
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         bootstrap.ratio_intervals(np.zeros((0, 1)), np.zeros((0, 1)))

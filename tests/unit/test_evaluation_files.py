@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_rle
 
+from utils.cli.scripts import UserError
 from utils.data.samples import Target, Turn
-from utils.evaluation import Scored
-from utils.metrics import named, names_exactly
-from utils.scores import compare, fingerprints, lines, pages, tables
-from utils.scores.figures import Figures, Said, drawn
-from utils.scores.questions import EvalQuestion
-from utils.scores.results import read_results
-from utils.scripts import UserError
+from utils.evaluation import compare, fingerprints, tables
+from utils.evaluation import html_report as pages
+from utils.evaluation import records as lines
+from utils.evaluation.aggregate import Figures, Said, drawn
+from utils.evaluation.ask import Scored
+from utils.evaluation.metrics import named, names_exactly
+from utils.evaluation.questions import EvalQuestion
+from utils.evaluation.results import read_results
 
 SIDE = 8
 
@@ -123,8 +125,8 @@ def test_results_that_cannot_be_read(tmp_path: Path) -> None:
             read_results(tmp_path)
 
 
-def flat(picture: np.ndarray, masks: np.ndarray, phrases: Any) -> np.ndarray:
-    return np.where(masks.any(axis=0)[..., None], 255, picture).astype(np.uint8)
+def flat(image: np.ndarray, masks: np.ndarray, phrases: Any) -> np.ndarray:
+    return np.where(masks.any(axis=0)[..., None], 255, image).astype(np.uint8)
 
 
 def noise(path: str) -> np.ndarray:
@@ -147,14 +149,14 @@ def test_words_of_a_page_are_shown_and_not_run(tmp_path: Path) -> None:
 
 def test_answers_share_the_bytes_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 answers stay under 20 MB; here 25 under a twentieth of that, which leaves each as much."""
-    assert pages._bytes_of_picture(5) == 30_000 and pages._PAGE_BYTES == 19e6
-    assert pages._bytes_of_picture(500) == int((19e6 / 500 - 4 * 600 * 6) / 3 * 3 / 4)
+    assert pages._bytes_of_image(5) == 30_000 and pages._PAGE_BYTES == 19e6
+    assert pages._bytes_of_image(500) == int((19e6 / 500 - 4 * 600 * 6) / 3 * 3 / 4)
     monkeypatch.setattr(pages, "_PAGE_BYTES", pages._PAGE_BYTES // 20)
     # Noise is what a JPEG is worst at, and a quotation mark what escaping is.
     loud = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     quotes = lines.line_of(scored(["cat"], ["cat"], [A], question='"' * 5000, said='"' * 5000))
     told = [quotes | {"id": str(number), "size": [240, 320], "masks": [], "true_masks": []} for number in range(25)]
-    pages.write_page(tmp_path / "index.html", "many", {"all": told}, lambda picture, *_: picture, lambda path: loud)
+    pages.write_page(tmp_path / "index.html", "many", {"all": told}, lambda image, *_: image, lambda path: loud)
     size = (tmp_path / "index.html").stat().st_size
     assert 0.3 * 20e6 / 20 < size < 20e6 / 20
 
@@ -218,7 +220,7 @@ def test_compared_runs_are_paired() -> None:
     (whole,) = found.differences
     assert (whole.score, whole.n, found.only_first, found.only_second) == ("free gIoU, all", 4, 1, 0)
     assert whole.first == 0.5 and whole.second == pytest.approx((0.5 + 0.7 + 0.2 + 0.5) / 4)
-    # Two pictures: +0.2 over two questions and -0.3 over two; a quarter of the draws takes only one of them.
+    # Two images: +0.2 over two questions and -0.3 over two; a quarter of the draws takes only one of them.
     assert whole.interval == pytest.approx((-0.3 / 2, 0.2 / 2))
     assert [pair[0]["id"] for pair in found.changed] == ["s#2", "s#1"]
     assert [compare.change(pair) for pair in found.changed] == pytest.approx([-0.3, 0.2])
@@ -274,5 +276,5 @@ def test_the_datas_fingerprint_tells_what_was_left_out() -> None:
         def __len__(self) -> int:
             return 7
 
-    expected = {"dataset": "refcoco", "split": "val", "pictures": 7, "fingerprint": "abc"}
+    expected = {"dataset": "refcoco", "split": "val", "images": 7, "fingerprint": "abc"}
     assert fingerprints.of_data([Reader()]) == [expected | {"left_out": {"ref to a crowd": 2}}]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.unit import data_sets, test_data_custom
-from utils.evaluation import ask, summary
-from utils.scores.lines import line_of
-from utils.scores.questions import EvalQuestion, Plan, make_plan, truths_of
-from utils.scores.session import with_muse
-from utils.scores.sets import ScoredSets
+from utils.evaluation.ask import ask, summary
+from utils.evaluation.questions import EvalQuestion, Plan, make_plan, truths_of
+from utils.evaluation.records import line_of
+from utils.evaluation.run import with_muse
+from utils.evaluation.sets import ScoredSets
 
 PIXELS = 24 * 32
 LOGIT = np.float32(40.0)
@@ -42,15 +42,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Kind:
-    """A data set and what its pictures' questions ask for. ignored: pixels that a surplus mask is not charged for."""
+    """A data set and what its images' questions ask for. ignored: pixels that a surplus mask is not charged for."""
 
     spec: str
     write: Callable[[Path], Path]
-    pictures: tuple[tuple[Asked, ...], ...]
+    images: tuple[tuple[Asked, ...], ...]
 
     @property
     def questions(self) -> list[Asked]:
-        return [one for picture in self.pictures for one in picture]
+        return [one for image in self.images for one in image]
 
     @property
     def with_targets(self) -> list[Asked]:
@@ -68,7 +68,7 @@ SPOKEN = [
     test_data_custom.line("Where is the pot?", "Here, the pot {seg}.", masks=[POT]),
 ]
 
-# In the pictures of these sets: squares of 6, 8 and 4, and two squares of 6 that share 9 pixels.
+# In the images of these sets: squares of 6, 8 and 4, and two squares of 6 that share 9 pixels.
 KINDS = [
     Kind(
         "refcoco|unc|train",
@@ -157,12 +157,12 @@ class Known:
         names = [target.name for target in known.turn.targets]
         return self._respond(truths_of(known, (24, 32)) == 1, names, given)
 
-    def answer(self, pictures: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
-        return [self._one(pictures[at], text, False) for at, text in zip(image_index, questions, strict=True)]
+    def answer(self, images: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
+        return [self._one(images[at], text, False) for at, text in zip(image_index, questions, strict=True)]
 
-    def segment(self, pictures: Any, conversations: Any, image_index: Any) -> list[Any]:
+    def segment(self, images: Any, conversations: Any, image_index: Any) -> list[Any]:
         asked = zip(image_index, conversations, strict=True)
-        return [self._one(pictures[at], question, True) for at, ((question, _),) in asked]
+        return [self._one(images[at], question, True) for at, ((question, _),) in asked]
 
 
 def oracle(truths: np.ndarray, names: list[str], given: bool) -> Any:
@@ -175,7 +175,7 @@ def silent(truths: np.ndarray, names: list[str], given: bool) -> Any:
 
 
 def everything(truths: np.ndarray, names: list[str], given: bool) -> Any:
-    """Masks the whole picture for each target, and for one that is not there."""
+    """Masks the whole image for each target, and for one that is not there."""
     most = len(truths) if given else max(1, len(truths))
     return answer(np.ones((most, 24, 32)), names or ["it"] * most)
 
@@ -267,11 +267,10 @@ def test_masking_everything(kind: Kind, tmp_path: Path) -> None:
     # A surplus mask's raw logits of 40 lie outside of the release's histogram: an empty pair, which counts as right.
     surplus = len(asked) - len(kind.with_targets)
     most = sum(
-        max(sum(max(1, len(one.areas)) for one in picture), sum(len(one.areas) for one in picture))
-        for picture in kind.pictures
+        max(sum(max(1, len(one.areas)) for one in image), sum(len(one.areas) for one in image)) for image in kind.images
     )
     assert loops(found)["ar_validate"] == pytest.approx((sum(each) + surplus) / most, abs=EPS)
-    if "class_iou" in entry:  # each class is in one picture
+    if "class_iou" in entry:  # each class is in one image
         assert entry["miou"] == pytest.approx(mean([one.areas[0] / one.counted for one in asked]))
     if "muse" in entry:
         pairs = [sum(one.areas) / PIXELS / max(1, len(one.areas)) for one in asked]
@@ -338,7 +337,7 @@ def test_queries_of_reasonseg_are_told_apart(tmp_path: Path) -> None:
     data_sets.write_reason_seg(tmp_path, "test")
     folder = tmp_path / "reason_seg" / "ReasonSeg" / "test"
     data_sets.write_json(folder / "b.json", data_sets.reason_record("a cup", "the jug", is_sentence=False))
-    data_sets.write_picture(folder / "b.jpg")
+    data_sets.write_image(folder / "b.jpg")
     kind = Kind("ReasonSeg|test", lambda root: root, ())
     _, entry = scores(kind, tmp_path, breaks)
     queries = entry["by_query"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from model.build.builder import save_model
 from tests.unit import data_sets, evaluation_ranks
 from tests.unit.test_evaluation_kinds import GREFS
 from tests.unit.tiny_pixellm import make_model
+from utils.checkpoints.builder import save_model
 
 
 @pytest.fixture(scope="module")

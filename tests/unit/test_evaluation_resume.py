@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.unit.test_evaluation import ALL, Fake, answer, region, samples
-from utils import evaluation
-from utils.scores.figures import Figures, Words
-from utils.scores.lines import Lines
-from utils.scores.questions import make_plan
-from utils.scores.resume import figures_of, from_plain, key_of
+from utils.evaluation import ask as evaluation
+from utils.evaluation.aggregate import Figures, Words
+from utils.evaluation.questions import make_plan
+from utils.evaluation.records import Lines
+from utils.evaluation.resume import figures_of, from_plain, key_of
 
 RUN = {"model": "m", "limit": 0}
 

@@ -10,11 +10,11 @@ from PIL import Image
 
 import evaluate
 import train_ds
-from model.build.builder import save_model
+from demo.scenes import HELD_OUT_SPEC, SceneSettings, write_scene_data
+from demo.scenes.planning import SceneDataSettings
 from tests.unit.tiny_pixellm import make_model
-from utils.scenes import HELD_OUT_SPEC, SceneSettings, write_scene_data
-from utils.scenes.planning import SceneDataSettings
-from utils.scripts import run_script
+from utils.checkpoints.builder import save_model
+from utils.cli.scripts import run_script
 
 QUESTIONS = 20
 
@@ -59,7 +59,7 @@ def test_scores_lines_gallery_and_table(model: Path, data: Path, tmp_path: Path,
     assert result["seconds_per_sample"] == pytest.approx(result["seconds"] / QUESTIONS)
     assert len(result["model_fingerprint"]["sha256"]) == 64 and result["model_fingerprint"]["bytes"] > 0
     assert [one["dataset"] for one in result["data"]] == list(result["datasets"])
-    assert all(one["split"] == "val" and one["fingerprint"] and one["pictures"] for one in result["data"])
+    assert all(one["split"] == "val" and one["fingerprint"] and one["images"] for one in result["data"])
     low, high = result["intervals"]["giou"]
     assert low <= result["giou"] <= high
     for one in result["datasets"].values():

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from model.scored_predictor import ScoredPredictor
 from tests.unit import data_sets
 from tests.unit.tiny_pixellm import make_model, noise
-from utils import metrics, text_quality
-from utils.data.samples import NO_PICTURE, Sample, Turn
-from utils.evaluation import ask_in_words, summary
-from utils.scores import compare, pages
-from utils.scores.figures import Figures, intervals
-from utils.scores.lines import text_line_of
-from utils.scores.questions import Plan, make_plan
-from utils.scores.sets import ScoredSets
-from utils.scripts import UserError
+from utils.cli.scripts import UserError
+from utils.data.samples import NO_IMAGE, Sample, Turn
+from utils.evaluation import compare, metrics, text_quality
+from utils.evaluation import html_report as pages
+from utils.evaluation.aggregate import Figures, intervals
+from utils.evaluation.ask import ask_in_words, summary
+from utils.evaluation.questions import Plan, make_plan
+from utils.evaluation.records import text_line_of
+from utils.evaluation.scored_predictor import ScoredPredictor
+from utils.evaluation.sets import ScoredSets
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def samples() -> list[Sample]:
     return [
         Sample("a.png", (talk(("What is it?", "A cup."), ("Whose?", "Mine.")), *colours), "vqa", "a"),
         Sample("b.png", (talk(("What is it?", "A dog in the park.")),), "vqa", "b"),
-        Sample(NO_PICTURE, (talk(("Hello?", "Hi.")),), "vqa", "c"),
+        Sample(NO_IMAGE, (talk(("Hello?", "Hi.")),), "vqa", "c"),
     ]
 
 
@@ -82,11 +82,11 @@ class Speaker:
     def fits(self, turns: Sequence[Any]) -> bool:
         return turns[-1][0] != "Whose?"
 
-    def answer(self, pictures: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
-        self.asked += [(pictures[at], list(turns)) for at, turns in zip(image_index, questions, strict=True)]
+    def answer(self, images: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
+        self.asked += [(images[at], list(turns)) for at, turns in zip(image_index, questions, strict=True)]
         return [SimpleNamespace(text=self.says.get(turns[-1][0], "No idea.")) for turns in questions]
 
-    def likelihoods(self, pictures: Any, conversations: Any, image_index: Any) -> list[tuple[float, int] | None]:
+    def likelihoods(self, images: Any, conversations: Any, image_index: Any) -> list[tuple[float, int] | None]:
         texts = [turns[-1][1] for turns in conversations]
         return [None if text == "Mine." else (self.surprise * len(text), len(text)) for text in texts]
 
@@ -100,7 +100,7 @@ def ask(speaker: Speaker, **options: Any) -> tuple[Plan, list[Any], dict[str, An
 def test_what_is_said_and_what_is_read() -> None:
     speaker = Speaker({"Which colour?": "RED", "What is it?": "a cup"}, 0.25)
     _, spoken, found = ask(speaker)
-    # Two turns, a question with four references, one about the other picture; none about no picture.
+    # Two turns, a question with four references, one about the other image; none about no image.
     assert [(one.question.number, len(one.question.references)) for one in spoken] == [(0, 0), (1, 0), (2, 3), (0, 0)]
     assert found["left_out"]["text"] == 1 and found["n"] == 0
     text = found["text"]
@@ -113,7 +113,7 @@ def test_what_is_said_and_what_is_read() -> None:
     assert found["datasets"]["vqa"]["text"] == text
     assert found["datasets"]["vqa"]["giou"] is None and found["datasets"]["vqa"]["n"] == 0
     bounds = intervals([one.figures for one in spoken])["text"]
-    # Two pictures: of the first both answers are right, of the second none is.
+    # Two images: of the first both answers are right, of the second none is.
     assert bounds["exact_match_interval"] == [0.0, 1.0]
     assert bounds["perplexity_interval"] == pytest.approx([math.exp(0.25)] * 2)
     assert speaker.asked[0] == ("a.png", [("What is it?", None)])
@@ -146,7 +146,7 @@ def test_training_on_masks_is_compared_in_words() -> None:
     after = [text_line_of(one) for one in ask(Speaker(right | {"What is it?": "A mask."}, 0.5))[1]]
     found = {one.score: one for one in compare.compare(before, after).differences}
     assert (found["exact match"].first, found["exact match"].second) == (2 / 3, 1 / 3)
-    # The second picture loses its only right answer, the first none: 0 and −1 when one of them is drawn twice.
+    # The second image loses its only right answer, the first none: 0 and −1 when one of them is drawn twice.
     assert found["exact match"].interval == pytest.approx((-1.0, 0.0))
     assert found["vqa accuracy"].value == 0.0
     assert (found["perplexity"].first, found["perplexity"].second) == pytest.approx((math.exp(0.25), math.exp(0.5)))
@@ -175,7 +175,7 @@ def test_llavas_conversations_are_read_turn_by_turn(tmp_path: Path) -> None:
         (1, "Blue."),
         (0, "Because."),
     ]
-    assert plan.batches == [] and plan.left_out["text"] == 1  # the one without a picture
+    assert plan.batches == [] and plan.left_out["text"] == 1  # the one without an image
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +187,13 @@ def predictor() -> ScoredPredictor:
 def test_likelihood_is_what_the_logits_say(predictor: ScoredPredictor) -> None:
     """Against a pass over one conversation alone, whose last answer is told by its length in tokens."""
     turns = [("where is the red circle?", "it is the red circle."), ("which shapes are there?", "the green star.")]
-    pictures = [noise(24, 32, seed) for seed in (0, 1)]
+    images = [noise(24, 32, seed) for seed in (0, 1)]
     processor, model = predictor.processor, predictor.model
-    found = predictor.likelihoods(pictures, [turns, turns[:1], turns], [1, 0, 0])
+    found = predictor.likelihoods(images, [turns, turns[:1], turns], [1, 0, 0])
     for (surprise, tokens), (asked, which) in zip(found, [(turns, 1), (turns[:1], 0), (turns, 0)], strict=True):  # type: ignore[misc]
         prompt = processor.encode_prompt([*asked[:-1], (asked[-1][0], None)])
         whole = processor.encode_conversation(asked).input_ids
-        encoded = processor.encode_picture(pictures[which])
+        encoded = processor.encode_image(images[which])
         wanted = whole[len(prompt) :]
         with torch.inference_mode():
             output = model.eval()(
@@ -201,7 +201,7 @@ def test_likelihood_is_what_the_logits_say(predictor: ScoredPredictor) -> None:
                 attention_mask=torch.ones_like(whole[None]),
                 original_sizes=torch.tensor([encoded.original_size]),
                 image_index=torch.tensor([0]),
-                **predictor.picture_inputs([encoded]),
+                **predictor.image_inputs([encoded]),
             )
             hidden = output.last_hidden_state[0, -len(wanted) - 1 : -1]
             logp = torch.log_softmax(model.get_output_embeddings()(hidden).float(), dim=-1)

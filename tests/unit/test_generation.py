@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from model.build.builder import BuiltModel, build_model
 from model.generation import GeneratedAnswer
 from model.seg_codebook import group_positions, release_groups
 from tests.unit.tiny_bases import options, write_language_model, write_tower
 from tests.unit.tiny_pixellm import make_model, noise, saying
+from utils.checkpoints.builder import BuiltModel, build_model
 
 SIZES = [(20, 40), (32, 32), (50, 10)]
-# Prompts of different lengths about pictures with different padding, two about the same one.
+# Prompts of different lengths about images with different padding, two about the same one.
 QUESTIONS = ["the red circle", "which shapes are there, and which of them is to the left?", "blue?", "the green star"]
 INDEX = torch.tensor([0, 1, 1, 2])
 # A window of attention shorter than the prompts makes a cache forget; GPT-2 learns its positions, others turn by them.
@@ -46,10 +46,10 @@ def prompts(built: BuiltModel, questions: list[str] = QUESTIONS) -> list[torch.T
 def generate(
     built: BuiltModel, rows: list[torch.Tensor], index: torch.Tensor, max_new_tokens: int = 40
 ) -> list[GeneratedAnswer]:
-    pictures = [built.processor.encode_picture(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
+    images = [built.processor.encode_image(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
     return built.model.generate_answers(
-        pixel_values={"vision_tower": torch.stack([picture.pixel_values for picture in pictures])},
-        resized_sizes=torch.tensor([picture.resized_size for picture in pictures]),
+        pixel_values={"vision_tower": torch.stack([image.pixel_values for image in images])},
+        resized_sizes=torch.tensor([image.resized_size for image in images]),
         prompts=rows,
         image_index=index,
         end_token_id=built.processor.end_token_id,
@@ -57,13 +57,13 @@ def generate(
     )
 
 
-def without_picture(built: BuiltModel, prompt: torch.Tensor) -> torch.Tensor:
+def without_image(built: BuiltModel, prompt: torch.Tensor) -> torch.Tensor:
     return prompt[prompt != built.processor.image_token_id]
 
 
 def test_a_batch_says_what_its_prompts_say_alone(any_kind: BuiltModel) -> None:
     rows = prompts(any_kind)
-    rows.insert(2, without_picture(any_kind, rows[1]))
+    rows.insert(2, without_image(any_kind, rows[1]))
     index = torch.tensor([0, 1, 1, 1, 2])
     together = generate(any_kind, rows, index)
     said = set()
@@ -104,14 +104,14 @@ def given(built: BuiltModel, answers: list[str]) -> list[torch.Tensor]:
     """Masks over the square for each answer, teacher-forced."""
     encoded = [built.processor.encode_conversation([turn]).input_ids for turn in zip(QUESTIONS, answers, strict=True)]
     pad = torch.nn.utils.rnn.pad_sequence
-    pictures = [built.processor.encode_picture(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
+    images = [built.processor.encode_image(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
     with torch.no_grad():
         output = built.model.eval()(
             input_ids=pad(encoded, batch_first=True),
             attention_mask=pad([torch.ones_like(row) for row in encoded], batch_first=True).bool(),
-            pixel_values={"vision_tower": torch.stack([picture.pixel_values for picture in pictures])},
-            resized_sizes=torch.tensor([picture.resized_size for picture in pictures]),
-            original_sizes=torch.tensor([picture.original_size for picture in pictures]),
+            pixel_values={"vision_tower": torch.stack([image.pixel_values for image in images])},
+            resized_sizes=torch.tensor([image.resized_size for image in images]),
+            original_sizes=torch.tensor([image.original_size for image in images]),
             image_index=INDEX,
         )
     masks = torch.cat(list(output.low_res_mask_logits))
@@ -141,7 +141,7 @@ def test_the_first_token_may_be_the_last(built: BuiltModel) -> None:
     assert len(answer.ids) == 1 and answer.low_res_mask_logits.shape[0] == 0
 
 
-def test_each_picture_is_seen_once_and_a_batch_stops_when_all_are_done(
+def test_each_image_is_seen_once_and_a_batch_stops_when_all_are_done(
     built: BuiltModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -200,15 +200,15 @@ def test_groups_by_the_releases_rule(built: BuiltModel, monkeypatch: pytest.Monk
 
 
 def forced_first_group(built: BuiltModel, encoded: Any) -> torch.Tensor:
-    """(h, w) mask of the only group of a conversation about the first picture, its answer given."""
-    picture = built.processor.encode_picture(noise(*SIZES[0], seed=0))
+    """(h, w) mask of the only group of a conversation about the first image, its answer given."""
+    image = built.processor.encode_image(noise(*SIZES[0], seed=0))
     with torch.no_grad():
         output = built.model.eval()(
             input_ids=encoded.input_ids[None],
             attention_mask=torch.ones_like(encoded.input_ids)[None].bool(),
-            pixel_values={"vision_tower": picture.pixel_values[None]},
-            resized_sizes=torch.tensor([picture.resized_size]),
-            original_sizes=torch.tensor([picture.original_size]),
+            pixel_values={"vision_tower": image.pixel_values[None]},
+            resized_sizes=torch.tensor([image.resized_size]),
+            original_sizes=torch.tensor([image.original_size]),
             image_index=torch.zeros(1, dtype=torch.long),
         )
     return output.low_res_mask_logits[0][0]

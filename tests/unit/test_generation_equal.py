@@ -9,14 +9,14 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TopKLogitsWarper
 
 from model import PixelLMForCausalLM
-from model.build.builder import BuiltModel, build_model
 from model.generation import CHECKED, FORCED, STEPWISE, Decoding, GeneratedAnswer, GrowingLayer, remembers_everything
 from model.predictor import Predictor
 from model.session import Finished, MaskReady, TextPiece
 from tests.unit.tiny_bases import options, write_language_model, write_tower
 from tests.unit.tiny_pixellm import make_model, noise, same, saying, saying_ids
+from utils.checkpoints.builder import BuiltModel, build_model
 
-# Wide, tall and square pictures: at most 1 of 2 x 2 cells is left of the extreme ones.
+# Wide, tall and square images: at most 1 of 2 x 2 cells is left of the extreme ones.
 SIZES = [(1, 400), (400, 1), (32, 32), (20, 40)]
 QUESTIONS = ["the red circle", "which shapes are there, and which is left?", "blue?", "the green star", "no?"]
 INDEX = [0, 1, 1, 2, 3]
@@ -46,7 +46,7 @@ def prompts_of(built: BuiltModel, questions: Sequence[str] = QUESTIONS) -> list[
 
 
 def pixels(built: BuiltModel) -> dict[str, Any]:
-    seen = [built.processor.encode_picture(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
+    seen = [built.processor.encode_image(noise(*size, seed=number)) for number, size in enumerate(SIZES)]
     return {
         "pixel_values": {"vision_tower": torch.stack([one.pixel_values for one in seen]).to(built.model.dtype)},
         "resized_sizes": torch.tensor([one.resized_size for one in seen]),
@@ -59,13 +59,13 @@ def generate(
     index: Sequence[int],
     decoding: Decoding | None = None,
     max_new_tokens: int = LENGTH,
-    **pictures: Any,
+    **images: Any,
 ) -> list[GeneratedAnswer]:
-    seen = pictures or pixels(built)
+    seen = images or pixels(built)
     return built.model.generate_answers(
         pixel_values=seen.get("pixel_values"),
         resized_sizes=seen.get("resized_sizes"),
-        pictures=seen.get("pictures"),
+        images=seen.get("images"),
         prompts=prompts,
         image_index=torch.tensor(list(index)),
         end_token_id=built.processor.end_token_id,
@@ -75,19 +75,19 @@ def generate(
 
 
 @torch.no_grad()
-def without_cache(built: BuiltModel, prompt: torch.Tensor, picture: int) -> list[int]:
-    """Everything encoded again for every token, padded positions of the picture included."""
+def without_cache(built: BuiltModel, prompt: torch.Tensor, image: int) -> list[int]:
+    """Everything encoded again for every token, padded positions of the image included."""
     model, said = built.model, []
     while len(said) < LENGTH and built.processor.end_token_id not in said:
         ids = torch.cat([prompt, torch.tensor(said, dtype=torch.long)])[None]
-        seen = model.encode_pictures(**pixels(built))
-        rows = model.expand_rows(ids, torch.ones_like(ids), seen, torch.tensor([picture]))
-        state = model.hidden_states(rows, torch.tensor([picture]))[:, -1]
+        seen = model.encode_images(**pixels(built))
+        rows = model.expand_rows(ids, torch.ones_like(ids), seen, torch.tensor([image]))
+        state = model.hidden_states(rows, torch.tensor([image]))[:, -1]
         said.append(int(model.get_output_embeddings()(state).argmax()))
     return said
 
 
-def given_masks(built: BuiltModel, prompt: torch.Tensor, answer: torch.Tensor, picture: int) -> torch.Tensor:
+def given_masks(built: BuiltModel, prompt: torch.Tensor, answer: torch.Tensor, image: int) -> torch.Tensor:
     """(Q, h, w) of an answer that is given, in one pass without a cache."""
     ids = torch.cat([prompt, answer])[None]
     with torch.no_grad():
@@ -95,10 +95,10 @@ def given_masks(built: BuiltModel, prompt: torch.Tensor, answer: torch.Tensor, p
             input_ids=ids,
             attention_mask=torch.ones_like(ids).bool(),
             original_sizes=torch.tensor(SIZES),
-            image_index=torch.tensor([picture]),
+            image_index=torch.tensor([image]),
             **pixels(built),
         )
-    return output.low_res_mask_logits[picture]
+    return output.low_res_mask_logits[image]
 
 
 def assert_alike(one: GeneratedAnswer, other: GeneratedAnswer, atol: float = 2e-5) -> None:
@@ -123,11 +123,11 @@ class Biased(LogitsProcessor):
 
 
 def test_a_cache_says_what_is_said_without_one(built: BuiltModel) -> None:
-    """Over pictures of extreme shape, whose padding must stay masked, batched and with shared prefixes."""
+    """Over images of extreme shape, whose padding must stay masked, batched and with shared prefixes."""
     prompts = prompts_of(built)
     said = generate(built, prompts, INDEX)
-    for answer, prompt, picture in zip(said, prompts, INDEX, strict=True):
-        assert answer.ids.tolist() == without_cache(built, prompt, picture)
+    for answer, prompt, image in zip(said, prompts, INDEX, strict=True):
+        assert answer.ids.tolist() == without_cache(built, prompt, image)
     assert len({tuple(answer.ids.tolist()) for answer in said}) > 1
 
 
@@ -136,10 +136,10 @@ def test_masks_with_a_cache_are_those_without_one(built: BuiltModel) -> None:
     texts = ["a {seg} b {seg} {seg}.", "None.", "{seg}", "the {seg}", "{seg}{seg}"]
     with saying(built, texts):
         said = generate(built, prompts, INDEX, max_new_tokens=60)
-    for answer, prompt, picture, text in zip(said, prompts, INDEX, texts, strict=True):
+    for answer, prompt, image, text in zip(said, prompts, INDEX, texts, strict=True):
         assert answer.finished and len(answer.low_res_mask_logits) == text.count("{seg}")
         if text.count("{seg}"):
-            expected = given_masks(built, prompt, answer.ids, picture)
+            expected = given_masks(built, prompt, answer.ids, image)
             scale = max(1.0, float(expected.abs().max()))
             assert torch.allclose(answer.low_res_mask_logits, expected, atol=2e-5 * scale)
 
@@ -225,40 +225,38 @@ def test_bfloat16_within_its_tolerance() -> None:
     with saying(half, texts):
         checked = generate(half, prompts, INDEX, max_new_tokens=60)
         stepwise = generate(half, prompts, INDEX, Decoding(groups=STEPWISE), 60)
-    for one, other, prompt, picture in zip(checked, stepwise, prompts, INDEX, strict=True):
+    for one, other, prompt, image in zip(checked, stepwise, prompts, INDEX, strict=True):
         assert one.ids.tolist() == other.ids.tolist() and one.low_res_mask_logits.dtype == torch.bfloat16
         if len(one.low_res_mask_logits):
-            expected = given_masks(half, prompt, one.ids, picture).float()
+            expected = given_masks(half, prompt, one.ids, image).float()
             scale = float(expected.abs().max())
             for answer in (one, other):
                 assert float((answer.low_res_mask_logits.float() - expected).abs().max()) < 0.05 * scale
 
 
-def test_encoded_pictures_remember(tiny: BuiltModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked again about an encoded picture, neither it nor the prefix goes through a model again."""
+def test_encoded_images_remember(tiny: BuiltModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked again about an encoded image, neither it nor the prefix goes through a model again."""
     model, prompts = tiny.model, prompts_of(tiny)
     first = generate(tiny, prompts, INDEX)
     with torch.no_grad():
-        pictures = model.encode_pictures(**pixels(tiny))
+        images = model.encode_images(**pixels(tiny))
     fed: list[int] = []
     handle = model.language_model.get_decoder().register_forward_pre_hook(
         lambda module, inputs, keywords: fed.append(keywords["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    again = [
-        generate(tiny, [prompt], [index], pictures=pictures)[0] for prompt, index in zip(prompts, INDEX, strict=True)
-    ]
+    again = [generate(tiny, [prompt], [index], images=images)[0] for prompt, index in zip(prompts, INDEX, strict=True)]
     handle.remove()
     for one, other in zip(first, again, strict=True):
         assert_alike(one, other)
     prefix = prompts[0].tolist().index(tiny.processor.image_token_id) + 1
-    assert sorted({picture for picture, _ in pictures.prefixes}) == [0, 1, 2, 3]
-    for (picture, ids), known in pictures.prefixes.items():
-        cells = int(pictures.image_token_mask[picture].sum())
+    assert sorted({image for image, _ in images.prefixes}) == [0, 1, 2, 3]
+    for (image, ids), known in images.prefixes.items():
+        cells = int(images.image_token_mask[image].sum())
         assert list(ids) == prompts[0][:prefix].tolist()
         assert (known.width, known.length) == (prefix - 1 + cells, prefix - 1 + tiny.processor.num_image_tokens)
-    # The second question about picture 1 is fed from its first own token on.
+    # The second question about image 1 is fed from its first own token on.
     assert fed.count(len(prompts[2]) - prefix) >= 1
-    with pytest.raises(ValueError, match="no picture was given"):
+    with pytest.raises(ValueError, match="no image was given"):
         model.generate_answers(None, None, prompts, torch.tensor(INDEX), tiny.processor.end_token_id, 4)
 
 
@@ -315,10 +313,10 @@ def test_a_limited_window_is_not_shared(tmp_path: Any) -> None:
     made = build_model(str(base), str(write_tower(tmp_path / "tower", "siglip")), options())
     assert isinstance(made.model, PixelLMForCausalLM) and not remembers_everything(made.model.config.text_config)
     with torch.no_grad():
-        pictures = made.model.encode_pictures(**pixels(made))
+        images = made.model.encode_images(**pixels(made))
     with saying(made, ["a {seg} b {seg}"]):
-        (said,) = generate(made, prompts_of(made)[:1], [0], pictures=pictures)
-    assert not pictures.prefixes and len(said.low_res_mask_logits) == 2
+        (said,) = generate(made, prompts_of(made)[:1], [0], images=images)
+    assert not images.prefixes and len(said.low_res_mask_logits) == 2
 
 
 def test_a_stream_is_the_whole_answer(built: BuiltModel) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from tests.unit.judge_server import Reply, completion, judge_server, says
+from utils.cli.scripts import UserError
 from utils.data.samples import SEG_MARKER
-from utils.scores.judge import asking, prompts, scoring
-from utils.scores.judge.asking import ReplyCache, Unanswered, ask_all
-from utils.scores.judge.endpoint import Endpoint, Manners
-from utils.scores.masks import encoded
-from utils.scripts import UserError
+from utils.evaluation.judge import asking, prompts, scoring
+from utils.evaluation.judge.asking import ReplyCache, Unanswered, ask_all
+from utils.evaluation.judge.endpoint import Endpoint, Manners
+from utils.evaluation.mask_codes import encoded
 
 KEY = "sk-very-secret-0123456789"
 HASTY = Manners(timeout=60.0, tries=3, backoff=0.01, parallel=1)
@@ -282,7 +282,7 @@ def test_our_own_prompt_asks_about_all_three_and_knows_its_hash(tmp_path: Path) 
     [
         (None, "No such file"),
         ("$question", r"lacks \$answer"),
-        ("$question $answer $picture", r"holds '\$picture'"),
+        ("$question $answer $image", r"holds '\$image'"),
         ("$question $answer costs $5", r"holds '\$'"),
     ],
 )

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 import evaluate
-from model.build.builder import save_model
 from model.predictor import Predictor
 from tests.unit import data_sets
 from tests.unit.judge_server import Reply, judge_server, says
 from tests.unit.test_judge import KEY
 from tests.unit.tiny_bases import write_language_model
 from tests.unit.tiny_pixellm import make_model, saying
-from utils.scores.judge import local
-from utils.scripts import run_script
+from utils.checkpoints.builder import save_model
+from utils.cli.scripts import run_script
+from utils.evaluation.judge import local
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
         predictor = load(kind, *args, **more)
         answer = predictor.answer
 
-        def talk(pictures: Any, questions: Any, *rest: Any) -> Any:
+        def talk(images: Any, questions: Any, *rest: Any) -> Any:
             with saying(predictor, ["the red circle {seg} and the star {seg}."] * len(questions)):
-                return answer(pictures, questions, *rest)
+                return answer(images, questions, *rest)
 
         predictor.answer = talk
         return predictor

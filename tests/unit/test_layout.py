@@ -82,7 +82,7 @@ def test_scripts_are_thin() -> None:
 @pytest.mark.parametrize(
     ("place", "source"),
     [
-        ("model/losses.py", "import utils.metrics"),
+        ("model/losses.py", "import utils.evaluation.metrics"),
         ("model/losses.py", "def f():\n    from utils import metrics"),
         ("model/losses.py", "from .build.builder import build_model"),
         ("model/losses.py", "from ..utils import metrics"),
@@ -93,7 +93,7 @@ def test_scripts_are_thin() -> None:
         ("utils/data/collate.py", "import deepspeed"),
         ("train_ds.py", "import deepspeed"),
         ("train_ds.py", "import chat"),
-        ("tools/demo.py", "from tools.make_base import main"),
+        ("demo/run_demo.py", "from demo.make_base import main"),
     ],
 )
 def test_the_rule_bites(place: str, source: str) -> None:
@@ -104,11 +104,11 @@ def test_the_rule_bites(place: str, source: str) -> None:
     ("place", "source"),
     [
         ("model/losses.py", "from .geometry import resized_shape"),
-        ("model/build/builder.py", "from ..modeling_pixellm import PixelLMForCausalLM"),
+        ("utils/checkpoints/builder.py", "from ..modeling_pixellm import PixelLMForCausalLM"),
         ("utils/engine/deepspeed_engine.py", "import deepspeed"),
         ("utils/data/masks.py", "import pycocotools.mask"),
         ("model/answers.py", "def f():\n    from pycocotools import mask"),
-        ("train_ds.py", "from model.build.builder import build_model\nfrom utils.arguments import parse"),
+        ("train_ds.py", "from utils.checkpoints.builder import build_model\nfrom utils.cli.arguments import parse"),
     ],
 )
 def test_the_rule_lets_through_what_it_should(place: str, source: str) -> None:

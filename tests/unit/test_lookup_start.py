@@ -1,4 +1,4 @@
-"""Where the language model of a tiny base starts: finding in the picture what words name."""
+"""Where the language model of a tiny base starts: finding in the image what words name."""
 
 import math
 import random
@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from model.build.builder import BuildError
-from model.build.lookup_start import (
+from demo.lookup_start import (
     ANY_NAME,
     SAID_LAST,
     SCORED_AS,
@@ -23,9 +22,10 @@ from model.build.lookup_start import (
     _write_head,
     start_looking_up,
 )
-from model.build.tiny import MARK, embeddings_of, make_tiny, without_marks, word_id
-from model.modeling_pixellm import EncodedPictures, ExpandedRows
+from demo.tiny import MARK, embeddings_of, make_tiny, without_marks, word_id
+from model.modeling_pixellm import EncodedImages, ExpandedRows
 from tests.unit.tiny_pixellm import SHAPE
+from utils.checkpoints.builder import BuildError
 
 COLOURS, FORMS, SIZES = ("red", "blue", "green"), ("circle", "square", "star"), ("small", "large")
 COLUMNS, ROWS = ("c1", "c2", "c3", "c4"), ("r1", "r2", "r3", "r4")
@@ -33,12 +33,12 @@ WORDS = [("nothing", *kind) for kind in (COLOURS, FORMS, SIZES, COLUMNS, ROWS)]
 MEANT = Meant(
     {f"{form}s": form for form in FORMS}, {"largest": 1.0, "smallest": -1.0}, {"left": (-1.0, 0.0)}, {"small": "yes"}
 )
-PICTURES, SIDE, SHAPES = 200, 4, 3
+IMAGES, SIDE, SHAPES = 200, 4, 3
 PATCHES = SIDE * SIDE
 
 
 def draw(rng: random.Random) -> tuple[torch.Tensor, list[str]]:
-    """(5, patches) what the patches of a picture bear, three of them a shape each, and the three names."""
+    """(5, patches) what the patches of an image bear, three of them a shape each, and the three names."""
     labels, names = torch.zeros(len(WORDS), PATCHES, dtype=torch.long), []
     kinds = rng.sample([(c, f) for c in range(1, 4) for f in range(1, 4)], SHAPES)
     for place, (colour, form) in zip(rng.sample(range(PATCHES), SHAPES), kinds, strict=True):
@@ -49,7 +49,7 @@ def draw(rng: random.Random) -> tuple[torch.Tensor, list[str]]:
 
 
 class World:
-    """Pictures whose image tokens are sums of words, with questions for a name that is there or not."""
+    """Images whose image tokens are sums of words, with questions for a name that is there or not."""
 
     def __init__(self) -> None:
         rng = random.Random(0)
@@ -61,14 +61,14 @@ class World:
         )
         shape = replace(SHAPE, width=128, text_num_heads=8, text_head_dim=32, vocab_size=420)
         self.built = make_tiny([words, words], shape, seed=0, names=(*COLOURS, *FORMS))
-        pictures = [draw(rng) for _ in range(PICTURES)]
-        self.labels = torch.stack([labels for labels, _ in pictures])
-        self.names = [names for _, names in pictures]
-        self.asked = [f"{rng.choice(COLOURS)} {rng.choice(FORMS)}" for _ in pictures]
+        images = [draw(rng) for _ in range(IMAGES)]
+        self.labels = torch.stack([labels for labels, _ in images])
+        self.names = [names for _, names in images]
+        self.asked = [f"{rng.choice(COLOURS)} {rng.choice(FORMS)}" for _ in images]
         embeddings = embeddings_of(self.built, WORDS)
         tokens = torch.stack([kind[self.labels[:, number]] for number, kind in enumerate(embeddings)]).sum(dim=0)
         tokens[..., -2] = MARK
-        self.seen = EncodedPictures([], tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
+        self.seen = EncodedImages([], tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
         ids = [
             self.built.processor.encode_conversation([(f"is there a {name} ?", "yes" if name in names else "no")])
             for name, names in zip(self.asked, self.names, strict=True)
@@ -77,12 +77,12 @@ class World:
             "input_ids": pad_sequence([one.input_ids for one in ids], batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(one.input_ids) for one in ids], batch_first=True),
             "pixel_values": {},
-            "resized_sizes": torch.full((PICTURES, 2), 32),
-            "image_index": torch.arange(PICTURES),
+            "resized_sizes": torch.full((IMAGES, 2), 32),
+            "image_index": torch.arange(IMAGES),
         }
 
     def start(self) -> dict[int, float]:
-        with patch.object(self.built.model, "encode_pictures", lambda *_: self.seen):
+        with patch.object(self.built.model, "encode_images", lambda *_: self.seen):
             return start_looking_up(self.built, WORDS, MEANT, self.arguments, self.labels)
 
     def rows(self) -> ExpandedRows:
@@ -104,15 +104,13 @@ def looked() -> tuple[World, torch.Tensor, torch.Tensor]:
         ).attentions[1]
     forms = [world.built.processor.tokenizer.encode(f" {form}", add_special_tokens=False)[0] for form in FORMS]
     end_of_name = torch.isin(rows.ids, torch.tensor(forms)).long().argmax(dim=1)
-    return world, looks[torch.arange(PICTURES), :, end_of_name], rows.ids
+    return world, looks[torch.arange(IMAGES), :, end_of_name], rows.ids
 
 
-def patch_of(world: World, picture: int) -> int | None:
+def patch_of(world: World, image: int) -> int | None:
     """The patch that shows what is asked for."""
-    colour, form = world.asked[picture].split()
-    bears = (world.labels[picture, 0] == 1 + COLOURS.index(colour)) & (
-        world.labels[picture, 1] == 1 + FORMS.index(form)
-    )
+    colour, form = world.asked[image].split()
+    bears = (world.labels[image, 0] == 1 + COLOURS.index(colour)) & (world.labels[image, 1] == 1 + FORMS.index(form))
     return int(bears.long().argmax()) if bears.any() else None
 
 
@@ -121,15 +119,15 @@ def test_a_name_looks_at_what_it_names(looked: tuple[World, torch.Tensor, torch.
     world, looks, ids = looked
     first_patch = int((ids[0] == world.built.model.config.image_token_id).long().argmax())
     on_patches = looks[:, :2, first_patch : first_patch + PATCHES]
-    there = [(picture, place) for picture in range(PICTURES) if (place := patch_of(world, picture)) is not None]
+    there = [(image, place) for image in range(IMAGES) if (place := patch_of(world, image)) is not None]
     assert 40 < len(there) < 160
-    found = torch.stack([on_patches[picture, :, place] for picture, place in there])
+    found = torch.stack([on_patches[image, :, place] for image, place in there])
     assert bool((found.mean(dim=0) > 0.6).all()), found.mean(dim=0)
 
 
 def test_a_name_that_is_not_there_looks_at_the_first_token(looked: tuple[World, torch.Tensor, torch.Tensor]) -> None:
     world, looks, _ = looked
-    absent = torch.tensor([patch_of(world, picture) is None for picture in range(PICTURES)])
+    absent = torch.tensor([patch_of(world, image) is None for image in range(IMAGES)])
     on_first = looks[:, 0, 0]
     assert on_first[absent].mean() > on_first[~absent].mean() + 0.2
 
@@ -153,12 +151,12 @@ def test_states_are_those_that_the_whole_model_gives_its_layer() -> None:
     model, rows = world.built.model, world.rows()
     layers = model.language_model.get_decoder().layers
     with torch.no_grad(), layers[1].input_layernorm.register_forward_hook(lambda *call: seen.append(call[-1])):
-        model.hidden_states(rows, torch.arange(PICTURES))
+        model.hidden_states(rows, torch.arange(IMAGES))
     with torch.no_grad():
         image, text = _normed_states(model, rows, 1)
-    assert len(image) == PICTURES * PATCHES and len(image) + len(text) == seen[0].shape[1]
-    in_picture = (rows.ids == model.config.image_token_id)[rows.attention_mask]
-    assert torch.equal(image, seen[0][0][in_picture]) and torch.equal(text, seen[0][0][~in_picture])
+    assert len(image) == IMAGES * PATCHES and len(image) + len(text) == seen[0].shape[1]
+    in_image = (rows.ids == model.config.image_token_id)[rows.attention_mask]
+    assert torch.equal(image, seen[0][0][in_image]) and torch.equal(text, seen[0][0][~in_image])
     assert model.language_model.get_decoder().layers is layers
 
 
@@ -189,7 +187,7 @@ def test_too_few_heads_are_refused() -> None:
 def test_a_plural_of_several_tokens_is_refused() -> None:
     world = World()
     with (
-        patch.object(world.built.model, "encode_pictures", lambda *_: world.seen),
+        patch.object(world.built.model, "encode_images", lambda *_: world.seen),
         pytest.raises(BuildError, match="the word 'xylophones' takes"),
     ):
         start_looking_up(

@@ -7,26 +7,26 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from model.build.builder import BuildError, BuiltModel
-from model.build.mask_start import start_masks_at_words
-from model.build.tiny import make_tiny
+from demo.mask_start import start_masks_at_words
+from demo.tiny import make_tiny
 from tests.unit.tiny_batches import make_batch
 from tests.unit.tiny_pixellm import SHAPE
+from utils.checkpoints.builder import BuildError, BuiltModel
 
 COLOURS, FORMS = ("red", "blue", "green"), ("circle", "square", "star")
 NAMES = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
-ROWS = [(picture, [("where?", f"It is the {name} {{seg}}.")]) for picture in (0, 1) for name in NAMES]
+ROWS = [(image, [("where?", f"It is the {name} {{seg}}.")]) for image in (0, 1) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
 def started() -> tuple[BuiltModel, dict[str, Any], float]:
-    """The model, the batch its mask parts were started on (every name for each of two pictures), and what was read."""
+    """The model, the batch its mask parts were started on (every name for each of two images), and what was read."""
     torch.manual_seed(0)
     words = "It is the " + " ".join([*COLOURS, *FORMS])
     shape = replace(SHAPE, width=128, text_num_heads=4, text_head_dim=32, embedding_dim=16, vocab_size=400)
     built = make_tiny([words, words], shape, seed=0, names=(*COLOURS, *FORMS))
     batch = make_batch(built.processor, ROWS, [(20, 40), (24, 24)])
-    with patch("model.build.mask_start.READING_STEPS", 400):
+    with patch("demo.mask_start.READING_STEPS", 400):
         read = start_masks_at_words(built, [(batch, NAMES * 2)] * 5)
     return built, batch, read
 
@@ -47,10 +47,10 @@ def test_maps_start_as_the_image_tokens(started: tuple[BuiltModel, dict[str, Any
     built, batch, _ = started
     model = built.model
     with torch.no_grad():
-        pictures = model.encode_pictures(batch["pixel_values"], batch["resized_sizes"])
-        coarsest = model.feature_maps(pictures)[0].flatten(2).transpose(1, 2)
-    assert torch.equal(coarsest[..., :-2], pictures.image_tokens[..., :-2])
-    assert not coarsest[..., -2:].any(), "the mark that tells pictures from words is nothing to see"
+        images = model.encode_images(batch["pixel_values"], batch["resized_sizes"])
+        coarsest = model.feature_maps(images)[0].flatten(2).transpose(1, 2)
+    assert torch.equal(coarsest[..., :-2], images.image_tokens[..., :-2])
+    assert not coarsest[..., -2:].any(), "the mark that tells images from words is nothing to see"
 
 
 def test_patches_look_at_the_token_that_is_like_them(started: tuple[BuiltModel, dict[str, Any], float]) -> None:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_rle
 
-from utils import metrics
 from utils.data.samples import IGNORE_LABEL
+from utils.evaluation import metrics
 
 
 def mask(*rows: str) -> np.ndarray:
-    """A picture drawn in characters: '#' target, '.' background, '?' ignored."""
+    """An image drawn in characters: '#' target, '.' background, '?' ignored."""
     return np.array([[{".": 0, "#": 1, "?": IGNORE_LABEL}[c] for c in row] for row in rows], dtype=np.uint8)
 
 
@@ -186,7 +186,7 @@ def test_no_target_accuracy() -> None:
     assert metrics.no_target_accuracy([], []) == (None, None)
 
 
-def test_a_class_adds_up_over_pictures() -> None:
+def test_a_class_adds_up_over_images() -> None:
     answers = [("wall", metrics.Overlap(1, 2)), ("sky", metrics.Overlap(3, 3)), ("wall", metrics.Overlap(8, 8))]
     assert metrics.class_ious(answers) == {"sky": 3 / 3, "wall": (1 + 8) / (2 + 8)}
     assert metrics.class_ious([]) == {}

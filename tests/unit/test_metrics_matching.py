@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from utils.matching import match, matching_cost
+from utils.evaluation.matching import match, matching_cost
 
 
 def test_cost_of_constant_masks_is_its_formula() -> None:

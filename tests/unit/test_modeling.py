@@ -1,4 +1,4 @@
-"""The forward pass in every shape: scales, tokens, pools, pictures, conversations, no target, text only."""
+"""The forward pass in every shape: scales, tokens, pools, images, conversations, no target, text only."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from model.build.builder import BuiltModel, TrainingRecipe, choose_trainable
-from model.build.tiny import make_tiny
+from demo.tiny import make_tiny
 from tests.unit.tiny_batches import NONE, ONE, THREE, TWO, make_batch, total_loss
 from tests.unit.tiny_pixellm import SHAPE, TEXTS, make_model
+from utils.checkpoints.builder import BuiltModel, TrainingRecipe, choose_trainable
 
-LONG = [("what is there?", "Nothing at all, neither here nor there, nor anywhere else in the picture. " * 3)]
+LONG = [("what is there?", "Nothing at all, neither here nor there, nor anywhere else in the image. " * 3)]
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +55,21 @@ def test_any_number_of_scales_tokens_and_pools(scales: int, tokens: int, pool: i
     assert not untouched
 
 
-def test_positions_of_a_picture_are_pooled_patches_and_hold_no_label(built: BuiltModel) -> None:
-    """A picture twice as wide as high leaves the lower half of its square empty, and masked."""
+def test_positions_of_a_image_are_pooled_patches_and_hold_no_label(built: BuiltModel) -> None:
+    """An image twice as wide as high leaves the lower half of its square empty, and masked."""
     batch = make_batch(built.processor, [(0, ONE)], [(20, 40)])
     rows = built.model.expand_rows(
         batch["input_ids"],
         batch["attention_mask"],
-        built.model.encode_pictures(batch["pixel_values"], batch["resized_sizes"]),
+        built.model.encode_images(batch["pixel_values"], batch["resized_sizes"]),
         batch["image_index"],
         batch["labels"],
     )
     start = batch["input_ids"][0].tolist().index(built.processor.image_token_id)
-    picture = slice(start, start + 16)
-    assert rows.ids[0, picture].tolist() == [built.processor.image_token_id] * 16
-    assert rows.attention_mask[0, picture].tolist() == [True] * 8 + [False] * 8
-    assert bool(rows.attention_mask[0, start + 16 :].all()) and bool((rows.labels[0, picture] == -100).all())
+    image = slice(start, start + 16)
+    assert rows.ids[0, image].tolist() == [built.processor.image_token_id] * 16
+    assert rows.attention_mask[0, image].tolist() == [True] * 8 + [False] * 8
+    assert bool(rows.attention_mask[0, start + 16 :].all()) and bool((rows.labels[0, image] == -100).all())
     assert torch.equal(rows.ids[0, start + 16 :], batch["input_ids"][0, start + 1 :])
     assert torch.equal(rows.labels[0, start + 16 :], batch["labels"][0, start + 1 :])
 
@@ -86,19 +86,19 @@ def test_padding_of_the_square_is_not_seen(built: BuiltModel) -> None:
 
 
 def test_a_batch_gives_what_its_conversations_give_alone(built: BuiltModel) -> None:
-    """Pictures of different sizes, several conversations about one, some without a target."""
+    """Images of different sizes, several conversations about one, some without a target."""
     conversations = [(0, TWO), (0, NONE), (0, ONE), (1, NONE), (2, THREE), (2, ONE)]
     sizes = [(20, 40), (32, 32), (50, 10)]
     together = run(built, make_batch(built.processor, conversations, sizes))
-    # The noise of a picture follows from seed plus number, so picture p alone is picture 0 of seed p.
+    # The noise of an image follows from seed plus number, so image p alone is image 0 of seed p.
     masks: list[list[torch.Tensor]] = [[], [], []]
     losses = 0.0
-    for row, (picture, turns) in enumerate(conversations):
-        alone = run(built, make_batch(built.processor, [(0, turns)], [sizes[picture]], seed=picture))
+    for row, (image, turns) in enumerate(conversations):
+        alone = run(built, make_batch(built.processor, [(0, turns)], [sizes[image]], seed=image))
         length = int(alone.attention_mask.shape[1])
         states = together.last_hidden_state[row, :length][alone.attention_mask[0]]
         assert torch.allclose(states, alone.last_hidden_state[alone.attention_mask], atol=1e-5)
-        masks[picture].append(alone.mask_logits[0])
+        masks[image].append(alone.mask_logits[0])
         losses += alone.losses["ce"].sum.item()
     for own, expected in zip(together.mask_logits, masks, strict=True):
         assert torch.allclose(own, torch.cat(expected), atol=1e-4)
@@ -106,7 +106,7 @@ def test_a_batch_gives_what_its_conversations_give_alone(built: BuiltModel) -> N
 
 
 @pytest.mark.parametrize("sizes", [[(1, 1)], [(1, 60)], [(60, 1)], [(1, 1), (40, 30), (1, 1)]])
-def test_pictures_of_one_pixel_or_one_line(built: BuiltModel, sizes: list[tuple[int, int]]) -> None:
+def test_images_of_one_pixel_or_one_line(built: BuiltModel, sizes: list[tuple[int, int]]) -> None:
     batch = make_batch(built.processor, [(number, TWO) for number in range(len(sizes))], sizes)
     output = run(built, batch)
     assert [tuple(masks.shape) for masks in output.mask_logits] == [(2, *size) for size in sizes]
@@ -115,11 +115,11 @@ def test_pictures_of_one_pixel_or_one_line(built: BuiltModel, sizes: list[tuple[
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_text_only_rows_among_pictures(attention: str) -> None:
-    """A row without a picture is what the language model alone makes of it, and changes nothing for the others."""
+def test_text_only_rows_among_images(attention: str) -> None:
+    """A row without an image is what the language model alone makes of it, and changes nothing for the others."""
     built = make_model()
     built.model.set_attn_implementation(attention)
-    # The longest row of ids has no picture, so that it ends before the others once theirs have grown.
+    # The longest row of ids has no image, so that it ends before the others once theirs have grown.
     rows = [(0, TWO), (0, LONG), (1, NONE), (1, ONE)]
     mixed = make_batch(built.processor, rows, [(20, 40), (24, 24)], text_only=[1, 2])
     assert bool(mixed["attention_mask"][1].all())

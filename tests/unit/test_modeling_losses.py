@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from model.build.builder import BuiltModel
 from model.losses import IGNORE_PIXEL, bce_loss, count_masks, dice_loss, refinement_weights
 from tests.unit.tiny_batches import NONE, ONE, THREE, TWO, make_batch
 from tests.unit.tiny_pixellm import make_model
+from utils.checkpoints.builder import BuiltModel
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,10 @@ def test_counts_are_known_before_the_forward_pass(built: BuiltModel) -> None:
 
     seen = set()
     for seed in range(25):
-        pictures = 1 + below(3)
-        sizes = [(1 + below(40), 1 + below(40)) for _ in range(pictures)]
+        images = 1 + below(3)
+        sizes = [(1 + below(40), 1 + below(40)) for _ in range(images)]
         conversations = [
-            (picture, (ONE, TWO, THREE, NONE)[below(4)]) for picture in range(pictures) for _ in range(1 + below(3))
+            (image, (ONE, TWO, THREE, NONE)[below(4)]) for image in range(images) for _ in range(1 + below(3))
         ]
         text_only = [row for row, (_, turns) in enumerate(conversations) if turns is NONE and below(2)]
         batch = make_batch(built.processor, conversations, sizes, text_only=text_only, ignored=0.2, seed=seed)
@@ -153,7 +153,7 @@ def test_refined_bce_by_hand_and_no_gradient_through_the_weights() -> None:
 
 
 def test_the_model_refines_within_questions_and_alpha_1_is_plain_bce() -> None:
-    """Pictures of one size are put together for speed; their questions stay apart."""
+    """Images of one size are put together for speed; their questions stay apart."""
     built = make_model()
     batch = make_batch(built.processor, [(0, TWO), (0, THREE), (1, TWO)], [(24, 30), (24, 30)])
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from model.build.builder import TrainingRecipe, build_model, choose_trainable, save_model
 from tests.unit.tiny_bases import options, write_language_model, write_tower
 from tests.unit.tiny_batches import NONE, ONE, TWO, make_batch, total_loss
 from tests.unit.tiny_pixellm import make_model
+from utils.checkpoints.builder import TrainingRecipe, build_model, choose_trainable, save_model
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The network is cut in every process the tests start, loopback apart; real pictures are found, or missed by name."""
+"""The network is cut in every process the tests start, loopback apart; real images are found, or missed by name."""
 
 import socket
 import subprocess
@@ -66,7 +66,7 @@ def test_a_child_whose_environment_loses_the_cut_is_refused() -> None:
         run_python("-c", "pass", env={"PATH": "/usr/bin"})
 
 
-def test_real_pictures_unset_skip_and_broken_fail(tmp_path: Path, child_env: dict[str, str], repository: Path) -> None:
+def test_real_images_unset_skip_and_broken_fail(tmp_path: Path, child_env: dict[str, str], repository: Path) -> None:
     probe = repository / "tests" / "offline" / "realdata_probe.py"
 
     def outcome(named: str) -> str:

@@ -9,7 +9,7 @@ from model import overlay
 GREY = 200
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def image(height: int, width: int) -> np.ndarray:
     return np.full((height, width, 3), GREY, dtype=np.uint8)
 
 
@@ -23,8 +23,8 @@ def has_colour(drawn: np.ndarray, colour: overlay.Colour) -> bool:
     return bool((drawn == np.array(colour)).all(axis=-1).any())
 
 
-def test_without_masks_the_picture_stays_as_it_is() -> None:
-    original = picture(400, 500)
+def test_without_masks_the_image_stays_as_it_is() -> None:
+    original = image(400, 500)
     drawn = overlay.draw_overlay(original, np.zeros((0, 400, 500), dtype=bool))
     assert np.array_equal(drawn, original)
     assert drawn is not original
@@ -32,7 +32,7 @@ def test_without_masks_the_picture_stays_as_it_is() -> None:
 
 def test_inside_a_mask_the_colours_mix_and_outside_nothing_changes() -> None:
     mask = box(400, 500, 100, 300, 100, 300)
-    original = picture(400, 500)
+    original = image(400, 500)
     drawn = overlay.draw_overlay(original, mask[None])
     colour = overlay.target_colour(0)
     strength = overlay._FILL_STRENGTH
@@ -44,7 +44,7 @@ def test_inside_a_mask_the_colours_mix_and_outside_nothing_changes() -> None:
 
 def test_every_target_has_its_own_colour_in_outline_and_label() -> None:
     masks = np.stack([box(400, 500, 50 * n, 50 * n + 30, 60 * n, 60 * n + 40) for n in range(len(overlay.PALETTE))])
-    drawn = overlay.draw_overlay(picture(400, 500), masks, [f"thing {n}" for n in range(len(masks))])
+    drawn = overlay.draw_overlay(image(400, 500), masks, [f"thing {n}" for n in range(len(masks))])
     assert len(set(overlay.PALETTE)) == len(overlay.PALETTE)
     assert all(has_colour(drawn, overlay.target_colour(number)) for number in range(len(masks)))
     assert overlay.target_colour(len(overlay.PALETTE)) == overlay.target_colour(0)
@@ -60,22 +60,22 @@ def test_every_target_has_its_own_colour_in_outline_and_label() -> None:
         ((400, 1), (400, 96)),
     ],
 )
-def test_small_pictures_are_enlarged_and_thin_ones_get_room(size: tuple[int, int], drawn_size: tuple[int, int]) -> None:
-    drawn = overlay.draw_overlay(picture(*size), np.ones((2, *size), dtype=bool), ["a thing", "another thing"])
+def test_small_images_are_enlarged_and_thin_ones_get_room(size: tuple[int, int], drawn_size: tuple[int, int]) -> None:
+    drawn = overlay.draw_overlay(image(*size), np.ones((2, *size), dtype=bool), ["a thing", "another thing"])
     assert drawn.shape == (*drawn_size, 3)
     assert drawn.dtype == np.uint8
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (0, 380), (280, 0), (280, 380)])
 @pytest.mark.parametrize("text", ["x", "a phrase of some length", "words " * 60])
-def test_labels_stay_inside_the_picture(corner: tuple[int, int], text: str) -> None:
+def test_labels_stay_inside_the_image(corner: tuple[int, int], text: str) -> None:
     top, left = corner
     mask = box(300, 400, top, top + 20, left, left + 20)
-    before = overlay.draw_overlay(picture(300, 400), mask[None])
-    after = overlay.draw_overlay(picture(300, 400), mask[None], [text])
+    before = overlay.draw_overlay(image(300, 400), mask[None])
+    after = overlay.draw_overlay(image(300, 400), mask[None], [text])
     rows, columns = np.nonzero((before != after).any(axis=-1))
     label = after[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    # All four corners of the label are its background: no side of it was cut off by the picture's edge.
+    # All four corners of the label are its background: no side of it was cut off by the image's edge.
     for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
         assert tuple(label[row, column]) == overlay.target_colour(0)
 
@@ -94,12 +94,12 @@ def test_labels_do_not_cover_each_other_while_there_is_room() -> None:
 
 def test_an_empty_mask_has_no_label() -> None:
     empty = np.zeros((1, 400, 400), dtype=bool)
-    assert np.array_equal(overlay.draw_overlay(picture(400, 400), empty, ["nothing"]), picture(400, 400))
+    assert np.array_equal(overlay.draw_overlay(image(400, 400), empty, ["nothing"]), image(400, 400))
 
 
 @pytest.mark.parametrize("text", ["two\nlines", "\x1b[31mred", "\x00", "", "日本語", "a" * 500])
 def test_odd_phrases_are_drawn_all_the_same(text: str) -> None:
-    drawn = overlay.draw_overlay(picture(50, 50), np.ones((1, 50, 50), dtype=bool), [text])
+    drawn = overlay.draw_overlay(image(50, 50), np.ones((1, 50, 50), dtype=bool), [text])
     assert drawn.shape == (400, 400, 3)
 
 
@@ -113,25 +113,23 @@ def test_text_is_black_on_light_and_white_on_dark() -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture_given", "masks", "said"),
+    ("image_given", "masks", "said"),
     [
-        (np.zeros((4, 4), np.uint8), np.zeros((0, 4, 4), bool), "a picture to draw on is uint8"),
-        (np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 4), bool), "a picture to draw on is float32"),
+        (np.zeros((4, 4), np.uint8), np.zeros((0, 4, 4), bool), "an image to draw on is uint8"),
+        (np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 4), bool), "an image to draw on is float32"),
         (np.zeros((4, 4, 3), np.uint8), np.zeros((1, 4, 5), bool), "expected bool"),
         (np.zeros((4, 4, 3), np.uint8), np.zeros((1, 4, 4), np.uint8), "masks to draw are uint8"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(picture_given: np.ndarray, masks: np.ndarray, said: str) -> None:
+def test_what_cannot_be_drawn_is_refused(image_given: np.ndarray, masks: np.ndarray, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        overlay.draw_overlay(picture_given, masks)
+        overlay.draw_overlay(image_given, masks)
 
 
 def item(height: int, width: int, masks: int, question: str = "Where is it?") -> overlay.GalleryItem:
     full = np.ones((masks, height, width), dtype=bool)
     names = [f"thing {number}" for number in range(masks)]
-    return overlay.GalleryItem(
-        question, picture(height, width), full, names, "It is here.", full[:1], names[:1], "IoU 1"
-    )
+    return overlay.GalleryItem(question, image(height, width), full, names, "It is here.", full[:1], names[:1], "IoU 1")
 
 
 def test_gallery_is_a_grid_of_equal_cells() -> None:
@@ -154,7 +152,7 @@ def test_gallery_of_nothing_is_refused() -> None:
 
 def hidden_shares(masks: np.ndarray, phrases: list[str]) -> list[float]:
     """What share of each mask a label lies on."""
-    grey = picture(*masks.shape[1:])
+    grey = image(*masks.shape[1:])
     covered = (overlay.draw_overlay(grey, masks) != overlay.draw_overlay(grey, masks, phrases)).any(axis=-1)
     return [float((covered & mask).sum() / mask.sum()) for mask in masks]
 
@@ -199,9 +197,9 @@ def test_places_for_labels_are_inside() -> None:
             assert 0 <= left <= 110 and 0 <= top <= 79
 
 
-def test_side_by_side_is_the_picture_and_its_overlay() -> None:
+def test_side_by_side_is_the_image_and_its_overlay() -> None:
     masks = box(50, 60, 10, 30, 10, 30)[None]
-    both, drawn = overlay.draw_side_by_side(picture(50, 60), masks), overlay.draw_overlay(picture(50, 60), masks)
+    both, drawn = overlay.draw_side_by_side(image(50, 60), masks), overlay.draw_overlay(image(50, 60), masks)
     assert both.shape == (drawn.shape[0], 2 * drawn.shape[1], 3)
     assert (both[:, : drawn.shape[1]] == GREY).all() and np.array_equal(both[:, drawn.shape[1] :], drawn)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.build.builder import BuildError, BuiltModel
-from model.build.patch_reader import EARLY_WEIGHT, SCORE_SHARPNESS, SUM_WEIGHT, PatchBatch, PatchReader
-from model.build.tiny import make_tiny
+from demo.patch_reader import EARLY_WEIGHT, SCORE_SHARPNESS, SUM_WEIGHT, PatchBatch, PatchReader
+from demo.tiny import make_tiny
 from tests.unit.tiny_pixellm import SHAPE
+from utils.checkpoints.builder import BuildError, BuiltModel
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.stepping import OptimizerSettings
 
@@ -24,12 +24,12 @@ def built() -> BuiltModel:
 
 
 def test_a_tower_learns_to_tell_words_of_patches(built: BuiltModel) -> None:
-    """Pictures whose patches are red or blue or empty, named so: a few steps, and the losses fall."""
+    """Images whose patches are red or blue or empty, named so: a few steps, and the losses fall."""
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randint(0, 3, (6, PATCHES), generator=generator)
     signs = torch.tensor([[0.0, 0, 0], [2, -1, -1], [-1, -1, 2]])[kinds]  # (B, patches, channels)
-    pictures = signs.transpose(1, 2).reshape(6, 3, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
-    batch = PatchBatch(pictures, torch.stack([kinds, kinds], dim=1))
+    images = signs.transpose(1, 2).reshape(6, 3, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    batch = PatchBatch(images, torch.stack([kinds, kinds], dim=1))
     embeddings = built.model.get_input_embeddings().weight.clone()
     built.model.requires_grad_(False)
     for part in (built.model.vision_tower, built.model.projector):
@@ -68,8 +68,8 @@ def test_earlier_states_are_asked_too_where_that_is_wanted(built: BuiltModel) ->
     hints = {"order": ("nothing", "only", "first", "last")}
     reader = PatchReader(built, WORDS, hints, early={"form": 1, "order": 0})
     labels = torch.randint(0, 3, (2, 3, PATCHES), generator=torch.Generator().manual_seed(0))
-    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    losses = reader(pictures, labels).losses
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    losses = reader(images, labels).losses
     counts = {name: float(term.count) for name, term in losses.items()}
     formed = int((labels[:, 1] > 0).sum())
     assert counts == {"sum": 32, "colour": 32, "form": formed, "early_form": 32, "early_order": 32}
@@ -79,7 +79,7 @@ def test_earlier_states_are_asked_too_where_that_is_wanted(built: BuiltModel) ->
     size = torch.tensor([[32, 32]] * 2)
     last = built.model.vision_tower.layer_indices[0]
     assert [state for _, state, _ in reader.early] == [last - 1, last]
-    (state,) = built.model.vision_tower.hidden_states(pictures, size, [last])
+    (state,) = built.model.vision_tower.hidden_states(images, size, [last])
     asked = reader.maps[1](state[:, built.model.vision_tower.num_class_tokens :])
     assert asked.shape == (2, PATCHES, 4)
     torch.testing.assert_close(

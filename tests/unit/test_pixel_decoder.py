@@ -25,20 +25,20 @@ def make(num_scales: int = 2) -> PixelDecoder:
     ).eval()
 
 
-def inputs(targets: int, pictures: int, num_scales: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def inputs(targets: int, images: int, num_scales: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    maps = [torch.randn(pictures, 12, SIDE, SIDE, generator=generator) for _ in range(num_scales)]
+    maps = [torch.randn(images, 12, SIDE, SIDE, generator=generator) for _ in range(num_scales)]
     return torch.randn(targets, num_scales, WIDTH, generator=generator), maps
 
 
 @pytest.mark.parametrize("num_scales", [1, 2, 3])
-@pytest.mark.parametrize("pictures", [[0], [0, 0, 0, 0, 0], [2, 0, 0, 1, 1, 1, 1], [1] * 34])
-def test_chunks_are_the_whole(pictures: list[int], num_scales: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("images", [[0], [0, 0, 0, 0, 0], [2, 0, 0, 1, 1, 1, 1], [1] * 34])
+def test_chunks_are_the_whole(images: list[int], num_scales: int, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make(num_scales)
-    embeddings, maps = inputs(len(pictures), 3, num_scales)
-    owners = torch.tensor(pictures)
+    embeddings, maps = inputs(len(images), 3, num_scales)
+    owners = torch.tensor(images)
     whole = decoder(embeddings, maps, owners)
-    assert whole.requires_grad and whole.shape == (len(pictures), SIDE * 2**num_scales, SIDE * 2**num_scales)
+    assert whole.requires_grad and whole.shape == (len(images), SIDE * 2**num_scales, SIDE * 2**num_scales)
     for size in (1, 2, 3, 50):
         monkeypatch.setattr(pixel_decoder, "TARGETS_AT_ONCE", {"cpu": size})
         with torch.no_grad():
@@ -55,8 +55,8 @@ def test_no_more_targets_than_allowed_are_held_at_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(pixel_decoder, "TARGETS_AT_ONCE", {"cpu": 4})
     with torch.no_grad():
         decoder(embeddings, maps, torch.tensor([0] * 18 + [1] * 16))
-    # 34 = 8 x 4 + 2. One picture's map is there once at the first scale, and for each target at the next; the fifth
-    # chunk (targets 16 to 19) holds targets of both pictures.
+    # 34 = 8 x 4 + 2. One image's map is there once at the first scale, and for each target at the next; the fifth
+    # chunk (targets 16 to 19) holds targets of both images.
     assert sizes == [pair for chunk in range(8) for pair in ((4, 4 if chunk == 4 else 1), (4, 4))] + [(2, 1), (2, 2)]
 
 

@@ -1,4 +1,4 @@
-"""The predictor over a real tiny model: masks in the picture's own pixels, batches equal to single questions."""
+"""The predictor over a real tiny model: masks in the image's own pixels, batches equal to single questions."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from model.build.builder import BuiltModel, save_model
 from model.geometry import restore_masks
 from model.predictor import Answer, ModelFolderError, Predictor, mask_box, mask_scores
 from tests.unit.tiny_pixellm import make_model, noise, same, saying
+from utils.checkpoints.builder import BuiltModel, save_model
 
 
 @pytest.fixture(scope="module")
@@ -112,25 +112,25 @@ def test_masks_come_from_the_low_resolution_logits(predictor: Predictor, built: 
 
 
 def test_a_batch_gives_what_single_questions_give(predictor: Predictor) -> None:
-    pictures = [noise(20, 30), noise(40, 10, seed=1)]
+    images = [noise(20, 30), noise(40, 10, seed=1)]
     questions = ["Where is the red circle?", "Which?", "the blue square and the green star?"]
     index = [1, 0, 1]
-    together = predictor.answer(pictures, questions, index, max_new_tokens=8)
+    together = predictor.answer(images, questions, index, max_new_tokens=8)
     for question, place, answer in zip(questions, index, together, strict=True):
-        predictor.set_image(pictures[place])
+        predictor.set_image(images[place])
         assert same(answer, predictor.ask(question, max_new_tokens=8))
 
 
 def test_given_answers_are_drawn_as_when_the_model_says_them(predictor: Predictor, built: BuiltModel) -> None:
-    picture, said = noise(20, 30), "It is the red circle {seg} and the blue square {seg}."
+    image, said = noise(20, 30), "It is the red circle {seg} and the blue square {seg}."
     with saying(built, [said]):
-        (free,) = predictor.answer([picture], ["Where are they?"], [0])
-    (given,) = predictor.segment([picture], [[("Where are they?", said)]], [0])
+        (free,) = predictor.answer([image], ["Where are they?"], [0])
+    (given,) = predictor.segment([image], [[("Where are they?", said)]], [0])
     assert same(free, given)
 
 
 def test_segment_returns_answers_in_the_order_asked(predictor: Predictor) -> None:
-    pictures = [noise(20, 30), noise(8, 8, seed=1)]
+    images = [noise(20, 30), noise(8, 8, seed=1)]
     conversations = [
         [("Which?", "the red circle {seg}."), ("And?", "the blue square {seg} and the star {seg}.")],
         [("Where?", "There is none.")],
@@ -138,11 +138,11 @@ def test_segment_returns_answers_in_the_order_asked(predictor: Predictor) -> Non
         [("Where is it?", "the blue square {seg}.")],
     ]
     index = [1, 0, 0, 1]
-    answers = predictor.segment(pictures, conversations, index)
+    answers = predictor.segment(images, conversations, index)
     assert [answer.masks.shape for answer in answers] == [(3, 8, 8), (0, 20, 30), (1, 20, 30), (1, 8, 8)]
     assert answers[0].phrases == ["the red circle", "the blue square", "the star"]
     for conversation, place, answer in zip(conversations, index, answers, strict=True):
-        assert same(answer, predictor.segment([pictures[place]], [conversation], [0])[0])
+        assert same(answer, predictor.segment([images[place]], [conversation], [0])[0])
 
 
 def test_history_is_part_of_the_prompt(predictor: Predictor, built: BuiltModel, monkeypatch: Any) -> None:
@@ -168,11 +168,11 @@ def test_nothing_asked_gives_nothing(predictor: Predictor) -> None:
 
 @pytest.mark.parametrize("index", [[], [0, 1], [-1], [1]])
 def test_indices_that_do_not_fit_are_refused(predictor: Predictor, index: list[int]) -> None:
-    with pytest.raises(ValueError, match="does not fit 1 questions about 1 pictures"):
+    with pytest.raises(ValueError, match="does not fit 1 questions about 1 images"):
         predictor.answer([noise(4, 4)], ["Where?"], index)
 
 
-def test_bad_questions_and_pictures_pass_the_processors_sentence_on(predictor: Predictor) -> None:
+def test_bad_questions_and_images_pass_the_processors_sentence_on(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match="prompt is empty"):
         predictor.answer([noise(4, 4)], ["  "], [0])
     with pytest.raises(ValueError, match=r"\{seg\}"):
@@ -197,12 +197,12 @@ def test_mode_and_gradients_are_put_back(predictor: Predictor) -> None:
     predictor.model.eval()
 
 
-def test_odd_pictures(predictor: Predictor, built: BuiltModel, tmp_path: Path) -> None:
+def test_odd_images(predictor: Predictor, built: BuiltModel, tmp_path: Path) -> None:
     Image.fromarray(noise(1, 1)).save(tmp_path / "one.png")
     Image.fromarray(noise(12, 20)).convert("L").save(tmp_path / "grey.png")
-    pictures = [tmp_path / "one.png", (tmp_path / "grey.png").read_bytes(), Image.fromarray(noise(1, 40))]
+    images = [tmp_path / "one.png", (tmp_path / "grey.png").read_bytes(), Image.fromarray(noise(1, 40))]
     with saying(built, ["a {seg}"] * 3):
-        answers = predictor.answer(pictures, ["Where?"] * 3, [0, 1, 2])
+        answers = predictor.answer(images, ["Where?"] * 3, [0, 1, 2])
     assert [answer.masks.shape for answer in answers] == [(1, 1, 1), (1, 12, 20), (1, 1, 40)]
 
 

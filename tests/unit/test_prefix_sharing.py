@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.build.tiny import TinyShape, make_tiny
+from demo.tiny import TinyShape, make_tiny
 from model.modeling_pixellm import PixelLMForCausalLM
 from model.prefix_sharing import Beginning, pack_rows
 from tests.unit.engine_real import write_real
@@ -20,7 +20,7 @@ SHAPE = TinyShape(image_size=32, vision_width=16, vision_layers=4, width=32, lay
 
 
 def test_a_plan_by_hand() -> None:
-    """Two conversations that share 7 8 9, and a third one about another picture; of the first picture's positions the
+    """Two conversations that share 7 8 9, and a third one about another image; of the first image's positions the
     second is padding."""
     ids = torch.tensor([[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [5, 6, 0, 0, 0]])
     mask = torch.tensor([[1, 0, 1, 1, 1], [1, 0, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
@@ -126,7 +126,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_alike(together: Any, apart: Any) -> None:
     """(losses, gradients, number of shared rows) of two ways."""
     losses, gradient, shared = together
-    assert shared > 0, "the step holds no two conversations about one picture"
+    assert shared > 0, "the step holds no two conversations about one image"
     assert losses == pytest.approx(apart[0], rel=1e-5)
     assert (gradient - apart[1]).norm() <= 1e-3 * apart[1].norm()
 
@@ -147,7 +147,7 @@ def test_two_ranks_equal_separate_rows(folder: Path, repository: Path, child_env
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(folder / "sharing.pt")
     assert_alike(found[True], found[False])
-    # Two ranks of two rounds have the pictures of four rounds of one.
+    # Two ranks of two rounds have the images of four rounds of one.
     alone = step_of(folder, Runtime("plain", 0, 0, 1, torch.device("cpu")), False, 4)
     assert_alike(found[True], alone)
 

@@ -65,7 +65,7 @@ def test_whole_turns_are_dropped_from_the_end():
     turns = [ONE, TWO, THREE]
     lengths = [len(processor.encode_conversation(turns[: n + 1]).input_ids) for n in range(3)]
     assert lengths[0] < lengths[1] < lengths[2]
-    # The picture takes 16 positions, its placeholder's own included: T - 1 + 16.
+    # The image takes 16 positions, its placeholder's own included: T - 1 + 16.
     fits_two = lengths[1] - 1 + 16
     for limit, kept, group_turns in [
         (lengths[2] + 15, 3, [0, 1, 1]),
@@ -87,25 +87,23 @@ def test_whole_turns_are_dropped_from_the_end():
         make_processor(model_max_length=20).encode_prompt([(ONE[0], None)])
 
 
-def test_a_conversation_in_words_alone_has_no_picture():
+def test_a_conversation_in_words_alone_has_no_image():
     processor = make_processor(model_max_length=10_000)
     vocabulary = processor.tokenizer.get_vocab()
-    pictured, alone = (processor.encode_conversation([ONE, TWO], with_picture=given) for given in (True, False))
+    shown, alone = (processor.encode_conversation([ONE, TWO], with_image=given) for given in (True, False))
     marks = [vocabulary[name] for name in ("<im_start>", "<image>", "<im_end>")]
     assert not set(marks) & set(alone.input_ids.tolist())
     words = [
         "".join(processor.tokenizer.decode([token for token in encoded.input_ids if token not in marks]).split())
-        for encoded in (pictured, alone)
+        for encoded in (shown, alone)
     ]
     assert words[0] == words[1]
-    assert (alone.labels != -100).sum() == (pictured.labels != -100).sum()
+    assert (alone.labels != -100).sum() == (shown.labels != -100).sum()
     length = len(alone.input_ids)
-    assert make_processor(model_max_length=length).encode_conversation([ONE, TWO], with_picture=False).kept_turns == 2
-    assert (
-        make_processor(model_max_length=length - 1).encode_conversation([ONE, TWO], with_picture=False).kept_turns == 1
-    )
-    with pytest.raises(ConversationTooLong, match="0 of them for the picture"):
-        make_processor(model_max_length=8).encode_conversation([ONE], with_picture=False)
+    assert make_processor(model_max_length=length).encode_conversation([ONE, TWO], with_image=False).kept_turns == 2
+    assert make_processor(model_max_length=length - 1).encode_conversation([ONE, TWO], with_image=False).kept_turns == 1
+    with pytest.raises(ConversationTooLong, match="0 of them for the image"):
+        make_processor(model_max_length=8).encode_conversation([ONE], with_image=False)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +238,7 @@ assert not any(name == "model" or name.startswith("model.") for name in sys.modu
 turns = json.loads(sys.argv[2])
 encoded = processor.encode_conversation(turns)
 answer = processor.decode_answer(encoded.input_ids[encoded.labels != -100])
-pixels = processor.encode_picture(processor.open_picture(sys.argv[3])).pixel_values
+pixels = processor.encode_image(processor.open_image(sys.argv[3])).pixel_values
 processor.save_pretrained(sys.argv[4])
 print(json.dumps([processor.settings(), encoded.input_ids.tolist(), answer.marked_text, float(pixels.double().sum())]))
 """
@@ -251,18 +249,18 @@ def test_saved_processor_works_elsewhere(tmp_path, elsewhere_env):
     from PIL import Image
 
     processor = make_processor("slow_llama", model_max_length=300, conversation_format="llava_llama_2")
-    picture = tmp_path / "picture.png"
-    Image.linear_gradient("L").save(picture)
+    image = tmp_path / "image.png"
+    Image.linear_gradient("L").save(image)
     folder, again = tmp_path / "saved", tmp_path / "again"
     processor.save_pretrained(folder)
-    command = [sys.executable, "-c", ELSEWHERE, str(folder), json.dumps([ONE]), str(picture), str(again)]
+    command = [sys.executable, "-c", ELSEWHERE, str(folder), json.dumps([ONE]), str(image), str(again)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=elsewhere_env, check=False)
     assert done.returncode == 0, done.stderr
     settings, ids, marked, total = json.loads(done.stdout.splitlines()[-1])
     assert settings == processor.settings()
     assert ids == processor.encode_conversation([ONE]).input_ids.tolist()
     assert marked == ONE[1]
-    assert total == float(processor.encode_picture(processor.open_picture(picture)).pixel_values.double().sum())
+    assert total == float(processor.encode_image(processor.open_image(image)).pixel_values.double().sum())
     assert type(processor).from_pretrained(again).settings() == settings
 
 

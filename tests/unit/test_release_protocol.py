@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from utils import release_protocol
+from utils.evaluation import release_protocol
 
 
 def test_release_teacher_forced_meters() -> None:
-    # Picture 1: IoU 1/2. Picture 2: an empty pair (1) and a mask found where there is none (0). Each mask weighs 1.
+    # Image 1: IoU 1/2. Image 2: an empty pair (1) and a mask found where there is none (0). Each mask weighs 1.
     first = (np.array([[[3.0, 2.0, -1.0]]]), np.array([[[1, 0, 0]]], dtype=np.uint8))
     second = (np.array([[[-1.0, -1.0]], [[5.0, -1.0]]]), np.zeros((2, 1, 2), dtype=np.uint8))
     giou, ciou = release_protocol.validate_meters([first, second])

@@ -32,7 +32,7 @@ def test_both_rules_say_the_same_of_what_fits(kind: str, conversation_format: st
     ours, theirs = pair(kind, conversation_format, use_mm_start_end=markers)
     for count in (1, 2, 3):
         one, other = (processor.encode_conversation(TURNS[:count]) for processor in (ours, theirs))
-        if markers:  # without them the release's line break after the picture is a token
+        if markers:  # without them the release's line break after the image is a token
             assert other.input_ids.tolist() == one.input_ids.tolist()
             assert other.labels.tolist() == one.labels.tolist()
         assert other.group_turns == one.group_turns

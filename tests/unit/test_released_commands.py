@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from model.build.tensor_files import stored_in
+from demo.scenes import SceneSettings, write_scene_data
+from demo.scenes.planning import SceneDataSettings
 from tests.unit import released_folders as folders
 from tests.unit.tiny_bases import write_language_model, write_tower
 from tests.unit.tiny_pixellm import noise
-from utils.scenes import SceneSettings, write_scene_data
-from utils.scenes.planning import SceneDataSettings
+from utils.checkpoints.tensor_files import stored_in
 
 pytestmark = pytest.mark.timeout(900)  # programs in a row, each of which loads torch
 
@@ -123,8 +123,8 @@ def test_converting_there_and_back(shell: Shell) -> None:
     tower = shell.place / "clip"
     tensors = folders.write_published(shell.place / "published")
     shell.run(there, PATH_TO_PUBLISHED="published", PATH_TO_CLIP=tower)
-    Image.fromarray(noise(40, 60)).save(shell.place / "picture.png")
-    ask = "python chat.py --version=runs/released --image=picture.png --prompt='What is it?' --out=answer.png"
+    Image.fromarray(noise(40, 60)).save(shell.place / "image.png")
+    ask = "python chat.py --version=runs/released --image=image.png --prompt='What is it?' --out=answer.png"
     assert "Answer: " in shell.run(ask, "--max_new_tokens=4 --device=cpu")
     assert (shell.place / "answer.png").is_file()
     score = "python evaluate.py runs/released --dataset_dir=data --val_dataset='refcoco|unc|val' --out=scores"

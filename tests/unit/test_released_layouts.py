@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
-from model.build.builder import BuildError, BuiltModel, ModelOptions, build_model
-from model.build.export import write_folder
-from model.build.layouts import recognise
-from model.build.tensor_files import stored_in
 from tests.unit import released_folders as folders
 from tests.unit.tiny_bases import options, write_language_model, write_tower
 from tests.unit.tiny_batches import ONE, make_batch
-from utils.scripts import explain
+from utils.checkpoints.builder import BuildError, BuiltModel, ModelOptions, build_model
+from utils.checkpoints.export import write_folder
+from utils.checkpoints.layouts import recognise
+from utils.checkpoints.tensor_files import stored_in
+from utils.cli.scripts import explain
 
 LLAVAS = ("v1", "1.5", "old transformers", "new transformers")
 IN_TRANSFORMERS = LLAVAS[2:]

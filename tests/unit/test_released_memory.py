@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.build.filling import draw_rows
-from model.build.tensor_files import stored_in, weight_files
 from tests.unit import released_folders as folders
+from utils.checkpoints.tensor_files import stored_in, weight_files
+from utils.checkpoints.weight_loading import draw_rows
 
 MOST = 1.3  # times the checkpoint
 

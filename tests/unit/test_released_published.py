@@ -11,7 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import merge_lora_weights_and_save_hf_model as merge
-from model.build.builder import (
+from model.predictor import ModelFolderError, Predictor
+from tests.unit import released_folders as folders
+from tests.unit.tiny_batches import ONE, make_batch, total_loss
+from tools import convert_checkpoint
+from utils.checkpoints.builder import (
     BuildError,
     BuiltModel,
     ModelOptions,
@@ -20,21 +24,17 @@ from model.build.builder import (
     choose_trainable,
     merge_lora,
 )
-from model.build.export import write_folder, write_published
-from model.build.published import unused_shapes
-from model.build.released_checkpoints import (
+from utils.checkpoints.export import write_folder, write_published
+from utils.checkpoints.published import unused_shapes
+from utils.checkpoints.released_checkpoints import (
     CLIP_POSITION_TABLE,
     RELEASE_CONSTANTS,
     RELEASE_IMAGE_MEAN,
     RELEASE_IMAGE_STD,
     state_dict_from_release,
 )
-from model.build.tensor_files import stored_in
-from model.predictor import ModelFolderError, Predictor
-from tests.unit import released_folders as folders
-from tests.unit.tiny_batches import ONE, make_batch, total_loss
-from tools import convert_checkpoint
-from utils.scripts import explain, run_script
+from utils.checkpoints.tensor_files import stored_in
+from utils.cli.scripts import explain, run_script
 
 SIXTH, HALF = torch.full((2, 3), 1 / 6), torch.full((2,), 1 / 2)
 
@@ -62,7 +62,7 @@ def same(first: folders.Tensors, second: folders.Tensors) -> None:
 
 
 def outputs(built: BuiltModel) -> torch.Tensor:
-    """Logits of text and masks for one picture, in one row."""
+    """Logits of text and masks for one image, in one row."""
     batch = make_batch(built.processor, [(0, ONE)], [(24, 40)])
     with torch.no_grad():
         output = built.model(**batch)
@@ -103,7 +103,7 @@ def test_release_numerics_are_chosen_and_saved(published: Path, eye: str, tmp_pa
         assert processor.image_mean == list(RELEASE_IMAGE_MEAN) and processor.image_std == list(RELEASE_IMAGE_STD)
         assert not processor.pad_before_normalize
         assert (config.group_rule, processor.text_rules) == ("release", "release")
-        # No row for the picture's placeholder: the head predicts what the original's predicts.
+        # No row for the image's placeholder: the head predicts what the original's predicts.
         assert one.model.get_output_embeddings().weight.shape[0] == folders.ROWS == processor.image_token_id
         same(dict(one.model.state_dict()), dict(built.model.state_dict()))
     assert torch.equal(outputs(again), outputs(built))

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 import chat
 import merge_lora_weights_and_save_hf_model as merge
 import train_ds
-from model.build.builder import BuiltModel, build_model
-from model.build.folders import BuildError, load_tokenizer
 from model.modeling_pixellm import ExpandedRows
 from model.processing_pixellm import PixelLMProcessor, check_groups, seg_token_names
 from tests.unit.real_weights import tokenizer_cases, write_stories
 from tests.unit.tiny_bases import options, write_tower
 from tests.unit.tiny_pixellm import noise
+from utils.checkpoints.builder import BuiltModel, build_model
+from utils.checkpoints.folders import BuildError, load_tokenizer
 
 SMALL = ("--out_dim=16", "--decoder_depth=1", "--decoder_num_heads=2", "--decoder_mlp_dim=16")
 
@@ -50,8 +50,8 @@ def next_logits(built: BuiltModel, ids: list[int]) -> torch.Tensor:
 def test_stories_are_told_as_recorded(stories: Path, eye: Path, recorded: dict) -> None:
     built = build_model(str(stories), str(eye), options("llava_v1"))
     expected = recorded["greedy_ids_200"]
-    # Our decoding loop, from the beginning token alone; the row is about no picture.
-    blank = built.processor.encode_picture(noise(32, 32))
+    # Our decoding loop, from the beginning token alone; the row is about no image.
+    blank = built.processor.encode_image(noise(32, 32))
     (answer,) = built.model.generate_answers(
         pixel_values={"vision_tower": blank.pixel_values[None]},
         resized_sizes=torch.tensor([blank.resized_size]),
@@ -90,9 +90,9 @@ def test_stories_become_a_pixellm_that_trains_and_chats(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     own = built.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in loaded.state_dict().items())
-    Image.fromarray(noise(40, 60)).save(tmp_path / "picture.png")
+    Image.fromarray(noise(40, 60)).save(tmp_path / "image.png")
     capsys.readouterr()
-    ask = (f"--image={tmp_path / 'picture.png'}", "--prompt=Where is the ball?", "--max_new_tokens=8", "--device=cpu")
+    ask = (f"--image={tmp_path / 'image.png'}", "--prompt=Where is the ball?", "--max_new_tokens=8", "--device=cpu")
     assert chat.main([f"--version={tmp_path / 'model'}", *ask, f"--out={tmp_path / 'answer.png'}"]) == 0
     assert capsys.readouterr().out.startswith("Answer: ") and (tmp_path / "answer.png").is_file()
 

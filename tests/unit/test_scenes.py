@@ -8,9 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from utils.data.samples import SEG_MARKER
-from utils.data.templates import NUMBERS
-from utils.scenes import (
+from demo.scenes import (
     HINTS,
     PATCH_WORDS,
     Scene,
@@ -24,10 +22,12 @@ from utils.scenes import (
     scene_masks,
     tokenizer_corpus,
 )
-from utils.scenes.drawing import Background, Shape, shape_glyph
-from utils.scenes.planning import SceneDataSettings, plan_held_out, split_exactly
-from utils.scenes.questions import FAMILIES, SIZE_RATIO, directly, extreme_shape, has_distractor, training_piles
-from utils.scenes.words import COLOURS, FORMS, join_list
+from demo.scenes.drawing import Background, Shape, shape_glyph
+from demo.scenes.planning import SceneDataSettings, plan_held_out, split_exactly
+from demo.scenes.questions import FAMILIES, SIZE_RATIO, directly, extreme_shape, has_distractor, training_piles
+from demo.scenes.words import COLOURS, FORMS, join_list
+from utils.data.samples import SEG_MARKER
+from utils.data.templates import NUMBERS
 
 COUNTS = {"direct": {1}, "several": {2, 3, 4, 5, 6}, "reasoning": {1, 2, 3}, "no_target": {0}}
 GREY = Background(200, (0, 0, 0), 0, 0)
@@ -54,13 +54,13 @@ def scene_of(*shapes: Shape) -> Scene:
 @pytest.mark.parametrize("side", [48, 112, 224])
 def test_masks_are_the_pixels_of_the_shapes(side: int) -> None:
     for scene in take(20, side):
-        picture, masks = draw_scene(scene), scene_masks(scene)
-        assert picture.shape == (side, side, 3) and picture.dtype == np.uint8
+        image, masks = draw_scene(scene), scene_masks(scene)
+        assert image.shape == (side, side, 3) and image.dtype == np.uint8
         assert masks.sum(axis=0).max() == 1, "shapes overlap"
         for one, mask in zip(scene.shapes, masks, strict=True):
             assert mask.sum() == one.area > 0
-            assert (picture[mask > 0] == one.shade).all()
-        colourless = np.ptp(picture[masks.sum(axis=0) == 0].astype(int), axis=1).max()
+            assert (image[mask > 0] == one.shade).all()
+        colourless = np.ptp(image[masks.sum(axis=0) == 0].astype(int), axis=1).max()
         assert colourless < 40, "the background has a colour"
 
 
@@ -276,12 +276,12 @@ def test_a_patch_bears_the_shape_that_covers_most_of_it() -> None:
     colours = [PATCH_WORDS["colour"][number] for number in patch_words(scene, 16)[0, 7:14]]
     # Columns 32 to 47 hold 8 of red and 5 of blue; 80 to 95 hold 3 of blue, 0.19 of the patch.
     assert colours == ["red", "red", "red", "blue", "blue", "blue", "nothing"]
-    with pytest.raises(ValueError, match="patches of 15 pixels do not tile a picture of 112"):
+    with pytest.raises(ValueError, match="patches of 15 pixels do not tile an image of 112"):
         patch_words(scene, 15)
 
 
 def test_conversations_tell_the_truth_about_what_is_there(scenes: list[Scene]) -> None:
-    exists = re.compile(r"(?:Is there|Do you see|Does the picture show) an? (\w+ \w+)(?: in the picture)?\?$")
+    exists = re.compile(r"(?:Is there|Do you see|Does the image show) an? (\w+ \w+)(?: in the image)?\?$")
     compares = re.compile(r"Is the (\w+ \w+) (larger|smaller|left of|right of|above|below) (?:than )?the (.*)\?$")
     checked = Counter[str]()
     for number, scene in enumerate((*scenes, *scenes, *scenes)):

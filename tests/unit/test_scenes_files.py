@@ -16,10 +16,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_rle
 
-from utils.data.errors import DataError
-from utils.data.readers import build_eval_reader
-from utils.data.samples import SEG_MARKER, TEXT, Sample
-from utils.scenes import (
+from demo.scenes import (
     HELD_OUT_SPEC,
     SceneDataSettings,
     SceneSettings,
@@ -31,10 +28,13 @@ from utils.scenes import (
     scene_masks,
     write_scene_data,
 )
+from utils.data.errors import DataError
+from utils.data.readers.registry import build_eval_reader
+from utils.data.samples import SEG_MARKER, TEXT, Sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = SceneDataSettings(train=30, heldout=60, questions=100)
-PICTURES = "refer_seg/images/mscoco/images/train2014"
+IMAGES = "refer_seg/images/mscoco/images/train2014"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def held_out_samples(root: Path) -> list[Sample]:
     return list(build_eval_reader(HELD_OUT_SPEC, root))
 
 
-def test_pictures_and_annotations_show_the_scenes(data_root: Path) -> None:
+def test_images_and_annotations_show_the_scenes(data_root: Path) -> None:
     instances = read_json(data_root, "refer_seg/refcoco/instances.json")
     assert instances == read_json(data_root, "refer_seg/grefcoco/instances.json")
     names = {category["id"]: category["name"] for category in instances["categories"]}
@@ -67,9 +67,9 @@ def test_pictures_and_annotations_show_the_scenes(data_root: Path) -> None:
     records = read_scenes(data_root)
     assert Counter(record.split for record in records) == {"train": 30, "val": 60}
     for image, record in zip(instances["images"], records, strict=True):
-        picture = cv2.imread(str(data_root / PICTURES / image["file_name"]))[:, :, ::-1]
+        image = cv2.imread(str(data_root / IMAGES / image["file_name"]))[:, :, ::-1]
         assert image["file_name"] == record.file_name
-        assert np.array_equal(picture, draw_scene(record.scene)), "PNG is not lossless"
+        assert np.array_equal(image, draw_scene(record.scene)), "PNG is not lossless"
         found = annotations[image["id"]]
         assert [names[a["category_id"]] for a in found] == [s.name for s in record.scene.shapes]
         decoded = [coco_rle.decode(a["segmentation"]) for a in found]
@@ -104,9 +104,9 @@ def test_muse_answers_mark_each_instance_after_its_name(data_root: Path) -> None
                 assert named == [instance["category_name"] for instance in instances]
 
 
-def test_conversations_in_words_are_about_training_pictures(data_root: Path) -> None:
+def test_conversations_in_words_are_about_training_images(data_root: Path) -> None:
     entries = read_json(data_root, "llava_dataset/llava_instruct_150k.json")
-    assert len(entries) == 30 * 5, "five conversations for each picture"
+    assert len(entries) == 30 * 5, "five conversations for each image"
     assert {entry["image"] for entry in entries} == {f"{number:012d}.png" for number in range(1, 31)}
     for entry in entries:
         said = entry["conversations"]
@@ -115,20 +115,18 @@ def test_conversations_in_words_are_about_training_pictures(data_root: Path) -> 
         )
         assert [turn["value"].count("<image>") for turn in said] == [1] + [0] * (len(said) - 1)
         words = (data_root / "coco/train2017" / entry["image"]).read_bytes()
-        assert words == (data_root / PICTURES / f"COCO_train2014_{entry['image']}").read_bytes()
+        assert words == (data_root / IMAGES / f"COCO_train2014_{entry['image']}").read_bytes()
 
 
-def test_held_out_pictures_are_talked_about_in_words(data_root: Path) -> None:
-    """Two turns about each, in words alone; none of the pictures is trained on."""
+def test_held_out_images_are_talked_about_in_words(data_root: Path) -> None:
+    """Two turns about each, in words alone; none of the images is trained on."""
     samples = list(build_eval_reader("custom|talk|val", data_root))
     held_out = [record for record in read_scenes(data_root) if record.split == "val"]
     assert [Path(sample.image_path).name for sample in samples] == [record.file_name for record in held_out][:150]
     for sample in samples:
         (turns,) = sample.conversations
         assert len(turns) == 2 and all(turn.kind == TEXT and SEG_MARKER not in turn.answer for turn in turns)
-        assert (
-            Path(sample.image_path).read_bytes() == (data_root / PICTURES / Path(sample.image_path).name).read_bytes()
-        )
+        assert Path(sample.image_path).read_bytes() == (data_root / IMAGES / Path(sample.image_path).name).read_bytes()
 
 
 def test_held_out_questions_through_the_readers(data_root: Path) -> None:
@@ -161,10 +159,10 @@ def test_easy_questions_are_refused(data_root: Path) -> None:
 
 def test_clean_data_passes_the_leak_check(data_root: Path) -> None:
     found = check_no_leak(data_root)
-    assert found.pictures_trained_on == 30 and 40 <= found.pictures_held_out <= 60
+    assert found.images_trained_on == 30 and 40 <= found.images_held_out <= 60
 
 
-def test_a_held_out_picture_that_is_trained_on_is_named(own_copy: Path) -> None:
+def test_a_held_out_image_that_is_trained_on_is_named(own_copy: Path) -> None:
     path = own_copy / "muse/muse_train.json"
     culprit = read_json(own_copy, "muse/muse_val.json")[0]
     path.write_text(json.dumps([*read_json(own_copy, "muse/muse_train.json"), culprit]), encoding="utf-8")
@@ -172,12 +170,12 @@ def test_a_held_out_picture_that_is_trained_on_is_named(own_copy: Path) -> None:
         check_no_leak(own_copy)
 
 
-def test_a_copied_picture_is_named(own_copy: Path) -> None:
-    held_out = own_copy / PICTURES / read_json(own_copy, "muse/muse_val.json")[0]["file_name"]
+def test_a_copied_image_is_named(own_copy: Path) -> None:
+    held_out = own_copy / IMAGES / read_json(own_copy, "muse/muse_val.json")[0]["file_name"]
     twin = own_copy / "coco/train2017/000000000007.png"
     twin.unlink()
     shutil.copyfile(held_out, twin)
-    with pytest.raises(DataError, match=rf"{held_out.name} is the training picture .*000000000007.png"):
+    with pytest.raises(DataError, match=rf"{held_out.name} is the training image .*000000000007.png"):
         check_no_leak(own_copy)
 
 
@@ -222,12 +220,12 @@ def test_other_sizes(side: int, tmp_path: Path) -> None:
     summary = write_scene_data(tmp_path, settings)
     assert sum(n for name, n in summary["questions_by_kind"].items() if name.startswith("val")) == 10
     record = read_scenes(tmp_path)[0]
-    assert cv2.imread(str(tmp_path / PICTURES / record.file_name)).shape == (side, side, 3)
+    assert cv2.imread(str(tmp_path / IMAGES / record.file_name)).shape == (side, side, 3)
 
 
 def test_command_line(tmp_path: Path, child_env: dict[str, str]) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "tools/make_scenes.py"), "--out", str(tmp_path / "data"), *arguments]
+        command = [sys.executable, str(ROOT / "demo/make_scenes.py"), "--out", str(tmp_path / "data"), *arguments]
         return subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=60)
 
     small = ("--train", "2", "--heldout", "20", "--questions", "10", "--size", "64")

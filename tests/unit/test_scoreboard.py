@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.scoreboard import Bar, compare, missed, table, write_json
+from demo.scoreboard import Bar, compare, missed, table, write_json
 
 SCORES = {"giou": 0.78, "n": 1000, "giou_by_kind": {"direct": 0.849}, "baselines": {"everything": 0.40}, "name": "x"}
 

@@ -1,4 +1,4 @@
-"""Sessions: asked one by one, together, as a stream or in a conversation, a picture gets the same answers."""
+"""Sessions: asked one by one, together, as a stream or in a conversation, an image gets the same answers."""
 
 import io
 import struct
@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.build.builder import BuiltModel
 from model.predictor import Answer, Predictor
 from model.session import (
     QUESTIONS_AT_ONCE,
@@ -29,6 +28,7 @@ from model.session import (
     TextPiece,
 )
 from tests.unit.tiny_pixellm import make_model, noise, same, saying, saying_ids
+from utils.checkpoints.builder import BuiltModel
 
 SAID = "It is the red circle {seg} and, to the left (of it), the blue square {seg}. Two in all!"
 
@@ -130,10 +130,10 @@ def test_questions_together_are_answered_as_if_alone(predictor: Predictor) -> No
     assert session.ask_many([]) == []
 
 
-def test_a_picture_goes_through_the_models_once(predictor: Predictor, built: BuiltModel, monkeypatch: Any) -> None:
+def test_a_image_goes_through_the_models_once(predictor: Predictor, built: BuiltModel, monkeypatch: Any) -> None:
     seen: list[int] = []
-    encode = built.model.encode_pictures
-    monkeypatch.setattr(built.model, "encode_pictures", lambda **inputs: seen.append(1) or encode(**inputs))
+    encode = built.model.encode_images
+    monkeypatch.setattr(built.model, "encode_images", lambda **inputs: seen.append(1) or encode(**inputs))
     predictor.set_image(noise(20, 30))
     predictor.ask("Where?", 3)
     predictor.ask_many(["Where?", "Which?"], 3)
@@ -145,8 +145,8 @@ def test_a_picture_goes_through_the_models_once(predictor: Predictor, built: Bui
     assert seen == [1, 1]
 
 
-def test_nothing_can_be_asked_without_a_picture(predictor: Predictor) -> None:
-    assert predictor.picture is None
+def test_nothing_can_be_asked_without_a_image(predictor: Predictor) -> None:
+    assert predictor.image is None
     for ask in (predictor.ask, predictor.stream, predictor.chat, lambda question: predictor.ask_many([question])):
         with pytest.raises(RuntimeError, match="set_image"):
             ask("Where?")  # type: ignore[operator]
@@ -229,12 +229,12 @@ def test_stop_strings_end_an_answer(predictor: Predictor, built: BuiltModel) -> 
 
 
 def test_two_threads_share_a_model(predictor: Predictor) -> None:
-    pictures, asked = [noise(20, 30), noise(40, 10, seed=1)], ["the red circle?", "blue?"]
-    expected = [predictor.session(picture).ask(question, 8) for picture, question in zip(pictures, asked, strict=True)]
+    images, asked = [noise(20, 30), noise(40, 10, seed=1)], ["the red circle?", "blue?"]
+    expected = [predictor.session(image).ask(question, 8) for image, question in zip(images, asked, strict=True)]
     wrong: list[Any] = []
 
     def work(number: int) -> None:
-        session: Session = predictor.session(pictures[number])
+        session: Session = predictor.session(images[number])
         for _ in range(6):
             if not same(session.ask(asked[number], 8), expected[number]):
                 wrong.append(number)
@@ -250,13 +250,13 @@ def test_two_threads_share_a_model(predictor: Predictor) -> None:
     assert not torch.is_inference_mode_enabled()
 
 
-def written(picture: Image.Image, kind: str, **how: Any) -> bytes:
+def written(image: Image.Image, kind: str, **how: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **how)
+    image.save(buffer, kind, **how)
     return buffer.getvalue()
 
 
-def odd_pictures() -> dict[str, tuple[Any, tuple[int, int]]]:
+def odd_images() -> dict[str, tuple[Any, tuple[int, int]]]:
     """What may come, and the (height, width) a viewer shows."""
     photo = Image.fromarray(noise(20, 30))
     turned = Image.Exif()
@@ -276,27 +276,27 @@ def odd_pictures() -> dict[str, tuple[Any, tuple[int, int]]]:
     }
 
 
-@pytest.mark.parametrize("kind", list(odd_pictures()))
-def test_odd_pictures_get_masks_as_the_viewer_sees_them(kind: str, predictor: Predictor, built: BuiltModel) -> None:
-    picture, size = odd_pictures()[kind]
-    predictor.set_image(picture)
+@pytest.mark.parametrize("kind", list(odd_images()))
+def test_odd_images_get_masks_as_the_viewer_sees_them(kind: str, predictor: Predictor, built: BuiltModel) -> None:
+    image, size = odd_images()[kind]
+    predictor.set_image(image)
     with saying(built, ["a {seg}"]):
         answer = predictor.ask("Where?")
-    assert predictor.picture is not None and predictor.picture.shape == (*size, 3)
+    assert predictor.image is not None and predictor.image.shape == (*size, 3)
     assert answer.masks.shape == (1, *size)
 
 
-def test_a_turned_picture_is_seen_as_its_upright_copy(predictor: Predictor, built: BuiltModel) -> None:
+def test_a_turned_image_is_seen_as_its_upright_copy(predictor: Predictor, built: BuiltModel) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     photo = Image.fromarray(noise(20, 30))
     turned, upright = written(photo, "PNG", exif=exif), photo.transpose(Image.Transpose.ROTATE_270)
     with saying(built, ["a {seg}"]):
-        one, other = (predictor.session(picture).ask("Where?") for picture in (turned, upright))
+        one, other = (predictor.session(image).ask("Where?") for image in (turned, upright))
     assert same(one, other)
 
 
-def test_a_picture_too_large_to_be_opened_safely_is_refused(predictor: Predictor, tmp_path: Path) -> None:
+def test_a_image_too_large_to_be_opened_safely_is_refused(predictor: Predictor, tmp_path: Path) -> None:
     # A whole small PNG whose header claims more: its length and type, then the sides, then the rest and a checksum.
     png = bytearray(written(Image.new("1", (8, 8)), "PNG"))
     png[16:24] = struct.pack(">II", 20000, 20000)

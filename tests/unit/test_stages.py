@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.stages import Stage, StageFailed, Stages, run_stage
+from demo.stages import Stage, StageFailed, Stages, run_stage
 
 
 def stage(tmp_path: Path, code: str, **env: str) -> Stage:
@@ -61,7 +61,7 @@ def test_an_interruption_takes_the_children_of_a_stage_along(tmp_path: Path, rep
         f"""
         import sys
         from pathlib import Path
-        from utils.stages import Stage, run_stage
+        from demo.stages import Stage, run_stage
         try:
             run_stage(Stage("probe", "sleeps", [sys.executable, "-c", {parent!r}], Path({str(tmp_path)!r})))
         except KeyboardInterrupt:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from model.build.builder import MASK_PARTS, TrainingRecipe, build_model, choose_trainable, save_model
-from model.build.tiny import embeddings_of, make_tiny, train_tokenizer
+from demo.tiny import embeddings_of, make_tiny, train_tokenizer
 from tests.unit.tiny_batches import NONE, ONE, make_batch, total_loss
 from tests.unit.tiny_pixellm import SHAPE, make_model
+from utils.checkpoints.builder import MASK_PARTS, TrainingRecipe, build_model, choose_trainable, save_model
 
 TEXTS = ["nothing red blue circle square e2 in the e2 and d4"] * 3
 
@@ -28,7 +28,7 @@ def test_the_tokenizer_knows_frequent_words_and_spells_the_rest() -> None:
 
 
 def test_the_heads_of_a_tower_start_looking_at_neighbours() -> None:
-    """On a grey picture, where nothing but place tells patches apart: left, right, above, below."""
+    """On a grey image, where nothing but place tells patches apart: left, right, above, below."""
     shape = replace(SHAPE, image_size=112, patch_size=16, vision_width=128, num_heads=4)
     tower = make_tiny(TEXTS, shape, seed=0).model.vision_tower.model
     states = tower.pre_layrnorm(tower.embeddings(torch.zeros(1, 3, 112, 112)))

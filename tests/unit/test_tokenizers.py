@@ -130,7 +130,7 @@ def test_chat_template_is_the_models_own():
     ids = processor.encode_conversation(turns).input_ids.tolist()
     group = processor.seg_token_ids
     at = ids.index(group[0])
-    # Without picture and group the ids are the template's own, less the line break after the last end token; the group
+    # Without image and group the ids are the template's own, less the line break after the last end token; the group
     # stands for "_", which is one byte and so one token.
     messages = []
     for question, answer in turns:

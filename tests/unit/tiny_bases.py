@@ -6,8 +6,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from model.build.builder import ModelOptions
 from tests.unit.tokenizer_kinds import CHAT_TEMPLATE, make_tokenizer
+from utils.checkpoints.builder import ModelOptions
 
 SIDE, PATCH = 32, 8
 SMALL_DECODER = {"embedding_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "decoder_mlp_dim": 16}
@@ -54,7 +54,7 @@ def write_language_model(folder: Path, kind: str, tokenizer_kind: str = "byte_bp
 
 
 def write_tower(folder: Path, kind: str) -> Path:
-    """A "clip" or "siglip" tower; with "_whole" behind it, the model of text and pictures that towers come in."""
+    """A "clip" or "siglip" tower; with "_whole" behind it, the model of text and images that towers come in."""
     family, _, whole = kind.partition("_")
     if whole:
         text = {**_OTHER_TEXT, "vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1}

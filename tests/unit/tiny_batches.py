@@ -1,4 +1,4 @@
-"""Batches for `PixelLMForCausalLM.forward`: true conversations about pictures and masks of noise."""
+"""Batches for `PixelLMForCausalLM.forward`: true conversations about images and masks of noise."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -27,38 +27,38 @@ def make_batch(
 ) -> dict[str, Any]:
     """Arguments of `forward`.
 
-    conversations: (picture, turns), ordered by picture. sizes: (height, width) of each picture. text_only: numbers of
-    the rows that lose their picture. ignored: share of pixels labelled 255.
+    conversations: (image, turns), ordered by image. sizes: (height, width) of each image. text_only: numbers of
+    the rows that lose their image. ignored: share of pixels labelled 255.
     """
     generator = torch.Generator().manual_seed(seed)
-    pictures = [processor.encode_picture(noise(*size, seed=seed + number)) for number, size in enumerate(sizes)]
+    images = [processor.encode_image(noise(*size, seed=seed + number)) for number, size in enumerate(sizes)]
     ids, labels, questions = [], [], []
     counts = [0] * len(sizes)
-    for row, (picture, turns) in enumerate(conversations):
+    for row, (image, turns) in enumerate(conversations):
         encoded = processor.encode_conversation(turns)
         keep = torch.ones_like(encoded.input_ids).bool()
         if row in text_only:
             keep = encoded.input_ids != processor.image_token_id
         ids.append(encoded.input_ids[keep])
         labels.append(encoded.labels[keep])
-        counts[picture] += len(encoded.group_turns)
+        counts[image] += len(encoded.group_turns)
         questions += [10 * row + turn for turn in encoded.group_turns]
     masks = [
         torch.randint(0, 2, (count, *size), dtype=torch.uint8, generator=generator)
         for count, size in zip(counts, sizes, strict=True)
     ]
-    for picture_masks in masks:
-        hidden = torch.rand(picture_masks.shape, generator=generator) < ignored
-        picture_masks[hidden] = IGNORE_PIXEL
+    for image_masks in masks:
+        hidden = torch.rand(image_masks.shape, generator=generator) < ignored
+        image_masks[hidden] = IGNORE_PIXEL
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "input_ids": pad(ids, batch_first=True),
         "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True).bool(),
         "labels": pad(labels, batch_first=True, padding_value=IGNORE_TOKEN),
-        "pixel_values": {"vision_tower": torch.stack([picture.pixel_values for picture in pictures])},
-        "resized_sizes": torch.tensor([picture.resized_size for picture in pictures]),
-        "original_sizes": torch.tensor([picture.original_size for picture in pictures]),
-        "image_index": torch.tensor([picture for picture, _ in conversations]),
+        "pixel_values": {"vision_tower": torch.stack([image.pixel_values for image in images])},
+        "resized_sizes": torch.tensor([image.resized_size for image in images]),
+        "original_sizes": torch.tensor([image.original_size for image in images]),
+        "image_index": torch.tensor([image for image, _ in conversations]),
         "masks": masks,
         "target_questions": torch.tensor(questions, dtype=torch.long),
     }

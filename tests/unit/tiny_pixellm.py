@@ -8,9 +8,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from demo.tiny import TinyShape, make_tiny
 from model.answers import Answer
-from model.build.builder import BuiltModel
-from model.build.tiny import TinyShape, make_tiny
+from utils.checkpoints.builder import BuiltModel
 
 TEXTS = (
     "where is the red circle? it is the red circle.",
@@ -41,7 +41,7 @@ def make_model(seed: int = 0) -> BuiltModel:
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A picture (H, W, 3) uint8 of random pixels."""
+    """An image (H, W, 3) uint8 of random pixels."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 

@@ -41,7 +41,7 @@ def make_tokenizer(kind: str, chat_template: str | None = None) -> Any:
 
 
 def make_processor(kind: str = "byte_bpe", chat_template: str | None = None, **settings: Any) -> PixelLMProcessor:
-    """A processor over such a tokenizer; by default 2 scales x 3 tokens and 4 x 4 positions for a picture."""
+    """A processor over such a tokenizer; by default 2 scales x 3 tokens and 4 x 4 positions for an image."""
     settings = {"image_size": 112, "image_token_pool": 2, "patch_size": 14, **settings}
     scales, tokens = settings.setdefault("num_scales", 2), settings.setdefault("tokens_per_scale", 3)
     tokenizer = PixelLMProcessor.prepare_tokenizer(make_tokenizer(kind, chat_template), scales, tokens)

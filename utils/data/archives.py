@@ -2,7 +2,7 @@
 
 from pathlib import PurePosixPath
 
-_COCO_PICTURES = "refer_seg/images/mscoco/images"
+_COCO_IMAGES = "refer_seg/images/mscoco/images"
 
 ARCHIVES = {
     "ade20k": "ADEChallengeData2016.zip of the MIT Scene Parsing Benchmark",
@@ -14,7 +14,7 @@ ARCHIVES = {
     "llava_dataset/llava_v1_5_mix665k.json": "llava_v1_5_mix665k.json of liuhaotian/LLaVA-Instruct-150K",
     "mapillary": "the archive of Mapillary Vistas 2.0",
     "muse": "the MUSE files that PixelLM's page links",
-    "ocr_vqa": "the pictures of OCR-VQA",
+    "ocr_vqa": "the images of OCR-VQA",
     "reason_seg": "the ReasonSeg archive that LISA's page links",
     "refer_seg/grefcoco": "the gRefCOCO files of henghuiding/gRefCOCO",
     "refer_seg/refclef": "refclef.zip of lichengunc/refer",
@@ -22,9 +22,9 @@ ARCHIVES = {
     "refer_seg/refcoco+": "refcoco+.zip of lichengunc/refer",
     "refer_seg/refcocog": "refcocog.zip of lichengunc/refer",
     "refer_seg/images/saiapr_tc-12": "saiapr_tc-12.zip of lichengunc/refer",
-    f"{_COCO_PICTURES}/train2014": "train2014.zip of COCO",
-    f"{_COCO_PICTURES}/train2017": "train2017.zip of COCO",
-    f"{_COCO_PICTURES}/val2017": "val2017.zip of COCO",
+    f"{_COCO_IMAGES}/train2014": "train2014.zip of COCO",
+    f"{_COCO_IMAGES}/train2017": "train2017.zip of COCO",
+    f"{_COCO_IMAGES}/val2017": "val2017.zip of COCO",
     "textvqa": "train_val_images.zip of TextVQA",
     "vg/VG_100K": "images.zip of Visual Genome",
     "vg/VG_100K_2": "images2.zip of Visual Genome",

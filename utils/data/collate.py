@@ -1,6 +1,6 @@
-"""Examples of single pictures into one Batch, whose fields are the names of the model's forward arguments.
+"""Examples of single images into one Batch, whose fields are the names of the model's forward arguments.
 
-Axes: B pictures, C conversations, T tokens, Q targets, P side of the square picture, H W pixels.
+Axes: B images, C conversations, T tokens, Q targets, P side of the square image, H W pixels.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from torch.nn.utils.rnn import pad_sequence
 from utils.data.masks import Window, WindowedMasks
 from utils.data.passing import Corner, Squares, received, sent
 
-PICTURE_KEY = "vision_tower"
-"""What the prepared picture is keyed by: the tower it is for."""
+IMAGE_KEY = "vision_tower"
+"""What the prepared image is keyed by: the tower it is for."""
 
 IGNORED_TOKEN = -100
 """Label of tokens that are no part of an answer."""
 
 Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(pictures (B, 3, P, P) uint8, their sizes in the square (B, 2)) -> (B, 3, P, P) float32, on the same device."""
+"""(images (B, 3, P, P) uint8, their sizes in the square (B, 2)) -> (B, 3, P, P) float32, on the same device."""
 
 
 @dataclass(slots=True)
@@ -36,10 +36,10 @@ class EncodedRow:
 
 @dataclass(slots=True)
 class Example:
-    """One picture with its conversations, ready to be put into a batch.
+    """One image with its conversations, ready to be put into a batch.
 
-    pixel_values (3, P, P) uint8, to be normalised by `normalise`, or float32, where that is None; of an opened picture
-    the corner of its square; sizes (height, width) after resizing and of the picture itself; masks, in the order of the
+    pixel_values (3, P, P) uint8, to be normalised by `normalise`, or float32, where that is None; of an opened image
+    the corner of its square; sizes (height, width) after resizing and of the image itself; masks, in the order of the
     rows' targets, in their windows or drawn: (Q, H, W) uint8 of 0, 1 and 255; info: what people and logs want to know.
     """
 
@@ -54,15 +54,15 @@ class Example:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows are right-padded and ordered by picture; targets by picture, row, and place in the text.
+    """Rows are right-padded and ordered by image; targets by image, row, and place in the text.
 
     input_ids (C, T) long; attention_mask (C, T) bool; labels (C, T) long, IGNORED_TOKEN outside answers
     pixel_values: (B, 3, P, P) by tower, float32, or uint8 as long as `normalise` is there to be used
     resized_sizes, original_sizes (B, 2) long, height first
-    image_index (C,) long, never falling: the picture of each row
-    masks: for each picture (Q_b, H_b, W_b) uint8 of 0, 1 and 255
+    image_index (C,) long, never falling: the image of each row
+    masks: for each image (Q_b, H_b, W_b) uint8 of 0, 1 and 255
     target_questions (Q,) long: the question (row and turn) each target belongs to, a number unique in the batch
-    info, normalise: one dictionary per picture, and what is to be done to pixel_values: no arguments of forward
+    info, normalise: one dictionary per image, and what is to be done to pixel_values: no arguments of forward
 
     Bytes are a quarter of what has to be sent to a device, and a device normalises them in no time.
     """
@@ -80,7 +80,7 @@ class Batch:
     normalise: Normalise | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
-        """A copy on `device`, its pictures normalised; `dtype`, if given, is that of the pictures only."""
+        """A copy on `device`, its images normalised; `dtype`, if given, is that of the images only."""
         moved = self._mapped(lambda tensor: tensor.to(device, non_blocking=True))._normalised()
         if dtype is not None:
             moved.pixel_values = {key: value.to(dtype) for key, value in moved.pixel_values.items()}
@@ -91,7 +91,7 @@ class Batch:
         return self._mapped(lambda tensor: tensor.pin_memory())
 
     def as_kwargs(self) -> dict[str, Any]:
-        """The arguments of forward, pictures normalised."""
+        """The arguments of forward, images normalised."""
         return self._normalised()._arguments()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -161,7 +161,7 @@ def _whole(masks: torch.Tensor) -> WindowedMasks:
 def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
     """One Batch of at least one example, each with at least one row; `pad_token_id` fills short rows, unlabelled."""
     batch = _joined(examples, pad_token_id)
-    pixels = {key: _drawn(pictures) for key, pictures in batch.pixel_values.items()}
+    pixels = {key: _drawn(images) for key, images in batch.pixel_values.items()}
     return replace(batch, pixel_values=pixels, masks=[_drawn(masks) for masks in batch.masks])
 
 
@@ -192,7 +192,7 @@ def _joined(examples: list[Example], pad_token_id: int) -> Batch:
         input_ids=input_ids,
         attention_mask=torch.arange(input_ids.shape[1]) < lengths[:, None],
         labels=pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED_TOKEN),
-        pixel_values={PICTURE_KEY: _together([example.pixel_values for example in examples])},
+        pixel_values={IMAGE_KEY: _together([example.pixel_values for example in examples])},
         resized_sizes=torch.tensor([example.resized_size for example in examples], dtype=torch.long),
         original_sizes=torch.tensor([example.original_size for example in examples], dtype=torch.long),
         image_index=torch.tensor([b for b, example in enumerate(examples) for _ in example.rows], dtype=torch.long),
@@ -203,9 +203,9 @@ def _joined(examples: list[Example], pad_token_id: int) -> Batch:
     )
 
 
-def _together(pictures: list[Any]) -> Any:
+def _together(images: list[Any]) -> Any:
     """Squares of corners, or (B, 3, P, P) of (3, P, P)."""
-    return Squares(pictures) if isinstance(pictures[0], Corner) else torch.stack(pictures)
+    return Squares(images) if isinstance(images[0], Corner) else torch.stack(images)
 
 
 def _numbered_questions(rows: list[EncodedRow]) -> torch.Tensor:

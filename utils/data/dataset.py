@@ -21,7 +21,7 @@ from utils.data.errors import DataError
 from utils.data.masks import CocoMask, Window, WindowedMasks, windows_of
 from utils.data.mixture import Mixture
 from utils.data.passing import Corner, SharedSlots, make_slots
-from utils.data.samples import NO_PICTURE, Conversation, Sample, Target
+from utils.data.samples import NO_IMAGE, Conversation, Sample, Target
 
 TOGETHER = 16
 """Samples that a worker makes and sends at once, in whole batches: what is done for several in a row costs half."""
@@ -32,8 +32,8 @@ _STAND_IN_STEP = 7919
 """How far on in the mixture the next of them is."""
 
 
-class Picture(Protocol):
-    """A picture that fits into the square of `side` pixels that the model takes: resized (h, w, 3) uint8, for its top
+class EncodedImage(Protocol):
+    """An image that fits into the square of `side` pixels that the model takes: resized (h, w, 3) uint8, for its top
     left corner; original_size (height, width).
     """
 
@@ -58,17 +58,17 @@ class Processor(Protocol):
     @property
     def pixel_statistics(self) -> Normalise: ...
 
-    def prepare_picture(self, source: Any, fast: bool) -> Picture: ...
+    def prepare_image(self, source: Any, fast: bool) -> EncodedImage: ...
 
-    def encode_conversation(self, turns: list[tuple[str, str]], with_picture: bool) -> EncodedConversation: ...
+    def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> EncodedConversation: ...
 
 
 class TrainingDataset(Dataset):
     """Example i is a function of the mixture and i alone.
 
-    processor: opens and encodes pictures and conversations. length: how many examples a run may ask for.
+    processor: opens and encodes images and conversations. length: how many examples a run may ask for.
     too_long_errors: what the processor raises when not even the first turn of a conversation fits; such conversations
-    are left out. strict: raise DataError at the first sample that cannot be read. fast_resize: have pictures prepared
+    are left out. strict: raise DataError at the first sample that cannot be read. fast_resize: have images prepared
     faster, not quite by the book.
 
     A sample that loses all its conversations or cannot be read is replaced by another, which follows from i as well.
@@ -100,9 +100,9 @@ class TrainingDataset(Dataset):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
-        """Examples, all of them a stage further at a time: their words, their pictures, their masks.
+        """Examples, all of them a stage further at a time: their words, their images, their masks.
 
-        A picture takes the processor's caches for itself: the words of a sample cost twice as much after one as after
+        An image takes the processor's caches for itself: the words of a sample cost twice as much after one as after
         other words.
         """
         makings = [self._making(number) for number in numbers]
@@ -135,10 +135,10 @@ class TrainingDataset(Dataset):
             if not encoded:
                 return None
             yield
-            source = _NOTHING_TO_SEE if sample.image_path == NO_PICTURE else sample.image_path
-            picture = self.processor.prepare_picture(source, fast=self.fast_resize)
+            source = _NOTHING_TO_SEE if sample.image_path == NO_IMAGE else sample.image_path
+            image = self.processor.prepare_image(source, fast=self.fast_resize)
             yield
-            return self._example(sample, encoded, picture, lost)
+            return self._example(sample, encoded, image, lost)
         except Exception as error:
             reason = as_bad_sample(error)
             if reason is None:
@@ -155,7 +155,7 @@ class TrainingDataset(Dataset):
         for conversation in sample.conversations:
             turns = [(turn.question, turn.answer) for turn in conversation]
             try:
-                tokens = self.processor.encode_conversation(turns, with_picture=sample.image_path != NO_PICTURE)
+                tokens = self.processor.encode_conversation(turns, with_image=sample.image_path != NO_IMAGE)
                 encoded.append((conversation, tokens))
             except self.too_long_errors:
                 lost["dropped_conversations"] += 1
@@ -167,7 +167,7 @@ class TrainingDataset(Dataset):
         self,
         sample: Sample,
         encoded: list[tuple[Conversation, EncodedConversation]],
-        picture: Picture,
+        image: EncodedImage,
         lost: Counter[str],
     ) -> Example:
         rows, targets = [], []
@@ -190,14 +190,14 @@ class TrainingDataset(Dataset):
             "kinds": [turn.kind for conversation, tokens in encoded for turn in conversation[: tokens.kept_turns]],
             **{name: lost[name] for name in _LOSSES},
         }
-        masks = decode_masks(targets, picture.original_size, sample)
-        height, width = picture.resized.shape[:2]
-        pixels, sizes = Corner(picture.resized, picture.side), ((height, width), picture.original_size)
+        masks = decode_masks(targets, image.original_size, sample)
+        height, width = image.resized.shape[:2]
+        pixels, sizes = Corner(image.resized, image.side), ((height, width), image.original_size)
         return Example(pixels, *sizes, rows, masks, info, self.processor.pixel_statistics)
 
 
 _NOTHING_TO_SEE = np.zeros((1, 1, 3), dtype=np.uint8)
-"""A black pixel in place of no picture: every row of a batch belongs to one, but rows in words alone have no place to
+"""A black pixel in place of no image: every row of a batch belongs to one, but rows in words alone have no place to
 see it.
 """
 
@@ -205,7 +205,7 @@ _LOSSES = ("dropped_turns", "dropped_targets", "dropped_conversations")
 
 
 def decode_masks(targets: list[Target], size: tuple[int, int], sample: Sample) -> WindowedMasks:
-    """The masks in a picture of `size` (height, width). DataError when one has another size than the picture, or no
+    """The masks in an image of `size` (height, width). DataError when one has another size than the image, or no
     pixel.
     """
     of_coco = {n: target.decode for n, target in enumerate(targets) if isinstance(target.decode, CocoMask)}
@@ -225,7 +225,7 @@ def _decoded(target: Target, size: tuple[int, int], sample: Sample) -> Window | 
 def _with_pixels(window: Window | None, target: Target, sample: Sample) -> Window:
     if window is None:
         raise DataError(
-            f"the mask of {target.name!r} in {sample.sample_id} has no pixel in its picture {sample.image_path}: "
+            f"the mask of {target.name!r} in {sample.sample_id} has no pixel in its image {sample.image_path}: "
             f"take it out of the annotations",
             cause="target without a pixel",
         )
@@ -236,9 +236,9 @@ def _check_size(mask: np.ndarray, size: tuple[int, int], target: Target, sample:
     if mask.shape != size:
         raise DataError(
             f"the mask of {target.name!r} in {sample.sample_id} has {mask.shape[0]}×{mask.shape[1]} pixels, its "
-            f"picture {sample.image_path} {size[0]}×{size[1]}: the annotations belong to another "
-            f"edition of the picture",
-            cause="mask of another size than its picture",
+            f"image {sample.image_path} {size[0]}×{size[1]}: the annotations belong to another "
+            f"edition of the image",
+            cause="mask of another size than its image",
         )
 
 

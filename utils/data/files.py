@@ -18,7 +18,7 @@ OTHER_EDITION = "label map of another edition"
 
 _MALFORMED = "malformed annotation"
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 _DIGEST = 16
 """Hexadecimal digits of a content hash that are kept."""
@@ -70,7 +70,7 @@ class DataRoot:
         return os.path.exists(os.path.join(self.path, *parts))
 
     def placed(self, base: tuple[str, ...], folders: Sequence[str], name: str, named_by: str) -> tuple[str, str]:
-        """The folder, and the rest of the name, of a picture whose name begins with one of the official `folders`.
+        """The folder, and the rest of the name, of an image whose name begins with one of the official `folders`.
 
         `folders` lie below `base` and may be links of their own (a mounted train2017, say). DataError for a name that
         begins otherwise and for a folder that is not there.
@@ -80,22 +80,22 @@ class DataRoot:
             if rest != name:
                 return self.folder(*base, *folder.split("/")), rest
         raise DataError(
-            f"{named_by} names the picture {name!r}; expected a path that begins with {' or '.join(folders)}: correct "
+            f"{named_by} names the image {name!r}; expected a path that begins with {' or '.join(folders)}: correct "
             f"the file",
-            cause="picture name outside the known folders",
+            cause="image name outside the known folders",
         )
 
-    def picture(self, folder: str, name: str, named_by: str) -> str:
-        """Path of the picture an annotation file calls `name`, inside `folder`.
+    def image(self, folder: str, name: str, named_by: str) -> str:
+        """Path of the image an annotation file calls `name`, inside `folder`.
 
         DataError when the name leaves the folder (absolute, "..", a link out of the root) or nothing is there;
         `named_by` is the annotation file, for the message.
         """
-        path = self.inside(folder, name, named_by, "the picture")
+        path = self.inside(folder, name, named_by, "the image")
         if not os.path.isfile(path):
             raise DataError(
-                f"the picture {path}, named by {named_by}, is missing; add it or take its entries out",
-                cause="missing picture",
+                f"the image {path}, named by {named_by}, is missing; add it or take its entries out",
+                cause="missing image",
             )
         return path
 
@@ -103,7 +103,7 @@ class DataRoot:
         """Path of `name` in `folder`, whether it is there or not; the one place that keeps names inside the root.
 
         DataError when the name is absolute, climbs up or is a link out of both the folder and the root; `what` is
-        "the picture" or "the file".
+        "the image" or "the file".
         """
         if not name or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
             raise DataError(
@@ -234,9 +234,9 @@ def _described(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def picture_size(path: str) -> tuple[int, int]:
-    """(height, width) a picture has once its EXIF rotation is applied, from its header. DataError if it is no
-    picture.
+def image_size(path: str) -> tuple[int, int]:
+    """(height, width) an image has once its EXIF rotation is applied, from its header. DataError if it is no
+    image.
     """
     try:
         with Image.open(path) as image:
@@ -245,11 +245,11 @@ def picture_size(path: str) -> tuple[int, int]:
                 return width, height
             return height, width
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise _no_picture(path, error) from error
+        raise _no_image(path, error) from error
 
 
-def _no_picture(path: str, error: Exception) -> DataError:
-    return DataError(f"{path} is not a picture that can be opened ({error}): replace it", cause="damaged picture")
+def _no_image(path: str, error: Exception) -> DataError:
+    return DataError(f"{path} is not an image that can be opened ({error}): replace it", cause="damaged image")
 
 
 def read_label_map(path: str) -> np.ndarray:
@@ -260,7 +260,7 @@ def read_label_map(path: str) -> np.ndarray:
         with Image.open(path) as image:
             labels = np.asarray(image)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise _no_picture(path, error) from error
+        raise _no_image(path, error) from error
     if labels.ndim != 2 or labels.dtype != np.uint8:
         raise DataError(
             f"{path} holds {labels.dtype} of shape {labels.shape}; expected one class number of 8 bits per pixel: it "
@@ -271,19 +271,19 @@ def read_label_map(path: str) -> np.ndarray:
 
 
 def read_binary_mask(path: str) -> np.ndarray:
-    """A picture of any kind as uint8 (H, W): 1 where it is not black. DataError if it is none."""
+    """An image of any kind as uint8 (H, W): 1 where it is not black. DataError if it is none."""
     try:
         with Image.open(path) as image:
             return (np.asarray(image.convert("L")) > 0).astype(np.uint8)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise _no_picture(path, error) from error
+        raise _no_image(path, error) from error
 
 
-def list_pictures(folder: str) -> list[str]:
-    """Names of the pictures that lie directly in `folder`, sorted. DataError when it cannot be read."""
+def list_images(folder: str) -> list[str]:
+    """Names of the images that lie directly in `folder`, sorted. DataError when it cannot be read."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.name.lower().endswith(PICTURE_SUFFIXES))
+            return sorted(entry.name for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
     except OSError as error:
         raise DataError(
             f"the folder {folder} cannot be read ({error.strerror}); make it readable", cause="unreadable file"

@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from utils.cli.scripts import note
 from utils.data.errors import DataError
 from utils.data.files import digest_of_file
-from utils.data.pickles import unpickle_plain
-from utils.scripts import note
+from utils.data.readers.pickles import unpickle_plain
 
 INDEX_FOLDER = "PIXELLM_INDEX_DIR"
 """Variable of the environment that names the folder of indexes where --index_dir does not."""

@@ -18,7 +18,7 @@ from utils.data.samples import IGNORE_LABEL
 
 _POINTS_OF_A_TRIANGLE = 3
 _FARTHEST = 1_000_000
-"""No picture reaches so far; beyond, rastering would take all memory there is."""
+"""No image reaches so far; beyond, rastering would take all memory there is."""
 
 _MALFORMED = "malformed segmentation"
 _BROKEN_RLE = "broken run lengths"
@@ -28,7 +28,7 @@ _PIXELS_OF_A_WORD = 8
 
 _FIRST_DIGIT, _MORE_FOLLOW, _SIGN = 48, 32, 16
 _MOST_DIGITS = 7
-"""Of five bits each; more would be a run longer than any picture."""
+"""Of five bits each; more would be a run longer than any image."""
 
 _CODES = np.arange(256) - _FIRST_DIGIT
 _DIGITS = (_CODES & 31) - np.where(_CODES & (_MORE_FOLLOW | _SIGN) == _SIGN, 32, 0)
@@ -50,7 +50,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WindowedMasks:
-    """Masks of one picture of `size` (height, width). Most are small, and whole ones would be most of a sample."""
+    """Masks of one image of `size` (height, width). Most are small, and whole ones would be most of a sample."""
 
     size: tuple[int, int]
     windows: list[Window]
@@ -98,7 +98,7 @@ class CocoMask:
 
 
 def windows_of(masks: Sequence[CocoMask]) -> list[Window | None]:
-    """The window of each of several masks of one picture: together they take little more time than one alone."""
+    """The window of each of several masks of one image: together they take little more time than one alone."""
     if not masks:
         return []
     height, width = masks[0].height, masks[0].width
@@ -121,7 +121,7 @@ def mask_of(plain: PlainMask) -> CocoMask:
 
 @dataclass(frozen=True, slots=True)
 class UnionMask:
-    """The union of several sources of one picture; pixels of `ignored` alone become IGNORE_LABEL."""
+    """The union of several sources of one image; pixels of `ignored` alone become IGNORE_LABEL."""
 
     sources: tuple[CocoMask, ...]
     ignored: tuple[CocoMask, ...] = ()
@@ -187,7 +187,7 @@ class PaintedMask:
 
 
 def reach_outside(source: object) -> float:
-    """How many pixels the polygons of a mask source reach out of their picture; 0 for what has none."""
+    """How many pixels the polygons of a mask source reach out of their image; 0 for what has none."""
     if isinstance(source, UnionMask):
         return max(map(reach_outside, source.sources))
     if not isinstance(source, CocoMask | PaintedMask):
@@ -204,13 +204,13 @@ def coco_mask(segmentation: Any, height: int, width: int, where: str) -> CocoMas
     """The source of a COCO `segmentation`: polygons, an RLE (counts compressed or not) or a list of RLEs.
 
     Polygons of fewer than three points, or with all of them on one line, have no inside and are left out; None when
-    nothing is left. DataError, starting with `where`, when it is anything else, is not finite, or belongs to a picture
+    nothing is left. DataError, starting with `where`, when it is anything else, is not finite, or belongs to an image
     of another size.
     """
     if height < 1 or width < 1:
         raise DataError(
-            f"{where} belongs to a picture of {height}×{width} pixels; expected at least 1×1: correct the file",
-            cause="picture of no size",
+            f"{where} belongs to an image of {height}×{width} pixels; expected at least 1×1: correct the file",
+            cause="image of no size",
         )
     if isinstance(segmentation, dict):
         segmentation = [segmentation]
@@ -276,7 +276,7 @@ def _numbers(values: Any, where: str) -> np.ndarray:
     if numbers.size and max(numbers.max(), -numbers.min()) > _FARTHEST:
         raise DataError(
             f"{where} has a polygon with a coordinate beyond {_FARTHEST} pixels: correct the file",
-            cause="coordinate beyond every picture",
+            cause="coordinate beyond every image",
         )
     return numbers
 
@@ -285,7 +285,7 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int, where: str) -> di
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, Sequence) or list(size) != [height, width]:
         raise DataError(
-            f"{where} has run lengths for a size of {size}; its picture has {[height, width]}: correct the file",
+            f"{where} has run lengths for a size of {size}; its image has {[height, width]}: correct the file",
             cause="run lengths of another size",
         )
     if isinstance(counts, list):
@@ -340,7 +340,7 @@ def _runs(numbers: np.ndarray) -> np.ndarray:
 def _raster(rles: Sequence[dict[str, Any]], height: int, width: int) -> list[Window | None]:
     """The windows of what pycocotools decodes, masks of `height` by `width` pixels; None for one without a pixel.
 
-    pycocotools writes every pixel, column by column. Most masks cover a small part of their picture, and few of their
+    pycocotools writes every pixel, column by column. Most masks cover a small part of their image, and few of their
     runs go over the end of a column: then it is faster to note where runs begin and end within that part, and let every
     such place turn what is below it. numpy takes most of its time to be called, so all masks go through it together.
     """
@@ -371,11 +371,11 @@ class _Frame(NamedTuple):
 
     @property
     def origin(self) -> int:
-        """Where the first pixel of the picture would be."""
+        """Where the first pixel of the image would be."""
         return self.start - self.top * self.stride - self.left
 
     def cut(self, turns: np.ndarray, width: int) -> Window:
-        """The window of a picture of `width`, all of it turned by every place above that `turns` marks."""
+        """The window of an image of `width`, all of it turned by every place above that `turns` marks."""
         part = turns[self.start : self.start + self.height * self.stride].view(np.uint64).reshape(self.height, -1)
         drawn = np.bitwise_xor.accumulate(part, axis=0).view(np.uint8)
         return Window(self.top, self.left, drawn[:, : width - self.left])

@@ -7,8 +7,8 @@ from functools import lru_cache
 import numpy as np
 
 from utils.data.errors import DataError
-from utils.data.reader import Reader, ReaderOptions
-from utils.data.readers import JOIN, build_training_readers
+from utils.data.readers.base import Reader, ReaderOptions
+from utils.data.readers.registry import JOIN, build_training_readers
 from utils.data.samples import Sample
 
 _BLOCK = 1024
@@ -19,7 +19,7 @@ _CHOICE, _ORDER, _WORDS = range(3)
 class Mixture:
     """An endless row of samples drawn from `readers` with probabilities proportional to `rates`.
 
-    Which reader is asked is drawn independently for every i. Within a reader pictures come in a seeded permutation, a
+    Which reader is asked is drawn independently for every i. Within a reader images come in a seeded permutation, a
     new one per epoch of its own: each once before any twice.
     """
 
@@ -39,7 +39,7 @@ class Mixture:
         self._order = lru_cache(maxsize=2 * len(readers))(self._shuffled)
 
     def locate(self, i: int) -> tuple[int, int]:
-        """(reader, picture) of sample i."""
+        """(reader, image) of sample i."""
         block, place = divmod(i, _BLOCK)
         if self._block.number != block:
             self._block = self._counted(block)
@@ -49,8 +49,8 @@ class Mixture:
 
     def __getitem__(self, i: int) -> Sample:
         """Sample i. DataError if its files cannot be read."""
-        which, picture = self.locate(i)
-        return self.readers[which].read(picture, np.random.default_rng((self.seed, _WORDS, i)))
+        which, image = self.locate(i)
+        return self.readers[which].read(image, np.random.default_rng((self.seed, _WORDS, i)))
 
     @property
     def fingerprint(self) -> str:
@@ -58,13 +58,13 @@ class Mixture:
         return "; ".join(f"{reader.name}|{reader.split} {len(reader)} {reader.fingerprint}" for reader in self.readers)
 
     def describe(self) -> str:
-        """One line per data set: its share of the samples, its pictures, and what was left out and why."""
+        """One line per data set: its share of the samples, its images, and what was left out and why."""
         lines = []
         for reader, share in zip(self.readers, self.shares, strict=True):
             skipped = "".join(
                 f"; left out: {count} × {cause}" for cause, count in sorted(reader.skipped.items()) if count
             )
-            lines.append(f"{reader.name} ({reader.split}): {share:.1%} of samples, {len(reader)} pictures{skipped}")
+            lines.append(f"{reader.name} ({reader.split}): {share:.1%} of samples, {len(reader)} images{skipped}")
         return "\n".join(lines)
 
     def __getstate__(self) -> dict:

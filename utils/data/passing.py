@@ -101,7 +101,7 @@ class _Window(NamedTuple):
 
 
 class _Masks(NamedTuple):
-    """Where the windows of the masks of a picture of `size` (height, width) lie in the row."""
+    """Where the windows of the masks of an image of `size` (height, width) lie in the row."""
 
     size: tuple[int, int]
     windows: list[_Window]

@@ -1,4 +1,4 @@
-"""What a reader gives: one picture, conversations about it, and a lazily decoded mask for every target they name."""
+"""What a reader gives: one image, conversations about it, and a lazily decoded mask for every target they name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ IGNORE_LABEL = 255
 """Value of mask pixels that take no part in any loss or score."""
 
 DIRECT, SEVERAL, REASONING, NO_TARGET, TEXT = "direct", "several", "reasoning", "no_target", "text"
-NO_PICTURE = ""
-"""Path of the picture that a conversation in words alone is about."""
+NO_IMAGE = ""
+"""Path of the image that a conversation in words alone is about."""
 
 KINDS = (DIRECT, SEVERAL, REASONING, NO_TARGET, TEXT)
 
@@ -27,7 +27,7 @@ class Target:
     """A thing to segment.
 
     name: the words that stand right before its marker in an answer that names it.
-    decode: picklable, gives its mask (H, W) uint8 of 0, 1 and IGNORE_LABEL at the picture's own size.
+    decode: picklable, gives its mask (H, W) uint8 of 0, 1 and IGNORE_LABEL at the image's own size.
     """
 
     name: str
@@ -56,10 +56,10 @@ Conversation = tuple[Turn, ...]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture and at least one conversation about it.
+    """One image and at least one conversation about it.
 
-    image_path: NO_PICTURE where the conversations are in words alone; then no turn has targets. dataset: name of the
-    data set; sample_id: unique within a run, says which picture of which split it is.
+    image_path: NO_IMAGE where the conversations are in words alone; then no turn has targets. dataset: name of the
+    data set; sample_id: unique within a run, says which image of which split it is.
     """
 
     image_path: str
@@ -69,8 +69,8 @@ class Sample:
 
     def __post_init__(self) -> None:
         turns = (turn for conversation in self.conversations for turn in conversation)
-        if self.image_path == NO_PICTURE and any(turn.targets for turn in turns):
-            raise ValueError(f"{self.sample_id} has targets but no picture")
+        if self.image_path == NO_IMAGE and any(turn.targets for turn in turns):
+            raise ValueError(f"{self.sample_id} has targets but no image")
 
 
 def kind_by_count(num_targets: int) -> str:

@@ -40,7 +40,7 @@ class Phrasing:
         return _sentence(self.found.replace(_NAMED, number + marked(names)))
 
     def denial(self, asked: Sequence[str]) -> str:
-        """The answer when nothing in the picture is what was asked for."""
+        """The answer when nothing in the image is what was asked for."""
         return _sentence(self.absent.replace(_ASKED, listed(asked)))
 
     def turn(self, asked: Sequence[str], targets: tuple[Target, ...]) -> Turn:
@@ -136,7 +136,7 @@ def named_answer(names: Sequence[str]) -> str:
 
 
 def nothing_fits() -> str:
-    """The answer to a question of any form that nothing in the picture answers."""
+    """The answer to a question of any form that nothing in the image answers."""
     return "Nothing in this picture fits."
 
 

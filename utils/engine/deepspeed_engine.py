@@ -21,9 +21,9 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from utils.engine.costs import StepClock
-from utils.engine.peers import Peers, peers
+from utils.cli.scripts import UserError, note
 from utils.engine.plain_engine import WEIGHTS
+from utils.engine.process_group import Peers, peers
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.resharding import layout_of, put_whole, read_whole
 from utils.engine.same_sums import SummedRounds, clip, norm_of, sum_as_stage_3, take_norm_in_double
@@ -41,7 +41,7 @@ from utils.engine.stepping import (
     trainable_parameters,
     weighted_loss,
 )
-from utils.scripts import UserError, note
+from utils.engine.throughput import StepClock
 
 # What the loop decides; a --deepspeed_config may not say otherwise.
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping") + (

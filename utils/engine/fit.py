@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from utils.cli.scripts import Stopped, UserError, note
 from utils.engine.checkpoints import keep_as, latest_tag, write_safely
-from utils.engine.costs import Costs, profiler
-from utils.engine.curves import Curves
-from utils.engine.guard import Guard
-from utils.engine.journal import Journal, forget_after, sample_numbers
 from utils.engine.lock import require_shared
+from utils.engine.nan_guard import Guard
 from utils.engine.preflight import under_chance
 from utils.engine.protocol import Engine, StepReport
 from utils.engine.random_state import random_state, restore_random_state
+from utils.engine.sample_log import Journal, forget_after, sample_numbers
 from utils.engine.saving import load_checkpoint, newest, save_checkpoint
 from utils.engine.stepping import Schedule
 from utils.engine.stopping import StopRequest, under_launcher
-from utils.scripts import Stopped, UserError, note
+from utils.engine.tensorboard_logger import Curves
+from utils.engine.throughput import Costs, profiler
 
 CHECKPOINT, BEST = "ckpt_model", "ckpt_model_best"
 VALIDATION = "validation.json"
@@ -90,7 +90,7 @@ class Run:
         """
         Args:
             validate: scores by name, the same on every rank; called in inference mode on all ranks together.
-            draw: pictures by name, (H, W, 3) uint8; called on rank 0 after each validation, in inference mode.
+            draw: images by name, (H, W, 3) uint8; called on rank 0 after each validation, in inference mode.
             stop: where requests to stop arrive; by default this process's signals.
         """
         self.engine, self.plan, self.folder = engine, plan, folder
@@ -245,10 +245,10 @@ class Run:
         progress, state = self.progress, random_state(self.engine.device)
         with self.engine.inference():
             progress.scores = self.validate()
-            pictures = self.draw() if self.draw is not None and self.engine.rank == 0 else {}
+            images = self.draw() if self.draw is not None and self.engine.rank == 0 else {}
         restore_random_state(state, self.engine.device)
         curves.scores(progress.step, progress.scores)
-        curves.pictures(progress.step, pictures)
+        curves.images(progress.step, images)
         self._say(f"step {progress.step}: " + ", ".join(f"{n} {v:.4f}" for n, v in progress.scores.items()))
         score = progress.scores.get(self.plan.best_by)
         if score is not None and progress.best is None and (warning := under_chance(score)):

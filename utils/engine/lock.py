@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from utils.cli.scripts import UserError
 from utils.engine.protocol import Engine
-from utils.scripts import UserError
 
 LOCK, TOKEN = "run.lock", ".shared"
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.engine.costs import StepClock
-from utils.engine.peers import Peers
+from utils.cli.scripts import UserError
+from utils.engine.process_group import Peers
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.stepping import (
     LossSums,
@@ -26,7 +26,7 @@ from utils.engine.stepping import (
     trainable_parameters,
     weighted_loss,
 )
-from utils.scripts import UserError
+from utils.engine.throughput import StepClock
 
 WEIGHTS, STATE = "pytorch_model.bin", "training_state.pt"
 

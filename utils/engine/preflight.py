@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.arguments import TrainArguments
+from utils.cli.arguments import TrainArguments
+from utils.cli.scripts import UserError, note
 from utils.data.mixture import Mixture
 from utils.engine.runtime import Runtime
 from utils.engine.stepping import numbers_in
-from utils.scripts import UserError, note
 
 GIB = 2**30
 # Bytes for each number that trains, beside the weight itself: gradient, and AdamW's two moments, all in float32.
@@ -20,7 +20,7 @@ GRADIENT, MOMENTS, MASTER = 4, 8, 4
 # A score that masking everything would reach on things of usual size.
 CHANCE = 0.05
 CHECKLIST = (
-    "do masks lie on their pictures (check_data.py --show 8)",
+    "do masks lie on their images (check_data.py --show 8)",
     "do the weights load (the table at the start)",
     "is the end of answers learned (--max_new_tokens, the drawn answers in TensorBoard)",
     "is --seg_token_num the one the base was made with",
@@ -44,7 +44,7 @@ def batch_arithmetic(args: TrainArguments, world_size: int) -> str:
     rounds, steps = args.grad_accumulation_steps, args.total_steps()
     step = args.batch_size * world_size * rounds
     return (
-        f"a step is {args.batch_size} pictures x {world_size} ranks x {rounds} rounds = {step} samples; {steps:,} "
+        f"a step is {args.batch_size} images x {world_size} ranks x {rounds} rounds = {step} samples; {steps:,} "
         f"steps take {step * steps:,}"
     )
 
@@ -52,8 +52,7 @@ def batch_arithmetic(args: TrainArguments, world_size: int) -> str:
 def draws(names: Iterable[str], shares: Iterable[float], sizes: Iterable[int], samples: int) -> str:
     """A line per data set: how many of the run's samples come from it, and how often it is gone through."""
     lines = [
-        f"{name}: about {share * samples:,.0f} samples, {share * samples / max(size, 1):.1f} times its {size:,} "
-        "pictures"
+        f"{name}: about {share * samples:,.0f} samples, {share * samples / max(size, 1):.1f} times its {size:,} images"
         for name, share, size in zip(names, shares, sizes, strict=True)
     ]
     return "\n".join(lines)
@@ -62,7 +61,7 @@ def draws(names: Iterable[str], shares: Iterable[float], sizes: Iterable[int], s
 def require_rows(tokens: int, rows_in: int, rows_out: int) -> None:
     """UserError where a token has no row in the tables of the language model.
 
-    tokens: how many the tokenizer has, less a picture's placeholder, which is neither embedded nor predicted. rows_in,
+    tokens: how many the tokenizer has, less an image's placeholder, which is neither embedded nor predicted. rows_in,
     rows_out: rows of the embedding table and of lm_head.
     """
     lacking = [name for name, rows in (("embedding table", rows_in), ("lm_head", rows_out)) if rows < tokens]

@@ -6,9 +6,9 @@ python -m utils.engine.prepare
 import subprocess
 import sys
 
+from utils.cli.scripts import UserError, note, run_script
 from utils.engine.runtime import deepspeed_problem, device_here
 from utils.engine.stale_locks import clear_stale_locks
-from utils.scripts import UserError, note, run_script
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from utils.cli.scripts import UserError, note
 from utils.engine.protocol import B, TrainingBatch
 from utils.engine.stepping import autocast, weighted_loss
-from utils.scripts import UserError, note
 
 LONGEST_SEARCH = 256  # batches
 

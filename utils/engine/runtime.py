@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from utils.cli.scripts import UserError, note
 from utils.engine.stale_locks import clear_stale_locks
-from utils.scripts import UserError, note
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import nn
 
-from utils.engine.peers import Peers
+from utils.engine.process_group import Peers
 
 
 class _Node(torch.autograd.Function):

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from utils.cli.scripts import UserError, note
 from utils.engine import checkpoints
 from utils.engine.checkpoints import writing
 from utils.engine.protocol import Engine
 from utils.engine.random_state import random_file, random_state, restore_random_state
 from utils.engine.stepping import numbers_in
-from utils.scripts import UserError, note
 
 
 def save_checkpoint(engine: Engine, folder: Path, step: int, client_state: dict[str, Any], keep_last: int = 1) -> Path:

@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.arguments import TrainArguments
-from utils.data.asked import asked_for_evaluation, asked_for_training, refuse_absent
+from utils.cli.arguments import TrainArguments
+from utils.cli.scripts import UserError, note
 from utils.data.bad_samples import BadSamples
 from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.errors import DataError, without_traceback
 from utils.data.mixture import Mixture, build_mixture
-from utils.data.reader import ReaderOptions
+from utils.data.readers.base import ReaderOptions
+from utils.data.requested_sets import asked_for_evaluation, asked_for_training, refuse_absent
 from utils.engine.checkpoints import tags
 from utils.engine.fit import CHECKPOINT, Plan
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
-from utils.scripts import UserError, note
 
 # Steps that float16 may overflow in a row until its loss scale has come down far enough; that is as it should be.
 FP16_SEARCH = 40

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import get_default_build_root
 
-from utils.scripts import UserError, note
+from utils.cli.scripts import UserError, note
 
 PATTERN = "deepspeed_*/lock"
 PATIENCE = 60.0  # seconds

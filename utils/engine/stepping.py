@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from utils.engine.muon import Muon
+from demo.muon import Muon
+from utils.cli.scripts import UserError
 from utils.engine.protocol import TrainingBatch
-from utils.scripts import UserError
 
 STEP, MICRO_BATCH = "step", "micro_batch"
 LOSS_NORMALISATIONS = (STEP, MICRO_BATCH)

@@ -1,0 +1,95 @@
+"""Measure how data are read: speeds beside cv2.imread, and a large MUSE's index. `make bench-data`.
+
+Writes runs/bench/data.json, and removes the data it made.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import PIL
+import torch
+from transformers import LlamaTokenizer
+
+from demo.real_images import VARIABLE
+from demo.scenes import tokenizer_corpus
+from demo.scoreboard import compare, missed, table, write_json
+from demo.tiny import train_tokenizer
+from model.processing_pixellm import PixelLMProcessor
+from tools.bench import data_loading as bench
+from utils.cli.scripts import run_script
+from utils.data.index import INDEX_FOLDER
+
+VOCABULARY = 2000
+
+
+def make_processor(real_data: str) -> tuple[PixelLMProcessor, str]:
+    """A processor for 448 pixels, with LLaVA's tokenizer where it is, else the demo's; and which of the two it is."""
+    folder = Path(real_data) / "weights" / "llama2_tokenizer"
+    if real_data and (folder / "tokenizer.model").is_file():
+        tokenizer, which = LlamaTokenizer.from_pretrained(folder), "Llama 2"
+    else:
+        tokenizer, which = train_tokenizer(tokenizer_corpus(), VOCABULARY), "byte-level BPE trained on scenes"
+    tokenizer = PixelLMProcessor.prepare_tokenizer(tokenizer, num_scales=2, tokens_per_scale=3)
+    return PixelLMProcessor(tokenizer, image_size=bench.SIDE_OF_SQUARE), which
+
+
+def measure(folder: Path, rounds: int, pairs: int) -> dict[str, Any]:
+    """All numbers of the summary."""
+    real_data = os.environ.get(VARIABLE, "")
+    images, which = bench.find_images(real_data, folder / "images")
+    processor, tokenizer = make_processor(real_data)
+    bench.write_asked(folder / "asked", images, bench.PER_ROUND)
+    print(f"speed on {which} ...", flush=True)
+    speeds = bench.measure_loader(folder / "asked", images, processor, rounds)
+    print(f"a MUSE of {5 * pairs:,} questions ...", flush=True)
+    return {
+        **speeds,
+        **bench.measure_muse(folder, images[0], pairs),
+        "images": which,
+        "tokenizer": tokenizer,
+        "machine": {
+            "cpus": os.cpu_count(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "system": platform.platform(),
+        },
+        "versions": {"torch": torch.__version__, "pillow": PIL.__version__},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write and print; returns the exit status: 1 when a bar is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for data.json")
+    parser.add_argument("--rounds", type=int, default=bench.ROUNDS, help="rounds whose median counts")
+    parser.add_argument(
+        "--pairs", type=int, default=bench.MUSE_PAIRS, help="size of the made-up MUSE: 5 questions each"
+    )
+    args = parser.parse_args(argv)
+    os.environ.pop(INDEX_FOLDER, None)  # what is made here is kept here, and removed
+    out = (ROOT / args.out).resolve()
+    folder = out / "data"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        summary = measure(folder, args.rounds, args.pairs)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_json(out / "data.json", summary)
+    rows = compare(summary, bench.BARS)
+    print(f"\n{table(rows)}\n\nSee {out}/data.json.")
+    for sentence in missed(rows):
+        print(f"bench-data: missed: {sentence}", file=sys.stderr)
+    return 1 if missed(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,655 @@
+"""Every command-line flag and YAML key, once: the one home of each default.
+
+The groups below are shared by the scripts; each script's class picks the groups it needs and says which of its flags
+have no effect there. Names and meanings are those of PixelLM and LISA where those have the flag. None stands for "as
+the model in --version was saved; for a new model, the default of PixelLMConfig or PixelLMProcessor".
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+from utils.cli.command_line import Arguments, option, options_of, parse
+from utils.cli.scripts import UserError
+from utils.evaluation.protocols import TEACHER, split_protocols
+
+SEPARATOR = "||"
+CONVERSATION_FORMATS = ("llava_v1", "llava_llama_2", "chat_template")
+PRECISIONS = ("fp32", "bf16", "fp16")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+
+_NO_SAM = "the pixel decoder works on the vision tower's features: there is no SAM here"
+_ONE_IMAGE = "images are always resized by their longest side and padded to a square, so no target is cut off"
+_OWN_SIZE = "masks are compared at the image's own size, never resized or cropped"
+_FROM_TOWER = "masks are always decoded from the vision tower's features"
+_TWO_PROJECTORS = "the language model and the pixel decoder always have a projector each"
+_WITH_MODEL = "a saved model carries this setting itself"
+_CARRIED = (
+    "vision_tower",
+    "resize_vision_tower",
+    "resize_vision_tower_size",
+    "preprocessor_config",
+    "pad_train_clip_images",
+    "vision_tower_for_mask",
+    "seg_token_num",
+    "image_feature_scale_num",
+    "separate_mm_projector",
+    "conv_type",
+    "use_mm_start_end",
+    "model_max_length",
+)
+
+
+def split_list(text: str, separator: str = SEPARATOR) -> list[str]:
+    """The parts of "a||b||c" without blanks around them; empty text gives no parts."""
+    return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def split_numbers(name: str, text: str) -> list[float]:
+    """The numbers of "2,9,2,4"; UserError names the flag `name`."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--{name} must be numbers separated by commas, found {text!r}") from None
+
+
+@dataclasses.dataclass
+class BaseArguments(Arguments):
+    """Which model, and how it computes."""
+
+    version: str = option("", "folder (or hub id) of the model: a saved PixelLM, or a language model to start from")
+    precision: str = option("bf16", "fp32, bf16 or fp16", choices=PRECISIONS)
+    attn_implementation: str = option("sdpa", "attention of the language model and the tower", choices=ATTENTIONS)
+    local_rank: int = option(0, "set by the launcher", low=-1)
+    vis_save_path: str = option("./vis_output", "folder for overlays and masks (chat)")
+
+    def check(self) -> None:
+        if not self.version:
+            raise UserError("--version is missing: give the folder of a model")
+        super().check()
+
+
+@dataclasses.dataclass
+class ImageArguments(Arguments):
+    """How an image reaches the model."""
+
+    vision_tower: str = option("", "folder (or hub id) of a CLIP or SigLIP tower; not needed for a saved PixelLM")
+    resize_vision_tower: bool = option(False, "resize the tower's position table to --resize_vision_tower_size")
+    resize_vision_tower_size: int = option(224, "side of the image in pixels, with --resize_vision_tower", low=1)
+    preprocessor_config: str = option("", "JSON file with the image's side (`size` or `crop_size`)")
+    pad_train_clip_images: bool = option(True, "pad images to a square instead of cropping them")
+    vision_tower_for_mask: bool = option(True, "decode masks from the vision tower's features")
+    image_size: int = option(1024, "side of SAM's image", low=1)
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if "image_size" in self.given:
+            found["image_size"] = _NO_SAM
+        if not self.pad_train_clip_images:
+            found["pad_train_clip_images"] = _ONE_IMAGE
+        if not self.vision_tower_for_mask:
+            found["vision_tower_for_mask"] = _FROM_TOWER
+        if "resize_vision_tower_size" in self.given and not self.resize_vision_tower:
+            found["resize_vision_tower_size"] = "--resize_vision_tower is not set"
+        return found
+
+    def image_side(self) -> int | None:
+        """Side of the square an image is put into; None for the tower's own. UserError where the flags disagree."""
+        asked = self.resize_vision_tower_size if self.resize_vision_tower else None
+        if not self.preprocessor_config:
+            return asked
+        written = preprocessor_side(Path(self.preprocessor_config))
+        if asked is not None and asked != written:
+            raise UserError(
+                f"--resize_vision_tower_size is {asked}, but {self.preprocessor_config} says {written}: "
+                "give the same side twice, or one of them"
+            )
+        return written
+
+
+def preprocessor_side(path: Path) -> int:
+    """The image's side in a preprocessor JSON (`crop_size`, else `size`; a number, or height and width)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --preprocessor_config {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"--preprocessor_config {path} is not valid JSON") from None
+    size = content.get("crop_size", content.get("size")) if isinstance(content, dict) else None
+    sides = set(size.values()) if isinstance(size, dict) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+        raise UserError(f"--preprocessor_config {path} must hold one side as `crop_size` or `size`, found {size!r}")
+    return side
+
+
+@dataclasses.dataclass
+class CodebookArguments(Arguments):
+    """Seg tokens and the conversation they stand in."""
+
+    seg_token_num: int | None = option(None, "seg tokens per target and scale", low=1)
+    image_feature_scale_num: int | None = option(None, "feature maps of the tower, with seg tokens for each", low=1)
+    separate_mm_projector: bool = option(True, "give the pixel decoder a projector of its own")
+    conv_type: str | None = option(None, "how a conversation is written out", choices=CONVERSATION_FORMATS)
+    use_mm_start_end: bool | None = option(None, "put <im_start> and <im_end> around the image")
+    model_max_length: int | None = option(None, "longest conversation in tokens, those of the image included", low=8)
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if not self.separate_mm_projector:
+            found["separate_mm_projector"] = _TWO_PROJECTORS
+        return found
+
+
+@dataclasses.dataclass
+class AdapterArguments(Arguments):
+    """LoRA, and which parts exist and train."""
+
+    lora_r: int = option(8, "rank of LoRA on the language model; 0 for none", low=0)
+    lora_alpha: int = option(16, "LoRA's scale is alpha / rank", above=0)
+    lora_dropout: float = option(0.05, "dropout in front of LoRA", low=0.0, high=1.0)
+    lora_target_modules: str = option("q_proj,v_proj", "names of the layers LoRA is put on", join=",")
+    train_projector: bool = option(True, "train the projector that makes image tokens")
+    train_mask_decoder: bool = option(True, "train what predicts masks; off for training in words alone")
+    train_map_entry: bool = option(True, "train the pixel decoder's neck and no-mask embedding; off in the release")
+    out_dim: int | None = option(None, "width of a target's embedding and of the pixel decoder", low=8)
+    vision_pretrained: str = option("PATH_TO_SAM_ViT-H", "SAM's weights")
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if "vision_pretrained" in self.given:
+            found["vision_pretrained"] = _NO_SAM
+        return found
+
+
+@dataclasses.dataclass
+class ShapeArguments(Arguments):
+    """What shapes a model and what the originals have no flag for."""
+
+    vision_feature_layers: str = option(
+        "", "hidden states of the tower, one per scale, coarse first, as -2,-11; empty: chosen by the builder", join=","
+    )
+    image_token_pool: int | None = option(None, "side of the square of patches averaged into one image token", low=1)
+    decoder_depth: int | None = option(None, "two-way blocks per scale of the pixel decoder", low=1)
+    decoder_num_heads: int | None = option(None, "attention heads of the pixel decoder", low=1)
+    decoder_mlp_dim: int | None = option(None, "width of the pixel decoder's MLPs", low=1)
+    token_fusion: str | None = option(None, "weights of the tokens of a scale", choices=("learned", "constant"))
+    scale_fusion: str | None = option(None, "weights of the masks of the scales", choices=("learned", "constant"))
+    text_rules: str | None = option(
+        None, "turns: a long conversation loses whole turns; release: it is cut anywhere", choices=("turns", "release")
+    )
+    group_rule: str | None = option(
+        None,
+        "adjacent: a broken seg group costs its own mask; release: it costs all masks of its answer",
+        choices=("adjacent", "release"),
+    )
+
+    def feature_layers(self) -> list[int] | None:
+        """vision_feature_layers as numbers, or None when it is empty."""
+        numbers = split_numbers("vision_feature_layers", self.vision_feature_layers)
+        if any(number != int(number) for number in numbers):
+            raise UserError(f"--vision_feature_layers must be whole numbers, found {self.vision_feature_layers!r}")
+        return [int(number) for number in numbers] or None
+
+
+@dataclasses.dataclass
+class DataArguments(Arguments):
+    """What is trained on."""
+
+    dataset_dir: str = option("./dataset", "the data root; dataset/README.md draws it")
+    dataset: str = option("sem_seg||refer_seg||vqa||multi_reason_seg", "families to mix", join=SEPARATOR)
+    sample_rates: str = option("2,9,2,4", "share of each family, in the same order", join=",")
+    sem_seg_data: str = option("ade20k||cocostuff||pascal_part||paco_lvis||mapillary", "sem_seg's sets", join=SEPARATOR)
+    refer_seg_data: str = option("refclef||refcoco||refcoco+||refcocog", "refer_seg's sets", join=SEPARATOR)
+    vqa_data: str = option("llava_instruct_150k", "vqa's sets", join=SEPARATOR)
+    reason_seg_data: str = option("ReasonSeg|train", "reason_seg's set and splits", join=SEPARATOR)
+    custom_data: str = option("", "custom's sets: names of folders below custom/ in the data root", join=SEPARATOR)
+    explanatory: float = option(0.1, "share of reason_seg's answers in words alone; negative: none", high=1.0)
+    num_classes_per_sample: int = option(3, "questions (conversations) about one image, at most", low=1)
+    num_classes_per_question: int = option(3, "targets asked for in one question, at most", low=1)
+    use_expand_question_list: bool = option(False, "ask in more varied words")
+    exclude_val: bool = option(False, "leave out training images that validation shows")
+    masks_process_with_clip: bool = option(False, "resize masks like the image")
+    workers: int = option(4, "processes that load data; 0 loads in the training process", low=0)
+    max_bad_samples: float = option(
+        0.02, "share of samples that may be unreadable before training stops", low=0.0, high=1.0
+    )
+    strict_data: bool = option(False, "stop at the first sample that cannot be read")
+    fast_resize: bool = option(
+        False, "prepare images faster: large JPEGs lose fine detail, a few edge values are off by 1"
+    )
+    index_dir: str = option("", "folder of annotation indexes; empty: PIXELLM_INDEX_DIR, else .index in the data root")
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if self.strict_data and "max_bad_samples" in self.given:
+            found["max_bad_samples"] = "--strict_data stops at the first sample that cannot be read"
+        if self.masks_process_with_clip:
+            found["masks_process_with_clip"] = _OWN_SIZE
+        return found
+
+    def families(self) -> list[tuple[str, float]]:
+        """(family, rate) pairs; UserError when the two lists do not match."""
+        names, rates = split_list(self.dataset), split_numbers("sample_rates", self.sample_rates)
+        if not names:
+            raise UserError("--dataset names nothing to train on")
+        if len(names) != len(rates):
+            raise UserError(
+                f"--dataset names {len(names)} families ({', '.join(names)}) but --sample_rates has {len(rates)} "
+                f"numbers ({self.sample_rates}): give one rate for each"
+            )
+        if min(rates) < 0 or sum(rates) <= 0:
+            raise UserError(f"--sample_rates must not be negative nor all zero, found {self.sample_rates}")
+        return list(zip(names, rates, strict=True))
+
+
+@dataclasses.dataclass
+class OptimizationArguments(Arguments):
+    """The recipe of a training run."""
+
+    batch_size: int = option(2, "images per rank and accumulation round", low=1)
+    grad_accumulation_steps: int = option(10, "rounds per optimizer step", low=1)
+    epochs: int = option(10, "an epoch is --steps_per_epoch optimizer steps", low=1)
+    steps_per_epoch: int = option(500, "optimizer steps in an epoch", low=1)
+    max_steps: int = option(0, "optimizer steps in all; 0: epochs x steps_per_epoch", low=0)
+    start_epoch: int = option(0, "begin data and schedule here when nothing is resumed", low=0)
+    lr: float = option(3e-4, "highest learning rate", low=0.0)
+    mask_lr_multiplier: float = option(1.0, "times --lr for what predicts masks", low=0.0)
+    lr_schedule: str = option("linear", "after warm-up", choices=("linear", "cosine", "constant"))
+    warmup_steps: int = option(100, "optimizer steps of linear warm-up", low=0)
+    optimizer: str = option(
+        "adamw", "adamw, muon for hidden matrices (plain engine), or sgd", choices=("adamw", "muon", "sgd")
+    )
+    beta1: float = option(0.9, "AdamW", low=0.0, high=1.0)
+    beta2: float = option(0.95, "AdamW", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "AdamW, on matrices only", low=0.0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", low=0.0)
+    ce_loss_weight: float | None = option(None, "weight of the text loss", low=0.0)
+    bce_loss_weight: float | None = option(None, "weight of the masks' cross entropy", low=0.0)
+    dice_loss_weight: float | None = option(None, "weight of the masks' DICE loss", low=0.0)
+    refinement_alpha: float | None = option(
+        None, "weight of a pixel that two masks of a question claim; 1 for none", low=1.0
+    )
+    loss_normalisation: str = option(
+        "step",
+        "step: every token and mask of a step weighs the same; micro_batch: every micro-batch does, as in the release",
+        choices=("step", "micro_batch"),
+    )
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass to save memory")
+    compile: bool = option(
+        False, "compile the language model's layers at the first steps: minutes then, quicker steps after"
+    )
+    train_language_model: bool = option(False, "train all of the language model instead of LoRA")
+    train_vision_tower: bool = option(False, "train the vision tower too")
+    train_new_tokens_only: bool = option(
+        False, "of the embedding table and lm_head train only the rows of new tokens: less memory than all of them"
+    )
+    seed: int = option(0, "of data order, initial weights and dropout", low=0)
+    deterministic: bool = option(
+        False,
+        "on a GPU only operations whose bits repeat, so that a resumed run repeats too (a CPU always does), and one "
+        "order of sums under every ZeRO stage, so that on one or two ranks all leave the same bits; slower",
+    )
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.max_steps or self.epochs * self.steps_per_epoch
+
+
+@dataclasses.dataclass
+class EngineArguments(Arguments):
+    """Who runs the steps, and what is written down."""
+
+    engine: str = option("auto", "auto: deepspeed under a launcher, else plain", choices=("auto", "deepspeed", "plain"))
+    zero_stage: int = option(2, "ZeRO stage of DeepSpeed", low=0, high=3)
+    deepspeed_config: str = option("", "JSON file with further settings of DeepSpeed, as configs/zero2.json")
+    exp_name: str = option("pixellm", "name of the run: its folder under --log_base_dir")
+    log_base_dir: str = option("./runs", "where runs are kept")
+    weight: str = option("", "weights to start from: file or folder with a state dict of this model")
+    resume: str = option("", "checkpoint folder to go on from")
+    auto_resume: bool = option(True, "go on from the run's own ckpt_model when there is one")
+    save_every: int = option(0, "optimizer steps between checkpoints; 0: --steps_per_epoch", low=0)
+    save_minutes: float = option(0.0, "minutes after which a checkpoint is due in any case; 0: never", low=0.0)
+    keep_last: int = option(2, "checkpoints kept, the newest; ckpt_model_best is kept beside them", low=1)
+    max_bad_steps: int = option(5, "steps in a row without a finite gradient that stop the run; 0: never", low=0)
+    profile: int = option(0, "steps to record in a trace, in the run's folder; 0: none", low=0)
+    print_freq: int = option(1, "optimizer steps between updates of the console line", low=1)
+    load_in_8bit: bool = option(False, "hold the language model's frozen layers in 8 bits (needs bitsandbytes)")
+    load_in_4bit: bool = option(False, "hold the language model's frozen layers in 4 bits (needs bitsandbytes)")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a frozen weight of the language model's layers; None for --precision."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
+
+
+@dataclasses.dataclass
+class ValidationArguments(Arguments):
+    """Scores during training."""
+
+    val_dataset: str = option("ReasonSeg|val", "what to score on, several joined by ||", join=SEPARATOR)
+    val_batch_size: int = option(1, "images per batch when scoring", low=1)
+    val_limit: int = option(0, "questions to score, at most; 0: all", low=0)
+    validate_every: int = option(0, "optimizer steps between validations; 0: --steps_per_epoch", low=0)
+    max_new_tokens: int = option(512, "longest answer in tokens", low=1)
+    no_eval: bool = option(False, "never validate")
+    eval_only: bool = option(False, "validate once and stop")
+
+
+@dataclasses.dataclass
+class TrainArguments(
+    ValidationArguments,
+    EngineArguments,
+    OptimizationArguments,
+    DataArguments,
+    ShapeArguments,
+    AdapterArguments,
+    CodebookArguments,
+    ImageArguments,
+    BaseArguments,
+):
+    """train_ds.py. The last group's fields come first."""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "vis_save_path": "training shows its images in TensorBoard",
+    }
+
+    def check(self) -> None:
+        super().check()
+        self.families()
+        self.feature_layers()
+        if Path(self.exp_name).name != self.exp_name or self.exp_name in {"", ".", ".."}:
+            raise UserError(f"--exp_name must be a plain folder name, found {self.exp_name!r}")
+        if self.resume and self.weight:
+            raise UserError("--resume and --weight both say which weights to start from: drop one")
+        if self.eval_only and self.no_eval:
+            raise UserError("--eval_only and --no_eval contradict each other: drop one")
+        self._check_bits()
+        if self.start_epoch * self.steps_per_epoch >= self.total_steps():
+            raise UserError(
+                f"--start_epoch {self.start_epoch} begins at step {self.start_epoch * self.steps_per_epoch}, "
+                f"but the run ends at step {self.total_steps()}"
+            )
+
+    def _check_bits(self) -> None:
+        """UserError where weights in few bits do not go with the rest."""
+        if self.bits is None:
+            return
+        flag, other = f"--load_in_{self.bits}bit", None
+        if self.train_language_model:
+            other = "--train_language_model"
+        elif self.weight:
+            other = "--weight"
+        elif "zero_stage" in self.given and self.zero_stage == 3 and self.engine != "plain":
+            other = "--zero_stage 3"
+        if other is not None:
+            raise UserError(
+                f"{flag} and {other} do not go together: frozen layers in few bits stay as the base has them"
+            )
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if self.load_in_4bit and self.load_in_8bit:
+            found["load_in_4bit"] = "--load_in_8bit is set"
+        if self.train_language_model and "lora_r" in self.given and self.lora_r:
+            found["lora_r"] = "--train_language_model trains the whole language model instead of LoRA"
+        if self.max_steps:
+            found |= {name: "--max_steps says when to end" for name in ("epochs",) if name in self.given}
+        if self.engine == "plain":
+            why = "it is DeepSpeed's and --engine is plain"
+            found |= {name: why for name in ("zero_stage", "deepspeed_config") if name in self.given}
+        if self.no_eval:
+            names = ("val_dataset", "val_batch_size", "val_limit", "validate_every", "max_new_tokens")
+            found |= {name: "--no_eval is set" for name in names if name in self.given}
+        return found
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's checkpoints, curves and card are."""
+        return Path(self.log_base_dir) / self.exp_name
+
+
+@dataclasses.dataclass
+class MergeArguments(BaseArguments, ImageArguments, CodebookArguments, AdapterArguments, ShapeArguments):
+    """merge_lora_weights_and_save_hf_model.py. What is not given is read from the run card (`fill_from`)."""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "vis_save_path": "merging draws nothing",
+        "attn_implementation": "merging computes no attention",
+        "local_rank": "merging runs in one process",
+        "lora_dropout": "merging does not train",
+        "train_projector": "all weights of the checkpoint are taken",
+        "train_mask_decoder": "all weights of the checkpoint are taken",
+        "train_map_entry": "merging does not train",
+    }
+
+    weight: str = option("", "what training left: pytorch_model.bin, the folder zero_to_fp32.py wrote, or ckpt_model")
+    save_path: str = option("", "folder to write the model to")
+    max_shard_size: str = option("5GB", "largest file of the saved model")
+
+    def check(self) -> None:
+        missing = [f"--{name}" for name in ("weight", "save_path") if not getattr(self, name)]
+        if missing:
+            raise UserError(f"{' and '.join(missing)} missing: say what to merge and where to write it")
+        if not re.fullmatch(r"\d+[KMGT]B", self.max_shard_size):
+            raise UserError(f"--max_shard_size must be a number and KB, MB, GB or TB, found {self.max_shard_size!r}")
+        # No super().check(): --version may be left out, the run card knows the base.
+
+
+@dataclasses.dataclass
+class ChatArguments(BaseArguments, ImageArguments, CodebookArguments):
+    """chat.py"""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(_CARRIED, _WITH_MODEL),
+        "lora_r": "a saved model has LoRA merged in",
+        "local_rank": "chat runs in one process",
+    }
+
+    lora_r: int = option(8, "rank of LoRA", low=0)
+    load_in_8bit: bool = option(False, "hold the language model in 8 bits (needs bitsandbytes)")
+    load_in_4bit: bool = option(False, "hold the language model in 4 bits (needs bitsandbytes)")
+    image: str = option("", "image to ask about; without it chat asks for one")
+    prompt: str = option("", "the question; without it chat asks")
+    batch: str = option("", 'file of questions, a line {"image": ..., "question": ...} each; answers go to --out')
+    out: str = option("", "write the overlay to this file (one answer), or all answers to this folder (--batch)")
+    max_new_tokens: int = option(512, "longest answer in tokens", low=1)
+    num_beams: int = option(1, "answers followed at once, of which the best is kept", low=1)
+    compile: bool = option(False, "compile what decodes tokens and masks first: seconds now, quicker answers after")
+    echo: bool = option(False, "repeat each line that a pipe gives, as a terminal shows what is typed")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:1")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight of the language model; None for --precision."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
+
+
+@dataclasses.dataclass
+class JudgeArguments(Arguments):
+    """Who judges MUSE's answers, and how it is asked. The key is read from the environment, never from a flag."""
+
+    judge_model: str = option(
+        "", "MUSE's judge: a model's name at --judge_url, or without that the folder of a language model; empty: none"
+    )
+    judge_url: str = option("", "address of an OpenAI-compatible endpoint, such as https://host/v1")
+    judge_prompt: str = option("", "file with the judge's prompt; empty: utils/evaluation/judge/prompt.txt")
+    judge_threshold: float = option(5.0, "verdict from 0 to 10 below which an IoU counts 0", low=0.0, high=10.0)
+    judge_cache: str = option("", "file that keeps the judge's replies; empty: judge_cache.jsonl beside the results")
+    judge_timeout: float = option(60.0, "seconds until a reply of --judge_url counts as late", above=0.0)
+    judge_tries: int = option(6, "requests per answer to judge, at most", low=1)
+    judge_rate: float = option(0.0, "requests per minute, at most; 0: no limit", low=0.0)
+    judge_parallel: int = option(4, "requests at once", low=1)
+    judge_temperature: float = option(0.0, "sent to --judge_url; negative: not sent")
+
+    def check(self) -> None:
+        super().check()
+        self.check_judge()
+
+    def check_judge(self) -> None:
+        """UserError where the judge's flags do not go together."""
+        if self.judge_url and not self.judge_model:
+            raise UserError("--judge_url is given without --judge_model: name the model to ask for there")
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        names = ("judge_prompt", "judge_threshold", "judge_cache")
+        of_endpoint = ("judge_timeout", "judge_tries", "judge_rate", "judge_parallel", "judge_temperature")
+        if not self.judge_model:
+            found |= {name: "--judge_model is not set" for name in (*names, *of_endpoint) if name in self.given}
+        elif not self.judge_url:
+            found |= {name: "--judge_url is not set" for name in of_endpoint if name in self.given}
+        return found
+
+
+@dataclasses.dataclass
+class EvaluateArguments(JudgeArguments, BaseArguments):
+    """evaluate.py. The model's folder may also stand first, without --version."""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "local_rank": "the launcher's environment says which process this is",
+        "vis_save_path": "evaluation draws its gallery into --out",
+    }
+
+    dataset_dir: str = option("./dataset", "the data root; dataset/README.md draws it")
+    val_dataset: str = option("ReasonSeg|val", "what to score on, several joined by ||", join=SEPARATOR)
+    out: str = option("./runs/eval", "folder for results.json, samples.jsonl, gallery.png and index.html")
+    batch_size: int = option(16, "questions answered together", low=1)
+    limit: int = option(0, "questions to score, at most; 0: all", low=0)
+    max_new_tokens: int = option(512, "longest answer in tokens", low=1)
+    protocol: str = option("free,teacher", "how to ask: free, teacher, release, or several joined by commas")
+    shuffled: bool = option(True, "with free: also score each question on another image (what guessing gets)")
+    teacher_forced: bool = option(True, "--no_teacher_forced takes teacher out of --protocol")
+    gallery: int = option(12, "answers drawn in the gallery image; 0: neither that nor index.html", low=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    compare: str = option("", "two results folders, A B: paired differences, and the answers that changed most")
+    table: str = option("", "a results folder: print its scores as rows of Markdown and LaTeX")
+    judge: str = option("", "a results folder: judge its answers to MUSE's questions, with --judge_model")
+
+    def compared(self) -> tuple[Path, Path]:
+        """The two folders of --compare. UserError when there are not two."""
+        folders = split_list(self.compare)
+        if len(folders) != 2:
+            raise UserError(f"--compare takes two results folders, found {len(folders)}: {', '.join(folders)}")
+        return Path(folders[0]), Path(folders[1])
+
+    def protocols(self) -> tuple[str, ...]:
+        """The ways of asking. UserError where none is left, or one is not known."""
+        found = split_protocols(self.protocol)
+        kept = found if self.teacher_forced else tuple(name for name in found if name != TEACHER)
+        if not kept:
+            raise UserError("--no_teacher_forced leaves no protocol to score by: give --protocol free")
+        return kept
+
+    def check(self) -> None:
+        if self.compare:
+            self.compared()
+        elif self.judge:
+            self.check_judge()
+            if not self.judge_model:
+                raise UserError("--judge is given without --judge_model: say who judges")
+        elif not self.table:
+            super().check()
+            self.protocols()
+
+
+@dataclasses.dataclass
+class CheckArguments(DataArguments):
+    """check_data.py: the data flags of train_ds.py, and how to look."""
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "sample_rates": "every data set is looked at",
+        "max_bad_samples": "all bad samples are counted",
+        "strict_data": "all bad samples are counted",
+        "fast_resize": "images are opened, not prepared",
+    }
+
+    val_dataset: str = option("ReasonSeg|val", "what is scored on, several joined by ||; empty: none", join=SEPARATOR)
+    full: bool = option(False, "open every sample, and compare images by content")
+    json: str = option("", "write what was found to this file")
+    show: int = option(0, "samples of each data set to draw on a page", low=0)
+    show_dir: str = option("./runs/check_data", "folder of the pages")
+    version: str = option("", "with --show: a saved PixelLM, to show conversations as it writes them")
+
+
+def parse_check(argv: list[str] | None = None) -> CheckArguments:
+    """The arguments of check_data.py."""
+    return parse(CheckArguments, argv, prog="check_data.py", description="Look at the data before training does.")
+
+
+def parse_train(argv: list[str] | None = None) -> TrainArguments:
+    """The arguments of train_ds.py."""
+    return parse(TrainArguments, argv, prog="train_ds.py", description="Train a PixelLM.")
+
+
+def parse_merge(argv: list[str] | None = None) -> MergeArguments:
+    """The arguments of merge_lora_weights_and_save_hf_model.py."""
+    description = "Turn what training left into one Hugging Face folder."
+    return parse(MergeArguments, argv, prog="merge_lora_weights_and_save_hf_model.py", description=description)
+
+
+def parse_chat(argv: list[str] | None = None) -> ChatArguments:
+    """The arguments of chat.py."""
+    return parse(ChatArguments, argv, prog="chat.py", description="Ask a saved PixelLM about an image.")
+
+
+def parse_evaluate(argv: list[str] | None = None) -> EvaluateArguments:
+    """The arguments of evaluate.py. A first word that is no flag is the model's folder; --compare takes two words."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words = ["--version", *words]
+    if "--compare" in words:
+        place = words.index("--compare") + 1
+        folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words[place:]))
+        words[place : place + len(folders)] = [SEPARATOR.join(folders)] if folders else []
+    description = "Score a saved PixelLM, compare scores or print them as rows of a table."
+    return parse(EvaluateArguments, words, prog="evaluate.py", description=description)
+
+
+def trained_with(asked: MergeArguments, card: dict[str, Any] | None) -> TrainArguments:
+    """The arguments of the run whose weights are merged: what was given to merging, else what the run card says, else
+    the defaults. UserError when no base is known."""
+    known = {field.name for field in options_of(TrainArguments)}
+    given = {name: getattr(asked, name) for name in asked.given if name in known}
+    arguments = TrainArguments(**given)
+    arguments.given = frozenset(given)
+    arguments = arguments.fill_from(recorded_arguments(card or {}))
+    if not arguments.version:
+        raise UserError("--version is missing, and no run card near --weight names the base: give the base's folder")
+    return arguments
+
+
+def model_options(args: TrainArguments) -> dict[str, Any]:
+    """The flags that shape a model, under the names that the model's builder has for them."""
+    return {
+        "image_size": args.image_side(),
+        "image_token_pool": args.image_token_pool,
+        "vision_feature_layers": args.feature_layers(),
+        "num_scales": args.image_feature_scale_num,
+        "tokens_per_scale": args.seg_token_num,
+        "embedding_dim": args.out_dim,
+        "decoder_depth": args.decoder_depth,
+        "decoder_num_heads": args.decoder_num_heads,
+        "decoder_mlp_dim": args.decoder_mlp_dim,
+        "token_fusion": args.token_fusion,
+        "scale_fusion": args.scale_fusion,
+        "refinement_alpha": args.refinement_alpha,
+        "ce_loss_weight": args.ce_loss_weight,
+        "bce_loss_weight": args.bce_loss_weight,
+        "dice_loss_weight": args.dice_loss_weight,
+        "conversation_format": args.conv_type,
+        "use_mm_start_end": args.use_mm_start_end,
+        "model_max_length": args.model_max_length,
+        "text_rules": args.text_rules,
+        "group_rule": args.group_rule,
+    }
+
+
+def recorded_arguments(card: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in a run card, for `Arguments.fill_from`; empty when the card has none."""
+    found = card.get("arguments", {})
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,74 @@
+"""Which data sets the flags of a run ask for, and which of their files are not there."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from utils.cli.scripts import note
+from utils.data.errors import DataError
+from utils.data.files import DataRoot
+from utils.data.readers.registry import JOIN, evaluation_sets, parts_of, training_sets
+from utils.data.required_files import Absence, absence_sentence, absence_table, absent_parts
+
+
+class DataFlags(Protocol):
+    """The flags that say what is trained on; their names are those of the command line."""
+
+    dataset: str
+    sem_seg_data: str
+    refer_seg_data: str
+    vqa_data: str
+    reason_seg_data: str
+    custom_data: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskedSet:
+    """A data set by its name and split, and whether it is trained on or scored on."""
+
+    name: str
+    split: str
+    is_training: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.split})"
+
+
+def asked_families(flags: DataFlags) -> list[tuple[str, str]]:
+    """(family, value of the family's own flag) for every family of --dataset; MUSE has no flag of its own."""
+    names = {
+        "sem_seg": flags.sem_seg_data,
+        "refer_seg": flags.refer_seg_data,
+        "vqa": flags.vqa_data,
+        "reason_seg": flags.reason_seg_data,
+        "custom": flags.custom_data,
+    }
+    return [(family.strip(), names.get(family.strip(), "")) for family in flags.dataset.split(JOIN)]
+
+
+def asked_for_training(flags: DataFlags) -> list[AskedSet]:
+    """What is trained on, each set once. DataError for a name that has no reader."""
+    found = [pair for family, names in asked_families(flags) for pair in training_sets(family, names)]
+    return [AskedSet(name, split, True) for name, split in dict.fromkeys(found)]
+
+
+def asked_for_evaluation(val_dataset: str) -> list[AskedSet]:
+    """What --val_dataset names, each set once; nothing for an empty value. DataError for a name without a split."""
+    found = evaluation_sets(val_dataset) if val_dataset.strip() else []
+    return [AskedSet(name, split, False) for name, split in dict.fromkeys(found)]
+
+
+def absences(asked: Iterable[AskedSet], root: str | os.PathLike[str]) -> list[Absence]:
+    """All parts of the data sets that are not below the data root, in order. DataError where there is no root."""
+    path = DataRoot(root).path
+    return [absence for one in asked for absence in absent_parts(path, str(one), parts_of(one.name, one.split))]
+
+
+def refuse_absent(asked: Iterable[AskedSet], root: str | os.PathLike[str]) -> None:
+    """DataError when parts of the data sets are not below the data root; a table names all of them."""
+    missing = absences(asked, root)
+    if missing:
+        if len(missing) > 1:
+            note(f"missing in {root}:\n{absence_table(missing)}")
+        raise DataError(absence_sentence(missing), cause="missing file")

@@ -1,0 +1,365 @@
+"""Asks a predictor every question of a data set and hands what comes back to the scores, by protocol.
+
+The predictor is handed in; this file knows of it only `answer` and `segment` (see `Asked`). The protocols:
+
+- free: the model gets the image and the question and must say its seg groups itself. What a user gets.
+- teacher: the true answer with its groups is given, the model only draws. Questions without a target are left out,
+  because an answer without groups draws nothing and would always be right.
+- release: both of the release's validation loops with their quirks (`release_protocol`), for quoting beside
+  numbers that were made so. Needs answers that keep their logits.
+
+Beside free, another image of the same set may be shown ("shuffled") while the truth stays that of the question's own
+image: what can be had from the words alone. Questions without a target are left out there too.
+
+Questions answered in words alone have scores of their own (`ask_in_words`).
+
+The unit is the question. Its IoU is that of the union of its predicted masks with the union of its true masks, as
+gRefCOCO scores sentences with several targets; a question without a target scores 1 when no mask is predicted and
+else 0. gIoU is the mean over questions, cIoU the sum of intersections over the sum of unions.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from utils.data.readers.registry import MUSE, REASON_SEG
+from utils.data.samples import IGNORE_LABEL, TEXT, Sample
+from utils.data.templates import REGION_ASKED_FOR
+from utils.evaluation import metrics, release_protocol
+from utils.evaluation.aggregate import CLASS_SETS, LONG, SHORT, Drawn, Figures, Release, Said, Words, drawn, summarise
+from utils.evaluation.answered import Answered
+from utils.evaluation.metrics import Matched
+from utils.evaluation.protocols import FREE, RELEASE, TEACHER
+from utils.evaluation.questions import EvalQuestion, Plan, make_plan, questions_of, truths_of
+
+
+class Asked(Protocol):
+    """What evaluation needs of a predictor; images are paths.
+
+    For the protocol `release` and for `Pairing` its answers also have `logits`, float (Q, H, W), from which the masks
+    were made.
+    """
+
+    def answer(
+        self, images: Sequence[Any], questions: Sequence[Any], image_index: Sequence[int], max_new_tokens: int
+    ) -> Sequence[Answered]: ...
+
+    def segment(
+        self, images: Sequence[Any], conversations: Sequence[list[tuple[str, str]]], image_index: Sequence[int]
+    ) -> Sequence[Answered]: ...
+
+
+class Reads(Protocol):
+    """What evaluation in words needs besides: how likely a model finds the last answer of each conversation.
+
+    (sum over its tokens of −ln p, their number), its end included; None where the conversation is too long. fits:
+    whether there is room for a prompt.
+    """
+
+    def fits(self, turns: Sequence[tuple[str, str | None]]) -> bool: ...
+
+    def likelihoods(
+        self, images: Sequence[Any], conversations: Sequence[list[tuple[str, str]]], image_index: Sequence[int]
+    ) -> Sequence[tuple[float, int] | None]: ...
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which predicted masks belong to which targets by MUSE's matching, and what they score so.
+
+    partners: for every predicted mask the number of its target, None where it has none.
+    """
+
+    partners: tuple[int | None, ...]
+    matched: Matched
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A question, its true masks uint8 (G, H, W), an answer to it, what that answer scored, and the question's figures.
+
+    protocol: which way of asking the answer and `shown` are from: free wherever the model said its groups itself.
+    pairing: of MUSE's free-running answers.
+    """
+
+    question: EvalQuestion
+    truths: np.ndarray
+    answer: Answered
+    protocol: str
+    shown: Drawn
+    figures: Figures
+    pairing: Pairing | None = None
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A question that is answered in words alone, what the model said (None where it was not let speak), and the
+    question's figures."""
+
+    question: EvalQuestion
+    text: str | None
+    figures: Figures
+
+
+def evaluate(
+    predictor: Asked,
+    samples: Iterable[Sample],
+    *,
+    on_scored: Callable[[Scored], None] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ask every question of `samples` and return `summary` of what came out.
+
+    options: those of `make_plan`, but for text. on_scored: called for every question in turn. progress: show a bar on
+    stderr with the running gIoU. Raises what `make_plan` does, and ValueError when a true mask is not of its image's
+    size.
+    """
+    plan = make_plan(samples, **options)
+    figures: list[Figures] = []
+    with Progress(len(plan.questions), progress) as bar:
+        for scored in ask(predictor, plan, plan.batches):
+            figures.append(scored.figures)
+            bar.add(scored.shown.iou)
+            if on_scored is not None:
+                on_scored(scored)
+    return summary(plan, figures)
+
+
+def summary(plan: Plan, figures: Sequence[Figures]) -> dict[str, Any]:
+    """`summarise`, with what took no part."""
+    ignored = sum(one.num_ignored for one in figures)
+    return summarise(figures) | {"left_out": {**plan.left_out, "ignored_pixels": ignored}}
+
+
+class Progress:
+    """A bar on stderr that counts questions and shows the gIoU so far."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._bar = tqdm(total=total, desc="evaluate", unit="question", disable=not shown)
+        self._sum, self._n = 0.0, 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, iou: float | None) -> None:
+        """Count a question; iou: None where it has none."""
+        if iou is not None:
+            self._sum, self._n = self._sum + iou, self._n + 1
+            self._bar.set_postfix(giou=f"{self._sum / self._n:.3f}", refresh=False)
+        self._bar.update()
+
+
+def baseline_giou(samples: Iterable[Sample], draw: Callable[[str], np.ndarray]) -> float | None:
+    """gIoU of a rule that draws one mask per image whatever is asked. draw: image path -> bool (H, W)."""
+    ious = []
+    for question in questions_of(samples):
+        if question.turn.kind != TEXT:
+            mask = draw(question.image_path)
+            ious.append(metrics.question_iou(mask[None], truths_of(question, mask.shape)))
+    return metrics.mean(ious)
+
+
+def ask(predictor: Asked, plan: Plan, batches: Iterable[Sequence[EvalQuestion]]) -> Iterator[Scored]:
+    """Ask batches of questions about masks as the plan says, and score the answers in order."""
+    return (scored for batch in batches for scored in _score_batch(predictor, batch, plan))
+
+
+def ask_in_words(predictor: Any, plan: Plan, batches: Iterable[Sequence[EvalQuestion]]) -> Iterator[Spoken]:
+    """Ask batches of questions that are answered in words alone, each after the true turns before it.
+
+    free: the model answers. teacher: how likely it finds the true answer. predictor: `Asked` and `Reads`.
+    """
+    for batch in batches:
+        images, image_index = _index([one.image_path for one in batch])
+        earlier = [[(turn.question, turn.answer) for turn in one.earlier] for one in batch]
+        said: list[str | None] = [None] * len(batch)
+        read: Sequence[tuple[float, int] | None] = [None] * len(batch)
+        if FREE in plan.protocols:
+            said = _said_in_words(predictor, batch, earlier, plan.max_new_tokens)
+        if TEACHER in plan.protocols:
+            whole = [[*turns, (one.turn.question, one.turn.answer)] for turns, one in zip(earlier, batch, strict=True)]
+            read = predictor.likelihoods(images, whole, image_index)
+        for question, text, likelihood in zip(batch, said, read, strict=True):
+            yield Spoken(question, text, _words_figures(question, text, likelihood))
+
+
+def _said_in_words(
+    predictor: Any, batch: Sequence[EvalQuestion], earlier: Sequence[list[tuple[str, str]]], max_new_tokens: int
+) -> list[str | None]:
+    """The answers, None where there is no room for the question."""
+    asked = [[*turns, (one.turn.question, None)] for turns, one in zip(earlier, batch, strict=True)]
+    fitting = [number for number, turns in enumerate(asked) if predictor.fits(turns)]
+    images, image_index = _index([batch[number].image_path for number in fitting])
+    answers = predictor.answer(images, [asked[number] for number in fitting], image_index, max_new_tokens)
+    said: list[str | None] = [None] * len(batch)
+    for number, answer in zip(fitting, answers, strict=True):
+        said[number] = answer.text
+    return said
+
+
+def _words_figures(question: EvalQuestion, text: str | None, likelihood: tuple[float, int] | None) -> Figures:
+    references = (question.turn.answer, *question.references)
+    surprise, tokens = likelihood or (None, None)
+    words = Words(
+        text=text,
+        references=references,
+        exact=None if text is None else metrics.exact_match(text, references),
+        vqa=None if text is None else metrics.vqa_accuracy(text, references),
+        surprise=surprise,
+        num_tokens=tokens,
+    )
+    return Figures(TEXT, question.dataset, question.image_path, 0, words=words)
+
+
+def _score_batch(predictor: Asked, batch: Sequence[EvalQuestion], plan: Plan) -> Iterator[Scored]:
+    protocols, others, max_new_tokens = plan.protocols, plan.others, plan.max_new_tokens
+    everything = range(len(batch))
+    with_targets = [number for number in everything if batch[number].turn.targets]
+    free: dict[int, Answered] = {}
+    forced: dict[int, Answered] = {}
+    elsewhere: dict[int, Answered] = {}
+    if {FREE, RELEASE} & set(protocols):
+        free = _answers(predictor, batch, everything, max_new_tokens)
+    if with_targets and {TEACHER, RELEASE} & set(protocols):
+        turns = [[(batch[number].turn.question, batch[number].turn.answer)] for number in with_targets]
+        images, image_index = _index([batch[number].image_path for number in with_targets])
+        forced = dict(zip(with_targets, predictor.segment(images, turns, image_index), strict=True))
+    if with_targets and others:
+        elsewhere = _answers(predictor, batch, with_targets, max_new_tokens, others)
+    for number, question in enumerate(batch):
+        shown = free.get(number) or forced[number]
+        truths = truths_of(question, shown.masks.shape[1:])
+        ways = _Ways(free.get(number), forced.get(number), elsewhere.get(number))
+        measured = drawn(shown.masks, truths)
+        figures = _figures(question, truths, measured, ways, protocols)
+        paired = plan.pair and FREE in protocols and _set_of(question) == MUSE
+        pairing = _pairing(question, truths, shown) if paired else None
+        yield Scored(question, truths, shown, FREE if ways.free is not None else TEACHER, measured, figures, pairing)
+
+
+def _answers(
+    predictor: Asked,
+    batch: Sequence[EvalQuestion],
+    numbers: Sequence[int],
+    max_new_tokens: int,
+    others: Mapping[str, str] | None = None,
+) -> dict[int, Answered]:
+    """Free-running answers to the questions `numbers` of a batch, each about its own image or that in `others`."""
+    paths = [batch[number].image_path for number in numbers]
+    images, image_index = _index(paths if others is None else [others[path] for path in paths])
+    texts = [batch[number].turn.question for number in numbers]
+    return dict(zip(numbers, predictor.answer(images, texts, image_index, max_new_tokens), strict=True))
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """The answers to one question; None where that way of asking was not taken."""
+
+    free: Answered | None
+    forced: Answered | None
+    elsewhere: Answered | None
+
+
+def _figures(
+    question: EvalQuestion, truths: np.ndarray, shown: Drawn, ways: _Ways, protocols: Sequence[str]
+) -> Figures:
+    """shown: what the free-running answer scored where there is one, else the teacher-forced one."""
+    turn = question.turn
+    of_class = _set_of(question) in CLASS_SETS and len(turn.targets) == 1
+    told: dict[str, Any] = {}
+    if FREE in protocols and ways.free is not None:
+        told |= {"free": shown, "said": _said(ways.free, [target.name for target in turn.targets])}
+    if TEACHER in protocols and ways.forced is not None:
+        told["forced"] = shown if ways.free is None else drawn(ways.forced.masks, truths)
+    if ways.elsewhere is not None:
+        told["shuffled_iou"] = metrics.question_iou(_resized(ways.elsewhere.masks, truths.shape[1:]), truths)
+    if RELEASE in protocols and ways.free is not None:
+        told["release"] = _release(question, truths, ways.free, ways.forced)
+    return Figures(
+        kind=turn.kind,
+        dataset=question.dataset,
+        image=question.image_path,
+        num_targets=len(turn.targets),
+        class_name=" ".join(metrics.name_words(turn.targets[0].name)) if of_class else None,
+        query=_query(question),
+        num_ignored=int(np.count_nonzero(metrics.unite_truths(truths) == IGNORE_LABEL)),
+        **told,
+    )
+
+
+def _said(answer: Answered, names: Sequence[str]) -> Said:
+    return Said(
+        num_masks=len(answer.masks),
+        num_broken=answer.num_broken,
+        num_named=metrics.named(answer.phrases, names),
+        text_right=metrics.names_exactly(answer.phrases, names),
+        scores=tuple(min(float(value), 1.0) for value in answer.scores),
+    )
+
+
+def _set_of(question: EvalQuestion) -> str:
+    """The data set of a question, without split."""
+    return question.dataset.split("|")[0]
+
+
+def _query(question: EvalQuestion) -> str | None:
+    """Of ReasonSeg's questions, whether they are sentences, which name no target, or phrases; else None."""
+    if _set_of(question) != REASON_SEG:
+        return None
+    return LONG if any(target.name == REGION_ASKED_FOR for target in question.turn.targets) else SHORT
+
+
+def _rng(question: EvalQuestion) -> np.random.Generator:
+    """Always the same for a question. (The release draws its points anew at every run.)"""
+    return np.random.default_rng(zlib.crc32(f"{question.sample_id}#{question.number}".encode()))
+
+
+def _pairing(question: EvalQuestion, truths: np.ndarray, answer: Answered) -> Pairing:
+    matched = release_protocol.match_question(_logits(answer), truths, _rng(question))
+    partner_of = dict(matched.pairs)
+    partners = tuple(partner_of.get(number) for number in range(len(answer.masks)))
+    return Pairing(partners, metrics.pair_masks(answer.masks, truths, matched.pairs))
+
+
+def _release(question: EvalQuestion, truths: np.ndarray, free: Answered, forced: Answered | None) -> Release:
+    return Release(
+        forced=None if forced is None else release_protocol.count_forced(_logits(forced), truths),
+        generated=release_protocol.count_generated(
+            release_protocol.match_question(_logits(free), truths, _rng(question))
+        ),
+    )
+
+
+def _logits(answer: Answered) -> np.ndarray:
+    found = getattr(answer, "logits", None)
+    if found is None:
+        raise TypeError(
+            f"answers of this predictor ({type(answer).__name__}) keep no logits, which the protocol {RELEASE!r} and "
+            "MUSE's matching need; give a predictor whose answers have them as `logits`"
+        )
+    return np.asarray(found)
+
+
+def _resized(masks: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """bool (Q, H, W) stretched to `size` (height, width) by nearest neighbour."""
+    if masks.shape[1:] == size:
+        return masks
+    height, width = size
+    stretched = [cv2.resize(m.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) for m in masks]
+    return np.array(stretched, dtype=bool).reshape(len(masks), height, width)
+
+
+def _index(paths: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Distinct paths in order, and the number of each path among them."""
+    distinct = list(dict.fromkeys(paths))
+    numbers = {path: number for number, path in enumerate(distinct)}
+    return distinct, [numbers[path] for path in paths]

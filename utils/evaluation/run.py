@@ -1,0 +1,191 @@
+"""One evaluation from its first question to the files it leaves; and judging the answers it left.
+
+What knows a model is handed in: a predictor, and what draws.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from demo.scoreboard import write_json
+from utils.cli.arguments import EvaluateArguments
+from utils.cli.run_card import versions
+from utils.cli.scripts import note
+from utils.data.readers.registry import MUSE
+from utils.data.requested_sets import asked_for_evaluation, refuse_absent
+from utils.evaluation import fingerprints
+from utils.evaluation import html_report as pages
+from utils.evaluation.ask import Progress, ask, ask_in_words, summary
+from utils.evaluation.judge import scoring
+from utils.evaluation.judge.choice import choose_judge, refuse_judge
+from utils.evaluation.judge.prompts import PROMPT_FILE, read_prompt
+from utils.evaluation.protocols import FREE, RELEASE
+from utils.evaluation.questions import Plan, make_plan
+from utils.evaluation.ranks import Ranks
+from utils.evaluation.records import SAMPLES, Lines, read_lines
+from utils.evaluation.results import RESULTS, merged, protocol_facts, read_results, with_intervals
+from utils.evaluation.resume import figures_of, key_of
+from utils.evaluation.sets import ScoredSets
+from utils.evaluation.tables import score_table
+
+GALLERY = "gallery.png"
+SETTINGS = ("batch_size", "limit", "max_new_tokens", "shuffled", "precision", "attn_implementation", "device")
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What draws: a gallery of lines as one image uint8 (H, W, 3), masks over an image, an image by its path."""
+
+    gallery: Callable[[list[Line]], np.ndarray]
+    overlay: pages.Draw
+    open_image: pages.Open
+
+
+class Session:
+    """What a command line asks to score, known before a model is loaded.
+
+    DataError where data are not there, UserError where there is no question to score or the judge cannot be had.
+    """
+
+    def __init__(self, args: EvaluateArguments, words: list[str], ranks: Ranks) -> None:
+        refuse_absent(asked_for_evaluation(args.val_dataset), args.dataset_dir)
+        self.args, self.ranks, self.words = args, ranks, words
+        self.sets = ScoredSets(args.val_dataset, args.dataset_dir)
+        pair = FREE in args.protocols() and any(reader.name == MUSE for reader in self.sets.readers)
+        self._judges = pair and bool(args.judge_model)
+        if self._judges:
+            refuse_judge(args)
+            read_prompt(args.judge_prompt or PROMPT_FILE)
+        elif args.judge_model:
+            note(
+                f"evaluate.py: --judge_model: no effect, only free-running answers to {MUSE}|SPLIT are judged, and "
+                f"{','.join(args.protocols())} on {args.val_dataset} gives none"
+            )
+        self.plan: Plan = make_plan(
+            self.sets,
+            batch_size=args.batch_size,
+            limit=args.limit,
+            protocols=args.protocols(),
+            shuffled=args.shuffled,
+            max_new_tokens=args.max_new_tokens,
+            text=True,
+            pair=pair,
+        )
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether answers have to keep the logits of their masks."""
+        return RELEASE in self.plan.protocols or self.plan.pair
+
+    def score(self, predictor: Any, drawing: Drawing) -> str:
+        """Ask every question and write what came of it into --out. What a person is told; nothing on ranks but the
+        first."""
+        out = Path(self.args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        run = self._circumstances()
+        with Lines(out, {name: value for name, value in run.items() if name != "command"}, self.ranks) as lines:
+            if lines.earlier:
+                note(f"evaluate.py: {len(lines.earlier)} questions were scored before an earlier run ended: going on")
+            self._ask(predictor, lines)
+            records = lines.finish(self.plan.questions)
+        if self.ranks.rank != 0:
+            return ""
+        seconds = time.perf_counter() - start
+        run |= {"data": fingerprints.of_data(self.sets.readers), "ranks": self.ranks.world_size, "seconds": seconds}
+        run |= {"resumed_after": len(lines.earlier), "seconds_per_sample": seconds / len(records)}
+        figures = [figures_of(record) for record in records]
+        shown = [record["line"] for record in records]
+        result = with_intervals(summary(self.plan, figures), figures) | run
+        write_json(out / RESULTS, with_muse(result, shown))
+        written = [RESULTS, SAMPLES, *self._draw(shown, drawing)]
+        (out / scoring.VERDICTS).unlink(missing_ok=True)  # those of an earlier run
+        if self._judges and scoring.muse_lines(shown):
+            judge_folder(out, self.args)
+            written.append(scoring.VERDICTS)
+        return f"{score_table(read_results(out))}\nwritten to {out}: {', '.join(written)}"
+
+    def _ask(self, predictor: Any, lines: Lines) -> None:
+        """This rank's share: every batch whole, as one process would ask it, so that the numbers are the same."""
+        plan, ranks = self.plan, self.ranks
+        mine = plan.batches[ranks.rank :: ranks.world_size]
+        last = len(plan.batches)
+        in_words = [b for n, b in enumerate(plan.text_batches, last) if n % ranks.world_size == ranks.rank]
+        open_batches, open_in_words = (
+            [batch for batch in batches if not all(key_of(one) in lines.earlier for one in batch)]
+            for batches in (mine, in_words)
+        )
+        total = sum(len(batch) for batch in (*open_batches, *open_in_words))
+        with Progress(total, shown=ranks.rank == 0) as bar:
+            for scored in ask(predictor, plan, open_batches):
+                lines.add(scored)
+                bar.add(scored.shown.iou)
+            for spoken in ask_in_words(predictor, plan, open_in_words):
+                lines.add(spoken)
+                bar.add(None)
+
+    def _draw(self, lines: list[Line], drawing: Drawing) -> list[str]:
+        """The names of the galleries that were written."""
+        args, out = self.args, Path(self.args.out)
+        if not args.gallery:
+            return []
+        shown, chosen = pages.ByKind(args.gallery), pages.Chosen()
+        for line in lines:
+            shown.add(line)
+            chosen.add(line)
+        title = f"{args.version} on {args.val_dataset}: {','.join(args.protocols())}"
+        pages.write_page(out / pages.PAGE, title, chosen.sections(), drawing.overlay, drawing.open_image)
+        if not (kept := shown.chosen()):
+            return [pages.PAGE]
+        Image.fromarray(drawing.gallery(kept)).save(out / GALLERY)
+        return [GALLERY, pages.PAGE]
+
+    def _circumstances(self) -> dict[str, Any]:
+        """How the scores come about."""
+        args = self.args
+        return protocol_facts(args.protocols()) | {
+            "model": args.version,
+            "model_fingerprint": fingerprints.of_model(args.version),
+            "dataset_dir": args.dataset_dir,
+            "val_dataset": args.val_dataset,
+            "data": fingerprints.of_data(self.sets.readers),
+            "command": ["evaluate.py", *self.words],
+            "settings": {name: getattr(args, name) for name in SETTINGS},
+            "versions": versions(),
+        }
+
+
+def with_muse(result: Mapping[str, Any], lines: list[Line]) -> dict[str, Any]:
+    """The results with MUSE's scores before a judge beside its data sets' others."""
+    told = scoring.pre_judge(scoring.muse_lines(lines))
+    return merged(result, {"datasets": {name: {"muse": {"pre_judge": one}} for name, one in told.items()}}) | (
+        {"judge": scoring.NO_JUDGE} if told else {}
+    )
+
+
+def judge_folder(folder: Path, args: EvaluateArguments) -> None:
+    """Have the answers to MUSE's questions in a results folder judged, and add the scores to its results.
+
+    UserError where there are none, or the judge cannot be had.
+    """
+    lines = scoring.muse_lines(read_lines(folder))
+    if not lines:
+        raise scoring.nothing_to_judge(folder)
+    result = read_results(folder)
+    scores, facts = scoring.judge_answers(
+        lines,
+        choose_judge(args, args.device),
+        read_prompt(args.judge_prompt or PROMPT_FILE),
+        Path(args.judge_cache) if args.judge_cache else folder / scoring.CACHE,
+        folder,
+        args.judge_threshold,
+    )
+    told = {name: {"muse": {"judged": one}} for name, one in scores.items()}
+    write_json(folder / RESULTS, merged(result, {"datasets": told}) | {"judge": facts})

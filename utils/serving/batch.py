@@ -1,0 +1,158 @@
+"""Questions from a file: answers as JSON lines with run-length masks, and an overlay each; goes on where it stopped."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.cli.atomic_files import write_whole
+from utils.cli.scripts import UserError, explain, note
+from utils.serving.files import AnswerLike, Draw, write_answer
+from utils.serving.terminal import one_line
+
+RESULTS, OVERLAYS = "results.jsonl", "overlays"
+QUESTIONS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One line of the file: its number from 1, the image's path and the question."""
+
+    line: int
+    image: str
+    question: str
+
+
+@dataclass(frozen=True)
+class BatchModel:
+    """What a batch needs of the model's room. open: image's path -> uint8 (H, W, 3). check: raises what is wrong
+    with a question. answer: (images, questions, image number of each) -> answers. draw: see `files.Draw`.
+    """
+
+    open: Callable[[str], np.ndarray]
+    check: Callable[[str], Any]
+    answer: Callable[[Sequence[np.ndarray], Sequence[str], Sequence[int]], Sequence[AnswerLike]]
+    draw: Draw
+
+
+def answer_file(questions: Path, out: Path, model: BatchModel, settings: dict[str, Any]) -> int:
+    """Answer every line {"image": path, "question": text} of `questions`; a relative path begins at the file's folder.
+
+    Into `out`/results.jsonl comes a line for each that could be answered, in the order of the file, and into
+    `out`/overlays its overlay and masks. What an earlier run with equal settings has answered is kept. A bad line is
+    reported on stderr and skipped; returns how many were. UserError when the file cannot be read or `out` written.
+    """
+    asked, bad = read_questions(questions)
+    path = out / RESULTS
+    try:
+        (out / OVERLAYS).mkdir(parents=True, exist_ok=True)
+        done = _earlier(path, settings)
+        kept = [done[one] for one in asked if one in done]
+        write_whole(path, map(_text, kept))
+        if kept:
+            note(f"{len(kept)} of {len(asked)} questions were answered before: going on behind them")
+        waiting = [one for one in asked if one not in done]
+        with path.open("a", encoding="utf-8") as file, tqdm(total=len(waiting), unit="question") as bar:
+            for some in _chunks(waiting):
+                for one, answer in _answered(some, questions.parent, model, bad, out):
+                    file.write(_text(_record(one, answer, settings)))
+                    file.flush()
+                bar.update(len(some))
+        done = _earlier(path, settings)
+        write_whole(path, [_text(done[one]) for one in asked if one in done])
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}; choose another folder") from error
+    for line in sorted(bad):
+        note(f"{questions} line {line}: {one_line(bad[line])}")
+    return len(bad)
+
+
+def read_questions(path: Path) -> tuple[list[Asked], dict[int, str]]:
+    """The questions of a file, and by line number what is wrong with its other lines; empty lines are neither."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read the questions {path}: {error.strerror or error}") from error
+    asked: list[Asked] = []
+    bad: dict[int, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            bad[number] = f"is no JSON in UTF-8 ({error}); skipped"
+            continue
+        fields = [content.get(name) if isinstance(content, dict) else None for name in ("image", "question")]
+        if all(isinstance(field, str) and field.strip() for field in fields):
+            asked.append(Asked(number, str(fields[0]), str(fields[1])))
+        else:
+            bad[number] = 'needs a text "image" and a text "question"; skipped'
+    if not asked and not bad:
+        raise UserError(f'{path} holds no question: write lines such as {{"image": "a.jpg", "question": "the cup"}}')
+    return asked, bad
+
+
+def _chunks(waiting: Sequence[Asked]) -> Iterator[list[Asked]]:
+    for start in range(0, len(waiting), QUESTIONS_AT_ONCE):
+        yield list(waiting[start : start + QUESTIONS_AT_ONCE])
+
+
+def _answered(
+    some: Sequence[Asked], folder: Path, model: BatchModel, bad: dict[int, str], out: Path
+) -> list[tuple[Asked, AnswerLike]]:
+    """Answer what can be answered and write its images; the rest goes into `bad`."""
+    images: dict[str, np.ndarray] = {}
+    good = []
+    for one in some:
+        try:
+            if one.image not in images:
+                images[one.image] = model.open(str(folder / one.image))
+            model.check(one.question)
+        except Exception as error:
+            sentence = explain(error)
+            if sentence is None:
+                raise
+            bad[one.line] = f"{sentence}; skipped"
+        else:
+            good.append(one)
+    if not good:
+        return []
+    names = list(images)
+    answers = model.answer(
+        list(images.values()), [one.question for one in good], [names.index(one.image) for one in good]
+    )
+    for one, answer in zip(good, answers, strict=True):
+        write_answer(out / _overlay(one), images[one.image], answer, model.draw)
+    return list(zip(good, answers, strict=True))
+
+
+def _overlay(one: Asked) -> str:
+    return f"{OVERLAYS}/{one.line:06d}.png"
+
+
+def _record(one: Asked, answer: AnswerLike, settings: dict[str, Any]) -> dict[str, Any]:
+    told = {"line": one.line, "image": one.image, "question": one.question}
+    return told | answer.to_dict() | {"overlay": _overlay(one), "settings": settings}
+
+
+def _earlier(path: Path, settings: dict[str, Any]) -> dict[Asked, dict[str, Any]]:
+    """Records of an earlier run by what was asked; a line cut off when it was killed does not count."""
+    found = {}
+    if path.exists():
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                record = json.loads(line.decode("utf-8"))
+                if record["settings"] == settings:
+                    found[Asked(record["line"], record["image"], record["question"])] = record
+            except (ValueError, KeyError, TypeError):
+                continue
+    return found
+
+
+def _text(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
