@@ -10,6 +10,7 @@ done, 130 after Ctrl-C at the question.
 """
 
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,11 +22,13 @@ from model.overlay import draw_overlay, target_colour
 from model.predictor import Predictor
 from model.session import AnswerOptions, Finished, TargetStarted, TextPiece
 from utils.cli.arguments import ChatArguments, parse_chat
-from utils.cli.scripts import UserError, note, run_script
+from utils.cli.errors import UserError, run_script
 from utils.serving.batch import BatchModel, answer_file
 from utils.serving.conversation import Conversation, Manner
 from utils.serving.files import check_image_name, free_name, target_lines, write_answer
 from utils.serving.terminal import Terminal, one_line
+
+logger = logging.getLogger("utils")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_ALL_DONE = 1
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         args.version, args.device, DTYPES[args.precision] if given else None, args.attn_implementation, args.bits
     )
     if args.compile:
-        note(predictor.compile())
+        logger.info(predictor.compile())
     try:
         if args.batch:
             return answer_batch(predictor, args)

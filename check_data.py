@@ -14,7 +14,7 @@ from model.image_processing_pixellm import open_image
 from model.overlay import draw_overlay
 from model.processing_pixellm import PixelLMProcessor
 from utils.cli.arguments import CheckArguments, parse_check
-from utils.cli.scripts import UserError, run_script
+from utils.cli.errors import UserError, run_script
 from utils.data.check.leaks import find_leaks
 from utils.data.check.pages import Rendered, as_written, page
 from utils.data.check.report import SetReport, table

@@ -20,7 +20,7 @@ from model.answer_text import without_groups
 from model.image_processing_pixellm import open_image
 from model.overlay import GalleryItem, draw_gallery, draw_overlay
 from utils.cli.arguments import EvaluateArguments, parse_evaluate
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 from utils.evaluation import html_report as pages
 from utils.evaluation.compare import compare_folders
 from utils.evaluation.mask_codes import decoded

@@ -3,6 +3,7 @@
 python merge_lora_weights_and_save_hf_model.py --version=BASE --weight=RUN/pytorch_model.bin --save_path=RUN/hf_model
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from utils.checkpoints.builder import (
 from utils.checkpoints.export import fill_and_merge, lora_of, read_trained_weights, write_folder
 from utils.checkpoints.quantized_layers import LAYERS
 from utils.cli.arguments import MergeArguments, TrainArguments, model_options, parse_merge, trained_with
+from utils.cli.errors import UserError, run_script
 from utils.cli.run_card import RUN_CARD, find_run_card
-from utils.cli.scripts import UserError, note, run_script
+
+logger = logging.getLogger("utils")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,12 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     asked = parse_merge(argv)
     card = find_run_card(Path(asked.weight))
     if card is None:
-        note(f"no {RUN_CARD} near --weight {asked.weight}: what the flags leave out has its default")
+        logger.warning(f"no {RUN_CARD} near --weight {asked.weight}: what the flags leave out has its default")
     args = trained_with(asked, card)
     tower, options = args.vision_tower or None, ModelOptions(**model_options(args))
     if is_released_training_state(asked.weight):
         built = build_training_state(asked.weight, args.version, tower, options, lora_alpha=args.lora_alpha)
-        note(built.report.table())
+        logger.info(built.report.table())
         return save(built, asked, args, built.report.layout)
     weights = read_trained_weights(asked.weight)
     lora = lora_of(weights, asked.weight)

@@ -4,6 +4,7 @@ deepspeed train_ds.py --version=... --vision-tower=... --dataset_dir=./dataset -
 python train_ds.py --config configs/tiny.yaml --version runs/demo/base
 """
 
+import logging
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -24,8 +25,8 @@ from utils.checkpoints.builder import (
 from utils.checkpoints.export import read_trained_weights
 from utils.checkpoints.quantized_layers import hold_in_bits
 from utils.cli.arguments import TrainArguments, model_options, parse_train
+from utils.cli.errors import run_script
 from utils.cli.run_card import write_run_card
-from utils.cli.scripts import note, run_script
 from utils.data.readers.registry import build_eval_reader
 from utils.engine.fit import Run
 from utils.engine.lock import lock_folder
@@ -46,6 +47,8 @@ from utils.engine.setup import (
 )
 from utils.engine.stepping import DTYPES, to_precision
 from utils.evaluation.validation import Validation
+
+logger = logging.getLogger("utils")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,9 +98,11 @@ def build(args: TrainArguments, settle: Settle | None = None) -> tuple[BuiltMode
         to_train=True,
         settle=settle,
     )
-    note(built.report.table())
+    logger.info(built.report.table())
     if not built.model.shares_prefixes:
-        note(f"every conversation is a row of its own: {args.attn_implementation} attention takes no mask of ours")
+        logger.warning(
+            f"every conversation is a row of its own: {args.attn_implementation} attention takes no mask of ours"
+        )
     if args.bits:
         hold_in_bits(built.model, args.bits, DTYPES[args.precision], device_here())
     recipe = TrainingRecipe(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingRecipe)})

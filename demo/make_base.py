@@ -5,6 +5,7 @@ python -m torch.distributed.run --nproc_per_node 2 demo/make_base.py ...     sha
 """
 
 import argparse
+import logging
 import random
 import shutil
 import sys
@@ -38,7 +39,7 @@ from demo.tiny import TinyShape, make_tiny
 from model.processing_pixellm import ConversationTooLong
 from utils.checkpoints.builder import BuiltModel, TrainingRecipe, choose_trainable, save_model
 from utils.cli.arguments import parse_train
-from utils.cli.scripts import UserError, note, run_script
+from utils.cli.errors import UserError, run_script
 from utils.data.dataset import TrainingDataset
 from utils.engine.fit import Plan, Run, fit_in_one_go
 from utils.engine.plain_engine import PlainEngine
@@ -46,6 +47,8 @@ from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
+
+logger = logging.getLogger(__name__)
 
 WORDS_CONFIG, MASKS_CONFIG = str(ROOT / "configs" / "tiny_base.yaml"), str(ROOT / "configs" / "tiny.yaml")
 # Of the tower's stage: images a step over all ranks, learning rate, steps of warm-up.
@@ -74,7 +77,7 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     labels = words_of_patches(scenes, built.model.vision_tower.patch_size)[:, : len(PATCH_WORDS)]
     read = start_looking_up(built, list(PATCH_WORDS.values()), Meant(**MEANINGS), asked, labels)
     shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())
-    note(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
+    logger.info(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
 
 
 def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], fixed: Sequence[torch.nn.Module] = ()) -> Engine:
@@ -96,7 +99,7 @@ def start_masks(built: BuiltModel, data: str, count: int, seed: int) -> None:
     args = parse_train(["--config", MASKS_CONFIG, "--version", ".", "--dataset_dir", data])
     lessons = mask_lessons(TrainingDataset(make_mixture(args), built.processor, count), count)
     read = start_masks_at_words(built, lessons)
-    note(f"the codebook reads {read:.0%} of the words that name the targets of {count} images")
+    logger.info(f"the codebook reads {read:.0%} of the words that name the targets of {count} images")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -125,17 +128,17 @@ def main(argv: list[str] | None = None) -> None:
     if runtime.rank == 0:
         shutil.rmtree(work, ignore_errors=True)
     scenes = [record.scene for record in read_scenes(args.dataset_dir) if record.split == "train"]
-    note("--- show the tower what colours and forms are")
+    logger.info("--- show the tower what colours and forms are")
     shape = TinyShape(**{name: getattr(args, name) for name in SHAPE})
     built = make_tiny(tokenizer_corpus(), shape, args.seed, names=(*COLOURS, *FORMS))
     warm_tower(built, scenes, runtime, args.tower_steps, work / "tower")
     where = ["--dataset_dir", data, "--log_base_dir", str(work)]
-    note("--- learn how sentences go")
+    logger.info("--- learn how sentences go")
     decoder = built.model.language_model.get_decoder()
     started_later = decoder.embed_tokens, *(layer.self_attn for layer in decoder.layers[1:])
     few = [*where, *args.words, "--exp_name", "sentences", "--max_steps", str(args.sentence_steps)]
     train_words(built, runtime, few, started_later)
-    note("--- talk about scenes")
+    logger.info("--- talk about scenes")
     if runtime.rank == 0:  # the engine gives its weights to the others
         start_lookups(built, scenes[: args.samples], args.seed)
     engine = train_words(built, runtime, [*where, "--exp_name", "words", *args.words])

@@ -10,7 +10,7 @@ from pathlib import Path
 from demo.pipeline import RANKS
 from demo.scoreboard import Bar, Bars
 from demo.stages import Stage, launcher
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 
 VARIABLE = "PIXELLM_REALDATA"
 LEARNED_SPEC = "refcoco|unc|train||grefcoco|unc|train"

@@ -16,9 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 from demo.pipeline import BARS, SCORES, SIZES, Demo
 from demo.scenes import HELD_OUT_SPEC
-from demo.scoreboard import compare, missed, table, write_json
+from demo.scoreboard import compare, missed, table
 from demo.stages import Stage, StageFailed, Stages, choose_engine
-from utils.cli.scripts import run_script
+from utils.cli.atomic_files import write_json
+from utils.cli.errors import run_script
 
 
 def run(demo: Demo) -> dict[str, Any]:

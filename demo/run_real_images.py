@@ -17,11 +17,12 @@ sys.path.insert(0, str(ROOT))
 from demo.pipeline import SCORES
 from demo.real_images import BARS, LEARNED_SPEC, VARIABLE, RealImages, find_dataset
 from demo.scenes import tokenizer_corpus
-from demo.scoreboard import compare, missed, table, write_json
+from demo.scoreboard import compare, missed, table
 from demo.stages import Stage, StageFailed, Stages, choose_engine
 from demo.tiny import TinyShape, make_tiny
 from utils.checkpoints.builder import MASK_PARTS, save_model
-from utils.cli.scripts import run_script
+from utils.cli.atomic_files import write_json
+from utils.cli.errors import run_script
 
 SEED = 0
 

@@ -1,14 +1,10 @@
 """Scores against bars: which must be reached, which were, and the table that says so."""
 
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from utils.cli.atomic_files import write_whole
 
 RELATIONS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 
@@ -81,9 +77,3 @@ def table(rows: Sequence[Row], with_bars: bool = True) -> str:
 
 def _number(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if math.isfinite(value) and abs(value) > 1 and value == int(value) else f"{value:.{digits}f}"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write it whole or not at all: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, [json.dumps(content, indent=2) + "\n"])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from utils.cli.logs import configure_logging
+
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "tests" / "offline"
 
@@ -51,6 +53,12 @@ def _refuse_children_with_network() -> None:
 
 _cut_network_here()
 _refuse_children_with_network()
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> None:
+    """Every test hears what a fresh process would say."""
+    configure_logging()
 
 
 @pytest.fixture

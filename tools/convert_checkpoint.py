@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils.checkpoints.builder import build_model
 from utils.checkpoints.export import write_folder, write_published
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> None:

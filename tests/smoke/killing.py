@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import train_ds
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 from utils.engine import saving
 from utils.engine.runtime import deepspeed_problem
 

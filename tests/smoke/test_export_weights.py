@@ -16,16 +16,10 @@ from tests.unit.tiny_pixellm import make_model
 from utils.checkpoints import export
 from utils.checkpoints.builder import BuildError, TrainingRecipe, choose_trainable
 from utils.checkpoints.export import fill_and_merge, lora_of, read_trained_weights, write_folder
-from utils.cli import scripts
+from utils.cli.errors import run_script
 from utils.cli.run_card import write_run_card
-from utils.cli.scripts import run_script
 
 Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts, "_said", set())
 
 
 @pytest.fixture(scope="module")

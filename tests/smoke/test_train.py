@@ -25,9 +25,8 @@ from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
 from tests.unit import data_sets
 from utils.checkpoints.builder import load_weights_into
 from utils.checkpoints.export import read_trained_weights
-from utils.cli import scripts
 from utils.cli.arguments import parse_train
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 from utils.engine.checkpoints import latest_tag, problem, step_of
 from utils.engine.fit import Run
 from utils.engine.sample_log import consumed
@@ -35,10 +34,9 @@ from utils.engine.sample_log import consumed
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a process of its own would start: no launcher, nothing said yet."""
+    """As a process of its own would start: no launcher."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(scripts, "_said", set())
 
 
 @pytest.fixture(scope="module")

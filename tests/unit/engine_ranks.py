@@ -12,7 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 
 from tests.unit.engine_real import answer_length, real_step, words_and_targets
 from tests.unit.engine_toys import collate, cut, make_samples, make_toy
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 from utils.engine.deepspeed_engine import DeepSpeedEngine
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import open_runtime

@@ -16,7 +16,7 @@ import torch
 
 import chat
 from tests.unit.pseudo_terminal import own_terminal
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 
 
 class Wording:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.cli import scripts
 from utils.cli.arguments import TrainArguments, parse_chat, parse_evaluate, parse_merge, parse_train, preprocessor_side
 from utils.cli.command_line import options_of
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
+from utils.cli.logs import configure_logging
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,9 +58,7 @@ README_TRAIN = [
 
 
 @pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test hears what a fresh process would say."""
-    monkeypatch.setattr(scripts, "_said", set())
+def without_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
 
 
@@ -195,7 +193,7 @@ def test_flags_without_effect_say_why_once_on_rank_0(capsys: pytest.CaptureFixtu
     assert said.count("no SAM") == 1 and "--no_separate_mm_projector" in said and "--masks_process_with_clip" in said
     parse_train(words)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(scripts, "_said", set())
+    configure_logging()
     monkeypatch.setenv("RANK", "1")
     parse_train(words)
     assert capsys.readouterr().err == ""

@@ -13,7 +13,7 @@ from tests.unit.tiny_bases import options, write_language_model, write_tower
 from tests.unit.tiny_batches import ONE, TWO, make_batch
 from tests.unit.tiny_pixellm import make_model
 from utils.checkpoints.builder import BuildError, ModelOptions, build_model, save_model
-from utils.cli.scripts import explain
+from utils.cli.errors import explain
 
 Change = Callable[[Path], object]
 Tensors = dict[str, torch.Tensor]

@@ -16,8 +16,7 @@ import chat
 from model.predictor import Predictor
 from tests.unit.tiny_pixellm import make_model, noise, saying
 from utils.checkpoints.builder import BuiltModel
-from utils.cli import scripts
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 from utils.serving.terminal import Terminal
 
 SAID = "It is the red circle {seg} and the blue square {seg}."
@@ -38,7 +37,6 @@ def loaded(built: BuiltModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
         return Predictor(built.model, built.processor)
 
     monkeypatch.setattr(chat.Predictor, "from_pretrained", load)
-    monkeypatch.setattr(scripts, "_said", set())
     with saying(built, [SAID]):
         yield asked
 

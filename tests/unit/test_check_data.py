@@ -16,7 +16,7 @@ from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, annotation, corners, muse_instance, ref, shape, square
 from tests.unit.tiny_pixellm import make_model
 from utils.checkpoints.builder import save_model
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 from utils.data.check.examine import Examination
 from utils.data.check.leaks import image_key
 from utils.data.check.report import BROKEN, HARMLESS, LEFT_OUT, MISSING

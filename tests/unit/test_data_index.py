@@ -74,7 +74,7 @@ def test_records_come_back_as_they_were(root: Path) -> None:
         with pytest.raises(IndexError, match="record 3 of 3"):
             found[3]
     assert len(parsed) == 1, "the second time nothing is parsed"
-    assert not list(root.glob(".index/*.tmp"))
+    assert not list(root.glob(".index/*.draft"))
 
 
 def test_it_is_made_again_when_it_does_not_fit(root: Path) -> None:

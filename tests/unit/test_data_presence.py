@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit import data_sets
-from utils.cli import scripts
 from utils.cli.arguments import TrainArguments
+from utils.cli.errors import explain
 from utils.data.errors import DataError
 from utils.data.readers.registry import FAMILIES, build_reader, parts_of
 from utils.data.requested_sets import absences, asked_for_evaluation, asked_for_training
@@ -20,14 +20,12 @@ def arguments(root: Path, **flags: str) -> TrainArguments:
     return TrainArguments(version="base", dataset_dir=str(root), **flags)
 
 
-def test_all_of_the_readmes_data_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("utils.data.requested_sets.note", said.append)
+def test_all_of_the_readmes_data_are_named_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data_sets.write_refer_seg(tmp_path)
     with pytest.raises(DataError, match=r"ade20k/images/training is missing, and \d+ more of what was asked") as caught:
         refuse_missing_data(arguments(tmp_path))
     assert "\n" not in str(caught.value)
-    (table,) = said
+    (table,) = caplog.messages
     for path in ("ade20k/annotations/training", "mapillary/config_v2.0.json", "refer_seg/refcoco+/refs(unc).p"):
         assert str(tmp_path / path) in table
     assert "llava_instruct_150k.json of liuhaotian" in table and "ReasonSeg archive" in table
@@ -56,7 +54,7 @@ def test_only_what_the_run_needs_is_asked_for(tmp_path: Path) -> None:
 def test_a_missing_root_is_told_first(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no data root") as caught:
         refuse_missing_data(arguments(tmp_path / "nowhere"))
-    assert caught.value.cause == "missing data root" and scripts.explain(caught.value)
+    assert caught.value.cause == "missing data root" and explain(caught.value)
 
 
 @pytest.mark.parametrize("name", EVERY_SET)

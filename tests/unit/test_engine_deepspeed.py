@@ -11,7 +11,7 @@ import torch
 
 from tests.unit.engine_real import real_step, words_and_targets, write_real
 from tests.unit.engine_toys import cut, make_samples, make_toy
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.engine.checkpoints import latest_tag
 from utils.engine.deepspeed_engine import full_config, read_user_config
 from utils.engine.plain_engine import PlainEngine

@@ -17,9 +17,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.unit.engine_toys import ToyBatch, cut, make_samples, make_toy
-from utils.cli import scripts
+from utils.cli.errors import UserError, explain, run_script
 from utils.cli.run_card import find_run_card, write_run_card
-from utils.cli.scripts import UserError, explain, run_script
 from utils.engine import plain_engine, prepare
 from utils.engine.checkpoints import keep_as, latest_tag, point_to, remove_superseded, seal, tag_of
 from utils.engine.fit import BEST, CHECKPOINT, Plan, Run
@@ -168,7 +167,7 @@ def test_torch_wraps_a_full_disk_and_it_is_still_one_sentence(tmp_path: Path) ->
         "from pathlib import Path\n"
         "from tests.unit.test_engine_fit import engine\n"
         "from utils.engine.saving import save_checkpoint\n"
-        "from utils.cli.scripts import run_script\n"
+        "from utils.cli.errors import run_script\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "big = engine()\n"
         "big.model.large = torch.nn.Parameter(torch.zeros(300_000))\n"
@@ -223,7 +222,6 @@ def test_the_run_card_is_found_from_what_training_left(tmp_path: Path) -> None:
 def test_which_engine_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(scripts, "_said", set())
     assert open_runtime("auto", 0, "fp32").engine == "plain"
     assert open_runtime("deepspeed", -1, "fp32").engine == "deepspeed"
     with pytest.raises(UserError, match="fp16 needs a GPU"):
@@ -251,7 +249,6 @@ def test_setting_up_compiles_once_or_says_why_not(
     """A compiler that is broken stops the set-up; none at all does not, as the plain engine needs none."""
     problem = deepspeed_problem(CPU)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(scripts, "_said", set())
     if problem is None:
         done = subprocess.run(
             [sys.executable, "-m", "utils.engine.prepare"],

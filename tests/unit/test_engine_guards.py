@@ -20,8 +20,7 @@ import pytest
 import torch
 
 from tests.unit.engine_toys import ToyBatch, collate, cut, make_samples, make_toy
-from utils.cli import scripts
-from utils.cli.scripts import Stopped, UserError, run_script
+from utils.cli.errors import Stopped, UserError, run_script
 from utils.data.bad_samples import BAD_SAMPLES
 from utils.engine import checkpoints, fit
 from utils.engine.checkpoints import latest_tag, tags
@@ -36,11 +35,6 @@ from utils.engine.stepping import OptimizerSettings, Schedule
 
 CPU = torch.device("cpu")
 STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts, "_said", set())
 
 
 def engine(seed: int = 0) -> PlainEngine:
@@ -285,7 +279,7 @@ import os, signal, sys, time
 from pathlib import Path
 from tests.unit.test_engine_guards import batches, engine, plan
 from utils.engine.fit import Run
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 
 def slow(step, batch):
     if step == 2:
@@ -366,7 +360,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from utils.engine.lock import lock_folder
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 
 def main(_):
     lock_folder(Path(sys.argv[1]))

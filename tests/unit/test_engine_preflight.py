@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from tests.unit.engine_toys import make_toy
-from utils.cli import scripts
 from utils.cli.arguments import parse_train
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.engine.preflight import batch_arithmetic, draws, memory_needed, memory_there, require_rows, under_chance
 from utils.engine.stale_locks import clear_stale_locks
 
@@ -66,10 +65,7 @@ def locked(root: Path) -> Path:
     return lock
 
 
-def test_a_lock_that_nobody_holds_is_removed_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(scripts, "_said", set())
+def test_a_lock_that_nobody_holds_is_removed_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     lock = locked(tmp_path)
     with lock.open():
         clear_stale_locks(first=True, root=tmp_path)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.unit.engine_toys import WIDTH, ToyBatch, collate, cut, gradients, make_samples, make_toy
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.probe import GradientError, find_probe_batch, probe_gradients
 from utils.engine.stepping import OptimizerSettings, Schedule, make_optimizer, set_learning_rate, to_precision

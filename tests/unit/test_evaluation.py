@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.data.samples import IGNORE_LABEL, Sample, Target, Turn
 from utils.evaluation import ask as evaluation
 from utils.evaluation.aggregate import intervals

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_rle
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.data.samples import Target, Turn
 from utils.evaluation import compare, fingerprints, tables
 from utils.evaluation import html_report as pages

@@ -14,7 +14,7 @@ from demo.scenes import HELD_OUT_SPEC, SceneSettings, write_scene_data
 from demo.scenes.planning import SceneDataSettings
 from tests.unit.tiny_pixellm import make_model
 from utils.checkpoints.builder import save_model
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 
 QUESTIONS = 20
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.unit import data_sets
 from tests.unit.tiny_pixellm import make_model, noise
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.data.samples import NO_IMAGE, Sample, Turn
 from utils.evaluation import compare, metrics, text_quality
 from utils.evaluation import html_report as pages

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.unit.judge_server import Reply, completion, judge_server, says
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.data.samples import SEG_MARKER
 from utils.evaluation.judge import asking, prompts, scoring
 from utils.evaluation.judge.asking import ReplyCache, Unanswered, ask_all

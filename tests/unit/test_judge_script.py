@@ -14,7 +14,7 @@ from tests.unit.test_judge import KEY
 from tests.unit.tiny_bases import write_language_model
 from tests.unit.tiny_pixellm import make_model, saying
 from utils.checkpoints.builder import save_model
-from utils.cli.scripts import run_script
+from utils.cli.errors import run_script
 from utils.evaluation.judge import local
 
 

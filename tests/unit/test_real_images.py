@@ -13,7 +13,7 @@ from demo.stages import Stage, Stages
 from demo.tiny import TinyShape, make_tiny
 from utils.checkpoints.builder import MASK_PARTS, ModelOptions, build_model, save_model
 from utils.cli.arguments import model_options, parse_train
-from utils.cli.scripts import UserError, run_script
+from utils.cli.errors import UserError, run_script
 
 CONFIG = "configs/real_images.yaml"
 SCORES = ("giou", "ciou", "giou_teacher_forced", "giou_shuffled", "target_count_accuracy", "text_accuracy")

@@ -16,7 +16,7 @@ from utils.checkpoints.builder import BuildError, BuiltModel, ModelOptions, buil
 from utils.checkpoints.export import write_folder
 from utils.checkpoints.layouts import recognise
 from utils.checkpoints.tensor_files import stored_in
-from utils.cli.scripts import explain
+from utils.cli.errors import explain
 
 LLAVAS = ("v1", "1.5", "old transformers", "new transformers")
 IN_TRANSFORMERS = LLAVAS[2:]

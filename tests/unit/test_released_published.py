@@ -34,7 +34,7 @@ from utils.checkpoints.released_checkpoints import (
     state_dict_from_release,
 )
 from utils.checkpoints.tensor_files import stored_in
-from utils.cli.scripts import explain, run_script
+from utils.cli.errors import explain, run_script
 
 SIXTH, HALF = torch.full((2, 3), 1 / 6), torch.full((2,), 1 / 2)
 

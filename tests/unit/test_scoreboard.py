@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from demo.scoreboard import Bar, compare, missed, table, write_json
+from demo.scoreboard import Bar, compare, missed, table
+from utils.cli.atomic_files import write_json
 
 SCORES = {"giou": 0.78, "n": 1000, "giou_by_kind": {"direct": 0.849}, "baselines": {"everything": 0.40}, "name": "x"}
 

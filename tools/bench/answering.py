@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from demo.scoreboard import write_json
 from model.modeling_pixellm import PixelLMForCausalLM
 from tools.bench import baselines as base
 from tools.bench import measure as measure
 from tools.bench.measure import Range
+from utils.cli.atomic_files import write_json
+from utils.cli.errors import run_script
 from utils.cli.run_card import versions
-from utils.cli.scripts import run_script
 
 LENGTH, TARGETS, MASK_ATOL = 58, 3, 3e-5
 AT_LEAST = {

@@ -20,11 +20,12 @@ from transformers import LlamaTokenizer
 
 from demo.real_images import VARIABLE
 from demo.scenes import tokenizer_corpus
-from demo.scoreboard import compare, missed, table, write_json
+from demo.scoreboard import compare, missed, table
 from demo.tiny import train_tokenizer
 from model.processing_pixellm import PixelLMProcessor
 from tools.bench import data_loading as bench
-from utils.cli.scripts import run_script
+from utils.cli.atomic_files import write_json
+from utils.cli.errors import run_script
 from utils.data.index import INDEX_FOLDER
 
 VOCABULARY = 2000

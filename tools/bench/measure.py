@@ -1,6 +1,7 @@
 """Measuring: ways of doing the same thing in turns, medians with ranges, memory of a process, what memory gives."""
 
 import json
+import logging
 import statistics
 import subprocess
 import time
@@ -10,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from utils.cli.scripts import note
+logger = logging.getLogger(__name__)
+
 
 Range = dict[str, float]
 T = TypeVar("T")
@@ -46,7 +48,7 @@ class Phases:
         start = time.perf_counter()
         result = work()
         self.seconds[name] = time.perf_counter() - start
-        note(f"{name} took {self.seconds[name]:.0f} s, {sum(self.seconds.values()):.0f} s since the start")
+        logger.info(f"{name} took {self.seconds[name]:.0f} s, {sum(self.seconds.values()):.0f} s since the start")
         return result
 
 

@@ -7,6 +7,7 @@ python tools/bench/training.py --size tiny   the same road in a minute on a CPU,
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -19,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from demo.scoreboard import write_json
 from tools.bench.measured_training import TRAINED_SHAPES, batch_to_train, model_to_train
+from utils.cli.atomic_files import write_json
+from utils.cli.errors import run_script
 from utils.cli.run_card import versions
-from utils.cli.scripts import note, run_script
 from utils.data.collate import Batch
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.probe import probe_gradients
@@ -30,6 +31,8 @@ from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.stepping import OptimizerSettings, to_precision
 from utils.engine.throughput import Costs, forget_peak_memory
+
+logger = logging.getLogger(__name__)
 
 WARM_UP, RATE, STAGE, PRECISION = 2, 1e-4, 2, "bf16"
 PARTS = ("forward", "backward", "optimizer", "communication", "other")
@@ -129,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     for batch, checkpointing in product(args.batches.split(","), ("on", "off")):
         said = subprocess.run([*command, "--case", batch, checkpointing], check=True, stdout=subprocess.PIPE, text=True)
         cases[f"{batch} {checkpointing}"] = json.loads(said.stdout.splitlines()[-1])
-        note(f"batch {batch}, checkpointing {checkpointing}: done")
+        logger.info(f"batch {batch}, checkpointing {checkpointing}: done")
     write_json(
         args.out / "training.json", {"size": args.size, "bits": args.bits, "versions": versions(), "cases": cases}
     )

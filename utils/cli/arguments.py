@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from utils.cli.command_line import Arguments, option, options_of, parse
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.evaluation.protocols import TEACHER, split_protocols
 
 SEPARATOR = "||"

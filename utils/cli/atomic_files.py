@@ -1,16 +1,41 @@
-"""Text files that are there whole or not at all."""
+"""Files that are there whole or not at all."""
 
+import contextlib
+import json
 import os
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 
-def write_whole(path: Path, texts: Iterable[str]) -> None:
-    """Write texts one after the other, in UTF-8; who reads meanwhile sees what was there before, never half a file.
+@contextlib.contextmanager
+def open_atomic(path: str | os.PathLike[str], mode: str = "w", *, sync: bool = False) -> Iterator[IO[Any]]:
+    """A new file that takes the place of `path` when the block ends without an error.
 
-    OSError when it cannot be written.
+    Who reads meanwhile sees what was there before, never half a file. Text is UTF-8.
+
+    Args:
+        mode: "w" or "wb". sync: wait until the disk has it.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    draft = path.with_suffix(".draft")  # a name that no pattern for `path` matches
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(texts)
-    os.replace(draft, path)
+    draft = f"{os.fspath(path)}.{socket.gethostname()}.{os.getpid()}.draft"
+    try:
+        with open(draft, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` with two spaces a level, and the folders above it where they are not there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_atomic(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")

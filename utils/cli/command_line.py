@@ -7,6 +7,7 @@ nowhere else. Values come from, later ones winning: the defaults, the file named
 import argparse
 import dataclasses
 import difflib
+import logging
 import sys
 import types
 import typing
@@ -15,7 +16,9 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
 
-from utils.cli.scripts import UserError, note
+from utils.cli.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound="Arguments")
 
@@ -232,7 +235,7 @@ def parse(kind: type[T], argv: list[str] | None, *, prog: str, description: str)
     except UserError as error:
         parser.error(str(error))
     for sentence in _effectless(arguments):
-        note(f"{prog}: {sentence}")
+        logger.warning(f"{prog}: {sentence}")
     return arguments
 
 

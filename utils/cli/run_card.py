@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 
 RUN_CARD = "run.json"
 PACKAGES = (

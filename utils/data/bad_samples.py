@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from utils.cli.logs import EVERY_RANK
 from utils.data.errors import DataError
 
 _BETWEEN_WORDS = re.compile("(?<=[a-z])(?=[A-Z])")
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 BAD_SAMPLES = "bad_samples"
 """Key of Example.info: the list of BadSample another sample stands in for."""
@@ -61,7 +62,7 @@ class BadSamples:
                 self._count(cause, message)
         total = self.counts.total()
         if total > self.most * max(self.seen, _FEW):
-            _LOG.error("%s", self.table())
+            logger.error("%s", self.table())
             raise DataError(
                 f"{total} of {self.seen} samples cannot be used, more than --max_bad_samples {self.most:g} allows: put "
                 f"right what the table lists, or allow more"
@@ -81,5 +82,7 @@ class BadSamples:
     def _count(self, cause: str, message: str) -> None:
         if cause not in self.first:
             self.first[cause] = message
-            _LOG.warning("a sample is left out, more of the kind are only counted (%s): %s", cause, message)
+            logger.warning(
+                "a sample is left out, more of the kind are only counted (%s): %s", cause, message, extra=EVERY_RANK
+            )
         self.counts[cause] += 1

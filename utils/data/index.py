@@ -19,18 +19,19 @@ import mmap
 import os
 import pickle
 import re
-import socket
 import struct
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import IO, Any
 
-from utils.cli.scripts import note
+from utils.cli.atomic_files import open_atomic
 from utils.data.errors import DataError
 from utils.data.files import digest_of_file
 from utils.data.readers.pickles import unpickle_plain
+
+logger = logging.getLogger(__name__)
 
 INDEX_FOLDER = "PIXELLM_INDEX_DIR"
 """Variable of the environment that names the folder of indexes where --index_dir does not."""
@@ -44,8 +45,6 @@ _MAGIC = b"PixelLM index 1\n"
 _PLACE = struct.Struct("<Q")
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -192,7 +191,7 @@ def open_index(
     with _only_one(f"{place}.lock", name):
         known = _valid(place, layout, found, thorough)  # another process may have made it meanwhile
         if known is None:
-            note(f"{name} is indexed, once, into {place}")
+            logger.info(f"{name} is indexed, once, into {place}")
             _write(place, layout, found, parse)
             known = RecordIndex.open(place)
     return known
@@ -228,7 +227,9 @@ def _valid(place: str, layout: str, sources: Sequence[Source], thorough: bool) -
     if thorough:
         contents = [digest_of_file(source.path) for source in sources]
         if contents != [one["content"] for one in known] or not index.is_sound():
-            note(f"{place} does not fit its annotation files any more, whose size and time are the same: made again")
+            logger.warning(
+                f"{place} does not fit its annotation files any more, whose size and time are the same: made again"
+            )
             return None
     return index
 
@@ -249,7 +250,7 @@ def _first_writable(places: Sequence[str]) -> str:
             continue
         if reasons:
             where = f"the index cannot be kept in {reasons[0]}: it is kept in {folder}"
-            note(f"{where}; --index_dir or {INDEX_FOLDER} name another place")
+            logger.warning(f"{where}; --index_dir or {INDEX_FOLDER} name another place")
         return place
     raise DataError(
         f"the index of the annotations cannot be kept in {' nor in '.join(reasons)}; expected a folder that can be "
@@ -267,7 +268,7 @@ def _only_one(lock: str, name: str) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _LOG.info("waiting for another process that indexes %s", name)
+            logger.info("waiting for another process that indexes %s", name)
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -277,13 +278,9 @@ def _only_one(lock: str, name: str) -> Iterator[None]:
 
 def _write(place: str, layout: str, sources: Sequence[Source], parse: Parse) -> None:
     """Make the index at `place`; one that is there stays until the new one is whole."""
-    unfinished = f"{place}.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
-        with open(unfinished, "wb", buffering=1 << 20) as stream:
+        with open_atomic(place, "wb", sync=True) as stream:
             _fill(stream, layout, sources, parse)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, place)
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise
@@ -292,9 +289,6 @@ def _write(place: str, layout: str, sources: Sequence[Source], parse: Parse) -> 
             f"--index_dir or {INDEX_FOLDER}",
             cause="no folder for the index",
         ) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
 
 
 def _in_memory(layout: str, sources: Sequence[Source], parse: Parse) -> bytes:
@@ -303,7 +297,7 @@ def _in_memory(layout: str, sources: Sequence[Source], parse: Parse) -> bytes:
     return stream.getvalue()
 
 
-def _fill(stream: BinaryIO, layout: str, sources: Sequence[Source], parse: Parse) -> None:
+def _fill(stream: IO[bytes], layout: str, sources: Sequence[Source], parse: Parse) -> None:
     gathered, hashed = Gathered(), hashlib.sha256()
     stream.write(_MAGIC + _PLACE.pack(0))
     begins = array("Q", [len(_MAGIC) + _PLACE.size])

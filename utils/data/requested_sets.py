@@ -1,15 +1,17 @@
 """Which data sets the flags of a run ask for, and which of their files are not there."""
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from utils.cli.scripts import note
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
 from utils.data.readers.registry import JOIN, evaluation_sets, parts_of, training_sets
 from utils.data.required_files import Absence, absence_sentence, absence_table, absent_parts
+
+logger = logging.getLogger(__name__)
 
 
 class DataFlags(Protocol):
@@ -70,5 +72,5 @@ def refuse_absent(asked: Iterable[AskedSet], root: str | os.PathLike[str]) -> No
     missing = absences(asked, root)
     if missing:
         if len(missing) > 1:
-            note(f"missing in {root}:\n{absence_table(missing)}")
+            logger.warning(f"missing in {root}:\n{absence_table(missing)}")
         raise DataError(absence_sentence(missing), cause="missing file")

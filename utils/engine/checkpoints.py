@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 
 LATEST = "latest"
 MANIFEST = "manifest.json"

@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from utils.cli.scripts import UserError, note
+from utils.cli.errors import UserError
 from utils.engine.plain_engine import WEIGHTS
 from utils.engine.process_group import Peers, peers
 from utils.engine.protocol import StepReport, TrainingBatch
@@ -42,6 +42,8 @@ from utils.engine.stepping import (
     weighted_loss,
 )
 from utils.engine.throughput import StepClock
+
+logger = logging.getLogger(__name__)
 
 # What the loop decides; a --deepspeed_config may not say otherwise.
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping") + (
@@ -329,7 +331,7 @@ class DeepSpeedEngine(Peers):
 
     def _load_reshaped(self, place: Path, written: tuple[int, int]) -> dict[str, Any]:
         stage, ranks = written
-        note(
+        logger.info(
             f"{place} was written under ZeRO stage {stage}{f' by {ranks} processes' if ranks else ''}, this run has "
             f"stage {self.zero_stage} and {self.world_size}: each process takes its part of the whole"
         )

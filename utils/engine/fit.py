@@ -1,6 +1,7 @@
 """The training loop: steps, curves, validation, checkpoints. It knows an engine and batches, nothing of the model."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from utils.cli.scripts import Stopped, UserError, note
+from utils.cli.errors import Stopped, UserError
 from utils.engine.checkpoints import keep_as, latest_tag, write_safely
 from utils.engine.lock import require_shared
 from utils.engine.nan_guard import Guard
@@ -24,6 +25,8 @@ from utils.engine.stepping import Schedule
 from utils.engine.stopping import StopRequest, under_launcher
 from utils.engine.tensorboard_logger import Curves
 from utils.engine.throughput import Costs, profiler
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT, BEST = "ckpt_model", "ckpt_model_best"
 VALIDATION = "validation.json"
@@ -110,7 +113,7 @@ class Run:
         self._check_samples(place, progress)
         self.progress, self._saved_step = progress, progress.step
         self._take_validation(progress.step)
-        note(f"going on from step {progress.step} of {place}")
+        logger.info(f"going on from step {progress.step} of {place}")
 
     def _check_samples(self, place: Path, progress: Progress) -> None:
         """The order of the data stays what it was only where steps have as many samples as before."""
@@ -148,10 +151,10 @@ class Run:
                     self._validate(curves)
                 if first >= self.plan.total_steps:
                     total = self.plan.total_steps
-                    note(f"this run of {total} steps is complete: raise --max_steps or --epochs to go on")
+                    logger.warning(f"this run of {total} steps is complete: raise --max_steps or --epochs to go on")
                 else:
                     self._steps(batches(first), curves)
-                    note(self.costs.summary())
+                    logger.info(self.costs.summary())
         finally:
             curves.close()
             self.journal.close()

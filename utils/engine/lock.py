@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.engine.protocol import Engine
 
 LOCK, TOKEN = "run.lock", ".shared"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.engine.protocol import Engine, StepReport
 
 DUMPS, SPIKES = "bad_batches", "spikes.jsonl"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.engine.process_group import Peers
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.stepping import (

@@ -1,5 +1,6 @@
 """Before the first step: what a run is about to do, in numbers, and what would go wrong much later."""
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from utils.cli.arguments import TrainArguments
-from utils.cli.scripts import UserError, note
+from utils.cli.errors import UserError
 from utils.data.mixture import Mixture
 from utils.engine.runtime import Runtime
 from utils.engine.stepping import numbers_in
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 # Bytes for each number that trains, beside the weight itself: gradient, and AdamW's two moments, all in float32.
@@ -31,11 +34,13 @@ CHECKLIST = (
 def preflight(args: TrainArguments, runtime: Runtime, model: Any, tokens: int, mixture: Mixture) -> None:
     """Say what the run is about to do, and refuse what cannot go well. tokens: see `require_rows`."""
     require_rows(tokens, model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
-    note(mixture.describe())
-    note(batch_arithmetic(args, runtime.world_size))
+    logger.info(mixture.describe())
+    logger.info(batch_arithmetic(args, runtime.world_size))
     samples = args.batch_size * runtime.world_size * args.grad_accumulation_steps * args.total_steps()
     readers = mixture.readers
-    note(draws([reader.name for reader in readers], mixture.shares, [len(reader) for reader in readers], samples))
+    logger.info(
+        draws([reader.name for reader in readers], mixture.shares, [len(reader) for reader in readers], samples)
+    )
     say_memory(model, runtime, args.zero_stage if runtime.engine == "deepspeed" else 0)
 
 
@@ -102,9 +107,11 @@ def say_memory(model: nn.Module, runtime: Runtime, stage: int) -> None:
     needed = memory_needed(model, stage, runtime.world_size)
     there = memory_there(runtime.device, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
     known = "" if there is None else f" of {there / GIB:.2f} GiB"
-    note(f"weights, gradients and optimizer take about {needed / GIB:.2f} GiB{known} per rank; activations come on top")
+    logger.info(
+        f"weights, gradients and optimizer take about {needed / GIB:.2f} GiB{known} per rank; activations come on top"
+    )
     if there is not None and needed > there:
-        note(
+        logger.warning(
             "warning: that does not fit: more ranks with --zero_stage 3, offload in --deepspeed_config, --precision "
             "bf16 or fewer parts that train take less"
         )

@@ -3,12 +3,15 @@
 python -m utils.engine.prepare
 """
 
+import logging
 import subprocess
 import sys
 
-from utils.cli.scripts import UserError, note, run_script
+from utils.cli.errors import UserError, run_script
 from utils.engine.runtime import deepspeed_problem, device_here
 from utils.engine.stale_locks import clear_stale_locks
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     device = device_here()
     problem = deepspeed_problem(device)
     if problem is not None:
-        note(f"{problem}: training will be in one process, with the plain engine")
+        logger.warning(f"{problem}: training will be in one process, with the plain engine")
     elif device.type == "cpu":
         clear_stale_locks(first=True)
         from utils.engine.deepspeed_engine import connect  # not installed on every laptop

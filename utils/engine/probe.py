@@ -1,5 +1,6 @@
 """Before training: does every parameter that should train get a gradient, and no other?"""
 
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.cli.scripts import UserError, note
+from utils.cli.errors import UserError
 from utils.engine.protocol import B, TrainingBatch
 from utils.engine.stepping import autocast, weighted_loss
+
+logger = logging.getLogger(__name__)
 
 LONGEST_SEARCH = 256  # batches
 
@@ -74,7 +77,7 @@ def say_reached(model: nn.Module) -> None:
     trains = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in model.parameters())
     share = f"{sum(trains):,} of {total:,} numbers"
-    note(f"gradients reach all of the {len(trains)} tensors that train ({share}), and no other")
+    logger.info(f"gradients reach all of the {len(trains)} tensors that train ({share}), and no other")
 
 
 def _compare_flags(parameters: dict[str, nn.Parameter], expected: set[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 
 # How gloo and NCCL word that a peer is gone.
 BROKEN_CONNECTION = (

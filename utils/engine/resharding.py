@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from deepspeed.utils import zero_to_fp32
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
 MODEL_FILE = "mp_rank_00_model_states.pt"

@@ -1,6 +1,7 @@
 """Which process this is, on which device, and which engine runs here."""
 
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils.cli.scripts import UserError, note
+from utils.cli.errors import UserError
 from utils.engine.stale_locks import clear_stale_locks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _choose(engine: str, launched: bool, world_size: int, device: torch.device) 
         return "deepspeed"
     if engine == "deepspeed" or world_size > 1:
         raise UserError(f"{problem}; without it, add --engine plain")
-    note(f"{problem}: using the plain engine")
+    logger.warning(f"{problem}: using the plain engine")
     return "plain"
 
 

@@ -3,17 +3,20 @@
 All ranks call everything here together.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.cli.scripts import UserError, note
+from utils.cli.errors import UserError
 from utils.engine import checkpoints
 from utils.engine.checkpoints import writing
 from utils.engine.protocol import Engine
 from utils.engine.random_state import random_file, random_state, restore_random_state
 from utils.engine.stepping import numbers_in
+
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(engine: Engine, folder: Path, step: int, client_state: dict[str, Any], keep_last: int = 1) -> Path:
@@ -66,7 +69,7 @@ def newest(engine: Engine, folder: Path) -> Path:
             "bring one back from a copy, or start anew with --no_auto_resume"
         )
     for name, why in skipped.items():
-        note(f"passed over the checkpoint {folder / name}: {why}")
+        logger.warning(f"passed over the checkpoint {folder / name}: {why}")
     if tag is None:
         raise UserError(f"there is no checkpoint in {folder}: expected folders step1, step2, … with a manifest in each")
     return folder / tag if tag else folder
@@ -80,5 +83,7 @@ def load_checkpoint(engine: Engine, place: Path) -> dict[str, Any]:
     if ranks == engine.world_size and path.is_file():
         restore_random_state(torch.load(path, map_location="cpu", weights_only=True), engine.device)
     else:
-        note(f"{place} was written by {ranks} processes and this run has {engine.world_size}: dropout is drawn anew")
+        logger.warning(
+            f"{place} was written by {ranks} processes and this run has {engine.world_size}: dropout is drawn anew"
+        )
     return client_state

@@ -1,5 +1,6 @@
 """From a run's arguments to its engine, its schedule and the steps' batches."""
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.cli.arguments import TrainArguments
-from utils.cli.scripts import UserError, note
+from utils.cli.errors import UserError
 from utils.data.bad_samples import BadSamples
 from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
@@ -26,6 +27,8 @@ from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime
 from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 
+logger = logging.getLogger(__name__)
+
 # Steps that float16 may overflow in a row until its loss scale has come down far enough; that is as it should be.
 FP16_SEARCH = 40
 
@@ -34,7 +37,9 @@ def make_plan(args: TrainArguments, world_size: int) -> Plan:
     """When a run of `world_size` processes steps, saves and validates."""
     total = args.total_steps()
     if args.warmup_steps >= total:
-        note(f"--warmup_steps {args.warmup_steps} outlasts the run of {total} steps: the full --lr is never reached")
+        logger.warning(
+            f"--warmup_steps {args.warmup_steps} outlasts the run of {total} steps: the full --lr is never reached"
+        )
     return Plan(
         Schedule(args.lr, total, args.warmup_steps, args.lr_schedule),
         total_steps=total,
@@ -64,7 +69,7 @@ def sharder(args: TrainArguments, runtime: Runtime) -> Callable[[nn.Parameter], 
     whole = [name for name in ("weight", "train_new_tokens_only") if getattr(args, name)]
     if whole or runtime.world_size == 1:
         if whole:
-            note(f"--{whole[0]}: every rank builds the whole model before ZeRO-3 shares it out")
+            logger.warning(f"--{whole[0]}: every rank builds the whole model before ZeRO-3 shares it out")
         return None
     return make_sharder(user_config)
 
@@ -222,9 +227,9 @@ class StepBatches:
         found = {name.removeprefix("dropped_"): count for name, count in self.lost.items() if count}
         if found:
             what = ", ".join(f"{count} {name}" for name, count in found.items())
-            note(f"left out on this rank because they do not fit into --model_max_length: {what}")
+            logger.warning(f"left out on this rank because they do not fit into --model_max_length: {what}")
         if self.bad.counts:
-            note(f"on this rank {self.bad.table()}")
+            logger.info(f"on this rank {self.bad.table()}")
 
 
 def run_facts(runtime: Runtime, batches: StepBatches, first_step: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Locks of DeepSpeed's compiled parts that a killed run left: the next start would wait for them for ever, silently."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -7,7 +8,9 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import get_default_build_root
 
-from utils.cli.scripts import UserError, note
+from utils.cli.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PATTERN = "deepspeed_*/lock"
 PATIENCE = 60.0  # seconds
@@ -50,7 +53,7 @@ def _remove(lock: Path) -> None:
             f"{lock} was left by a run that was killed, DeepSpeed would wait for it for ever, and it cannot be removed "
             f"({error.strerror}): remove it by hand"
         ) from error
-    note(f"removed {lock}, which a run that was killed had left: DeepSpeed would have waited for it for ever")
+    logger.warning(f"removed {lock}, which a run that was killed had left: DeepSpeed would have waited for it for ever")
 
 
 def _is_open_somewhere(path: Path) -> bool:

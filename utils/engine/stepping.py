@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from demo.muon import Muon
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.engine.protocol import TrainingBatch
 
 STEP, MICRO_BATCH = "step", "micro_batch"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from utils.cli.scripts import rank
+from utils.cli.logs import rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One request may arrive more than once: sent to the whole group, and passed on by the launcher.

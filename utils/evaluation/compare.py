@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.data.samples import TEXT
 from utils.evaluation import bootstrap, text_quality
 from utils.evaluation import html_report as pages

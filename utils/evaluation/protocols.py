@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 
 FREE, TEACHER, RELEASE = "free", "teacher", "release"
 PROTOCOLS: Mapping[str, str] = {

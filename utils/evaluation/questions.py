@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.data.samples import NO_IMAGE, TEXT, Sample, Turn
 from utils.evaluation.protocols import FREE, RELEASE, TEACHER
 

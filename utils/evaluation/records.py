@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli.atomic_files import write_whole
-from utils.cli.scripts import UserError
+from utils.cli.atomic_files import open_atomic
+from utils.cli.errors import UserError
 from utils.evaluation import metrics
 from utils.evaluation.ask import Pairing, Scored, Spoken
 from utils.evaluation.mask_codes import encoded
@@ -147,7 +147,8 @@ class Lines:
         self._ranks.wait()  # all have read what is there
         if self._ranks.rank == 0:
             # The earlier part is replaced in one go: being ended now must not cost it.
-            write_whole(self._part, map(_text, [self._run, *self._earlier.values()]))
+            with open_atomic(self._part) as file:
+                file.writelines(map(_text, [self._run, *self._earlier.values()]))
             for path in parts_of(self._folder):
                 if path != self._part:
                     path.unlink()
@@ -174,7 +175,8 @@ class Lines:
             return []
         records = read_records(self._folder, self._run)
         lines = [_text(record["line"]) for _, record in sorted(records.items())]
-        write_whole(self._folder / SAMPLES, lines)
+        with open_atomic(self._folder / SAMPLES) as file:
+            file.writelines(lines)
         for path in parts_of(self._folder):
             path.unlink()
         return [records[key_of(question)] for question in order]

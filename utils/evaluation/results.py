@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.evaluation.aggregate import Figures, intervals
 from utils.evaluation.protocols import PROTOCOLS
 

@@ -3,6 +3,7 @@
 What knows a model is handed in: a predictor, and what draws.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from demo.scoreboard import write_json
 from utils.cli.arguments import EvaluateArguments
+from utils.cli.atomic_files import write_json
 from utils.cli.run_card import versions
-from utils.cli.scripts import note
 from utils.data.readers.registry import MUSE
 from utils.data.requested_sets import asked_for_evaluation, refuse_absent
 from utils.evaluation import fingerprints
@@ -32,6 +32,8 @@ from utils.evaluation.results import RESULTS, merged, protocol_facts, read_resul
 from utils.evaluation.resume import figures_of, key_of
 from utils.evaluation.sets import ScoredSets
 from utils.evaluation.tables import score_table
+
+logger = logging.getLogger(__name__)
 
 GALLERY = "gallery.png"
 SETTINGS = ("batch_size", "limit", "max_new_tokens", "shuffled", "precision", "attn_implementation", "device")
@@ -64,7 +66,7 @@ class Session:
             refuse_judge(args)
             read_prompt(args.judge_prompt or PROMPT_FILE)
         elif args.judge_model:
-            note(
+            logger.warning(
                 f"evaluate.py: --judge_model: no effect, only free-running answers to {MUSE}|SPLIT are judged, and "
                 f"{','.join(args.protocols())} on {args.val_dataset} gives none"
             )
@@ -93,7 +95,9 @@ class Session:
         run = self._circumstances()
         with Lines(out, {name: value for name, value in run.items() if name != "command"}, self.ranks) as lines:
             if lines.earlier:
-                note(f"evaluate.py: {len(lines.earlier)} questions were scored before an earlier run ended: going on")
+                logger.info(
+                    f"evaluate.py: {len(lines.earlier)} questions were scored before an earlier run ended: going on"
+                )
             self._ask(predictor, lines)
             records = lines.finish(self.plan.questions)
         if self.ranks.rank != 0:

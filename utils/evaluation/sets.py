@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.data.readers.base import Reader
 from utils.data.readers.registry import EvalReader, build_eval_reader, evaluation_sets
 from utils.data.samples import Sample

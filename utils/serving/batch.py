@@ -1,6 +1,7 @@
 """Questions from a file: answers as JSON lines with run-length masks, and an overlay each; goes on where it stopped."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from utils.cli.atomic_files import write_whole
-from utils.cli.scripts import UserError, explain, note
+from utils.cli.atomic_files import open_atomic
+from utils.cli.errors import UserError, explain
 from utils.serving.files import AnswerLike, Draw, write_answer
 from utils.serving.terminal import one_line
+
+logger = logging.getLogger(__name__)
 
 RESULTS, OVERLAYS = "results.jsonl", "overlays"
 QUESTIONS_AT_ONCE = 8
@@ -52,9 +55,10 @@ def answer_file(questions: Path, out: Path, model: BatchModel, settings: dict[st
         (out / OVERLAYS).mkdir(parents=True, exist_ok=True)
         done = _earlier(path, settings)
         kept = [done[one] for one in asked if one in done]
-        write_whole(path, map(_text, kept))
+        with open_atomic(path) as file:
+            file.writelines(map(_text, kept))
         if kept:
-            note(f"{len(kept)} of {len(asked)} questions were answered before: going on behind them")
+            logger.info(f"{len(kept)} of {len(asked)} questions were answered before: going on behind them")
         waiting = [one for one in asked if one not in done]
         with path.open("a", encoding="utf-8") as file, tqdm(total=len(waiting), unit="question") as bar:
             for some in _chunks(waiting):
@@ -63,11 +67,12 @@ def answer_file(questions: Path, out: Path, model: BatchModel, settings: dict[st
                     file.flush()
                 bar.update(len(some))
         done = _earlier(path, settings)
-        write_whole(path, [_text(done[one]) for one in asked if one in done])
+        with open_atomic(path) as file:
+            file.writelines(_text(done[one]) for one in asked if one in done)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; choose another folder") from error
     for line in sorted(bad):
-        note(f"{questions} line {line}: {one_line(bad[line])}")
+        logger.warning(f"{questions} line {line}: {one_line(bad[line])}")
     return len(bad)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from utils.cli.scripts import UserError, explain
+from utils.cli.errors import UserError, explain
 from utils.serving.files import AnswerLike, Draw, check_image_name, free_name, target_lines, write_answer, write_page
 from utils.serving.terminal import Colour, Terminal
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.evaluation.answered import Answered
 from utils.serving.terminal import one_line
 

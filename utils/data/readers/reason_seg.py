@@ -25,7 +25,7 @@ from utils.data.templates import (
     with_reason_asked,
 )
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FOLDER = ("reason_seg", "ReasonSeg")
 _EXPLANATIONS = ("explanatory", "train.json")
@@ -159,7 +159,7 @@ class ReasonSegReader(Reader):
         """Explanations by image; none, with a warning, where the file is not there."""
         path = os.path.join(self._root.path, *_FOLDER, *_EXPLANATIONS)
         if not os.path.isfile(path):
-            _LOG.warning("%s is missing: ReasonSeg is read without explanations (--explanatory has no effect)", path)
+            logger.warning("%s is missing: ReasonSeg is read without explanations (--explanatory has no effect)", path)
             return {}
         explanations: dict[str, list[_Explanation]] = {}
         for record in expect(parse_json(read_bytes(path), path, _ENCODINGS), list, path):

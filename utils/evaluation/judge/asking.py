@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 
 IN_A_ROW = 3
 """After so many questions without a reply, one after the other, asking ends."""

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from utils.cli.arguments import JudgeArguments
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.evaluation.judge.asking import Judge
 from utils.evaluation.judge.endpoint import KEY_VARIABLE, Endpoint, Manners
 from utils.evaluation.judge.local import LocalJudge

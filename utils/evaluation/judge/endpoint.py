@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.evaluation.judge.asking import Unanswered
 
 KEY_VARIABLE = "JUDGE_API_KEY"

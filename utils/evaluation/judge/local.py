@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from utils.cli.scripts import UserError
+from utils.cli.errors import UserError
 from utils.evaluation import fingerprints
 
 MAX_NEW_TOKENS = 512

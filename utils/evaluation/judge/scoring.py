@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.cli.atomic_files import write_whole
-from utils.cli.scripts import UserError
+from utils.cli.atomic_files import open_atomic
+from utils.cli.errors import UserError
 from utils.evaluation import bootstrap
 from utils.evaluation.judge.asking import Judge, Replies, ReplyCache, ask_all
 from utils.evaluation.judge.prompts import HIGHEST, LOWEST, JudgePrompt, read_verdict, texts_for_judge
@@ -127,4 +127,5 @@ def _write_verdicts(
         one = {"id": line["id"], "dataset": line["dataset"], "question": line["question"], "answer": answer}
         one |= {"true_answer": truth, "iou": line["muse"]["iou"], "verdict": verdict, "reply": reply}
         told.append(json.dumps(one, ensure_ascii=False) + "\n")
-    write_whole(path, told)
+    with open_atomic(path) as file:
+        file.writelines(told)

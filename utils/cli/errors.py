@@ -1,4 +1,4 @@
-"""What every script does around its main(): turn a user's error into one sentence, speak once, look after threads."""
+"""What every script does around its main(): log to stderr, and turn a user's error into one sentence."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-_said: set[str] = set()
+from utils.cli.logs import configure_logging, rank
 
 
 class UserError(ValueError):
@@ -20,19 +20,6 @@ class UserError(ValueError):
 
 class Stopped(Exception):
     """A run was asked to stop and has kept everything; its message says how to go on. Not a failure."""
-
-
-def rank() -> int:
-    """This process's number among those of the launcher; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def note(message: str) -> None:
-    """Say `message` on stderr, once per process, on rank 0 only."""
-    if rank() == 0 and message not in _said:
-        _said.add(message)
-        sys.stderr.write(message.rstrip() + "\n")
-        sys.stderr.flush()
 
 
 def explain(error: BaseException) -> str | None:
@@ -53,6 +40,7 @@ def run_script(main: Callable[[list[str] | None], int | None], argv: list[str] |
     An error that is not a user's passes through with its traceback; one rank of several ends at once after it, so that
     the others, which wait for it, notice.
     """
+    configure_logging()
     try:
         return main(argv) or 0
     except Stopped as stopped:
