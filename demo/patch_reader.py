@@ -36,6 +36,9 @@ class PatchBatch:
     def as_kwargs(self) -> dict[str, Any]:
         return {"pixel_values": self.pixel_values, "labels": self.labels}
 
+    def counted(self) -> dict[str, Any]:
+        return {"labels": self.labels}
+
 
 @dataclass(frozen=True)
 class PatchReading:

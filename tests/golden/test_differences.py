@@ -140,7 +140,7 @@ class Recorded:
         images = sorted(name for name in tensors if name.startswith(f"{case}.in.masks."))
         self.inputs = {"labels": tensors[f"{case}.in.labels"], "masks": [tensors[name] for name in images]}
 
-    def as_kwargs(self) -> dict[str, Any]:
+    def counted(self) -> dict[str, Any]:
         return self.inputs
 
 

@@ -38,6 +38,9 @@ class ToyBatch:
     def as_kwargs(self) -> dict[str, Any]:
         return {"features": self.features, "labels": self.labels, "targets": self.targets}
 
+    def counted(self) -> dict[str, Any]:
+        return {"labels": self.labels, "targets": self.targets}
+
 
 class Adapter(nn.Module):
     """y = W x + B A x with W frozen; B starts at zero, as LoRA's does."""

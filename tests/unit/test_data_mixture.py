@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ from utils.data.mixture import Mixture, build_mixture
 from utils.data.readers.base import Reader, ReaderOptions
 from utils.data.samples import NO_IMAGE, Sample, Target, Turn
 from utils.engine.setup import make_mixture
+from utils.engine.stepping import count_step
 
 SIDE = 8
 SAIAPR = "refer_seg/images/saiapr_tc-12"
@@ -291,6 +293,22 @@ def test_batches_without_any_target_and_moving_them(image: str) -> None:
         *("input_ids", "attention_mask", "labels", "pixel_values", "resized_sizes", "original_sizes"),
         *("image_index", "masks", "target_questions"),
     ]
+
+
+def test_losses_are_counted_without_touching_an_image(image: str) -> None:
+    """A step asks every micro-batch for its counts: to normalise its images for that took half of its CPU time."""
+    sample = Sample(image, ((turn(1, 2),),), "d", "s")
+    batch = collate([dataset([sample], FakeProcessor())[0], dataset([sample], FakeProcessor())[0]])
+    normalised: list[int] = []
+    batch.normalise = lambda pixels, _: normalised.append(1) or pixels.float()  # type: ignore[func-returns-value]
+    model = Mock(loss_weights={"ce": 1.0})
+    model.count_losses = lambda labels, masks: {"ce": float((labels[:, 1:] != IGNORED_TOKEN).sum())}
+    labelled = int((batch.labels[:, 1:] != IGNORED_TOKEN).sum())
+    assert labelled > 0
+    assert count_step(model, [batch, batch], lambda numbers: numbers) == {"ce": 2 * labelled}
+    assert not normalised
+    batch.as_kwargs()
+    assert normalised == [1], "forward's arguments are what needs them"
 
 
 def test_a_batch_is_the_same_after_a_journey_between_processes(image: str) -> None:

@@ -94,6 +94,10 @@ class Batch:
         """The arguments of forward, images normalised."""
         return self._normalised()._arguments()
 
+    def counted(self) -> dict[str, Any]:
+        """The arguments of forward that losses are counted from; images stay as they are."""
+        return {"labels": self.labels, "masks": self.masks}
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _only, (Parcel([self]),)
 

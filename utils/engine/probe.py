@@ -26,7 +26,7 @@ def find_probe_batch(model: Any, batches: Iterable[B], wanted: Sequence[str]) ->
     """The first batch in which every loss named in `wanted` has something to count; GradientError when none does."""
     seen: dict[str, float] = {}
     for batch in islice(batches, LONGEST_SEARCH):
-        counts = model.count_losses(**batch.as_kwargs())
+        counts = model.count_losses(**batch.counted())
         if all(counts.get(name, 0.0) > 0 for name in wanted):
             return batch
         seen = {name: seen.get(name, 0.0) + float(counts.get(name, 0.0)) for name in wanted}
@@ -94,7 +94,7 @@ def _check_counts_and_run(model: Any, batch: TrainingBatch, precision: str, devi
 
     Returns the operations, without those that activations take to be computed again.
     """
-    counts = dict(model.count_losses(**batch.as_kwargs()))
+    counts = dict(model.count_losses(**batch.counted()))
     devices = [device] if device.type == "cuda" else []
     was_training = model.training
     model.train()

@@ -20,6 +20,9 @@ class TrainingBatch(Protocol):
     def as_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""
 
+    def counted(self) -> dict[str, Any]:
+        """Those of them that losses are counted from: no image is touched."""
+
 
 class TrainableModel(Protocol):
     """A model whose forward returns sums and counts, by name, and leaves the division to the engine.
@@ -32,8 +35,8 @@ class TrainableModel(Protocol):
     def loss_weights(self) -> Mapping[str, float]:
         """Weight of each loss by name."""
 
-    def count_losses(self, **batch: Any) -> Mapping[str, float]:
-        """The counts that forward would return for a batch, without running the model."""
+    def count_losses(self, **targets: Any) -> Mapping[str, float]:
+        """The counts that forward would return for a batch with these targets, without running the model."""
 
 
 @dataclass(frozen=True)

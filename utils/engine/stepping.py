@@ -136,9 +136,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def count_step(
     model: Any, micro_batches: Sequence[TrainingBatch], add: Callable[[list[float]], list[float]]
 ) -> dict[str, float]:
-    """Counts of every loss over the whole step. `add` sums a list of numbers over all ranks, item by item."""
+    """Counts of every loss over the whole step. `add` sums a list of numbers over all ranks, item by item.
+
+    Counted from labels and masks alone: `as_kwargs` would normalise every image on the CPU for nothing.
+    """
     names = sorted(model.loss_weights)
-    counted = [model.count_losses(**batch.as_kwargs()) for batch in micro_batches]
+    counted = [model.count_losses(**batch.counted()) for batch in micro_batches]
     return dict(zip(names, add([sum(float(c.get(name, 0.0)) for c in counted) for name in names]), strict=True))
 
 
