@@ -15,12 +15,11 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from model.answer_page import answer_page
 from model.overlay import draw_overlay, target_colour
 from model.predictor import Predictor
 from model.session import AnswerOptions, Finished, TargetStarted, TextPiece
+from model.structures import DTYPES
 from utils.cli.arguments import ChatArguments, parse_chat
 from utils.cli.errors import UserError, run_script
 from utils.serving.batch import BatchModel, answer_file
@@ -30,7 +29,6 @@ from utils.serving.terminal import Terminal, one_line
 
 logger = logging.getLogger("utils")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_ALL_DONE = 1
 
 

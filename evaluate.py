@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from model.answer_text import without_groups
 from model.image_processing_pixellm import open_image
 from model.overlay import GalleryItem, draw_gallery, draw_overlay
+from model.structures import DTYPES
 from utils.cli.arguments import EvaluateArguments, parse_evaluate
 from utils.cli.errors import run_script
 from utils.evaluation import html_report as pages
@@ -30,8 +30,6 @@ from utils.evaluation.results import read_results
 from utils.evaluation.run import Drawing, Session, judge_folder
 from utils.evaluation.scored_predictor import LogitPredictor, ScoredPredictor
 from utils.evaluation.tables import quotable
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str] | None = None) -> int:

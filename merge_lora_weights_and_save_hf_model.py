@@ -7,8 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
+from model.structures import DTYPES
 from utils.checkpoints.builder import (
     MASK_PARTS,
     BuiltModel,
@@ -24,8 +23,6 @@ from utils.cli.errors import UserError, run_script
 from utils.cli.run_card import RUN_CARD, find_run_card
 
 logger = logging.getLogger("utils")
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str] | None = None) -> int:

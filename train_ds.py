@@ -12,6 +12,7 @@ from pathlib import Path
 from model.overlay import draw_overlay
 from model.predictor import Predictor
 from model.processing_pixellm import ConversationTooLong, rows_needed
+from model.structures import DTYPES
 from utils.checkpoints.builder import (
     MASK_PARTS,
     BuiltModel,
@@ -45,7 +46,7 @@ from utils.engine.setup import (
     seed_everything,
     sharder,
 )
-from utils.engine.stepping import DTYPES, to_precision
+from utils.engine.stepping import to_precision
 from utils.evaluation.validation import Validation
 
 logger = logging.getLogger("utils")

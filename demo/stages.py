@@ -16,6 +16,7 @@ from typing import IO
 
 import torch
 
+from model.structures import PixelLMError
 from utils.engine.runtime import deepspeed_problem
 
 # Seconds a stage gets after each signal before the next, sterner one.
@@ -49,10 +50,8 @@ class Stage:
         return f"cd {shlex.quote(str(self.cwd))} && {typed}{' '.join([*settings, shlex.join(self.command)])}"
 
 
-class StageFailed(RuntimeError):
+class StageFailed(PixelLMError):
     """A stage ended with another exit status than 0. `status` is what a script should exit with."""
-
-    user_message = True
 
     def __init__(self, stage: Stage, status: int) -> None:
         self.stage, self.status = stage, status if 0 < status < 256 else 1

@@ -7,9 +7,10 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from .answer_text import SEG_MARKER, tidy
+from .answer_text import tidy
 from .answers import Answer
 from .overlay import draw_overlay, printable, target_colour, text_colour
+from .structures import SEG_MARKER
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #111; }

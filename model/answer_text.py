@@ -6,7 +6,7 @@ marker and the words around it, and none before closing or after opening punctua
 
 import re
 
-SEG_MARKER = "{seg}"
+from .structures import SEG_MARKER
 
 _CLOSING = re.escape(".,;:!?)]}")
 _AFTER_MARK = rf"(?=[{_CLOSING}]+(?:\s|$|{re.escape(SEG_MARKER)}))"

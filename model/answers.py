@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-Box = tuple[int, int, int, int]
+from .structures import Box
 
 _EPSILON = 1e-6
 

@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LLAVA_V1 = "llava_v1"
-LLAVA_LLAMA_2 = "llava_llama_2"
-CHAT_TEMPLATE = "chat_template"
-CONVERSATION_FORMATS = (LLAVA_V1, LLAVA_LLAMA_2, CHAT_TEMPLATE)
+from .structures import CHAT_TEMPLATE, CONVERSATION_FORMATS, LLAVA_LLAMA_2, LLAVA_V1, PixelLMError
 
 IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<image>", "<im_start>", "<im_end>"
 
@@ -26,10 +23,8 @@ _LLAVA_LLAMA_2_SYSTEM = (
 _QUESTION, _ANSWER, _NEXT_QUESTION = "FIRSTQUESTION", "FIRSTANSWER", "NEXTQUESTION"
 
 
-class ConversationFormatError(ValueError):
-    """A tokenizer and a conversation format do not go together; the message is one sentence."""
-
-    user_message = True
+class ConversationFormatError(PixelLMError):
+    """A tokenizer and a conversation format do not go together."""
 
 
 @dataclass(frozen=True)

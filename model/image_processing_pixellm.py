@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
 from .geometry import resized_shape
+from .structures import PixelLMError
 
 try:  # transformers refuses exported models whose files import, outside of such lines, what is not installed
     import simplejpeg
@@ -67,10 +68,8 @@ _JPEG_HARMLESS = (0xE0, 0xDB, 0xC4, 0xDD, 0xFE)
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-class ImageError(ValueError):
-    """An image cannot be opened; the message is one sentence that names it."""
-
-    user_message = True
+class ImageError(PixelLMError):
+    """An image cannot be opened; the message names it."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Losses as pure functions that return a sum and a count, so that the engine can normalise over a whole step.
 
-Axes: Q targets, H W pixels. A pixel labelled IGNORE takes no part in any mask loss.
+Axes: Q targets, H W pixels. A pixel labelled IGNORE_LABEL takes no part in any mask loss.
 """
 
 from typing import NamedTuple
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-IGNORE_PIXEL = 255
-IGNORE_TOKEN = -100
+from .structures import IGNORE_LABEL
+
 # The release's DICE divides both factors by 1000 and adds 1e-6 (golden fact L1), which together smooth by 1e-3 pixels.
 DICE_SCALE, DICE_EPS = 1000.0, 1e-6
 
@@ -29,7 +29,7 @@ def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> LossTerm:
 
 def valid_pixels(masks: torch.Tensor) -> torch.Tensor:
     """(Q, H, W) bool: pixels that take part in mask losses."""
-    return masks != IGNORE_PIXEL
+    return masks != IGNORE_LABEL
 
 
 def count_masks(masks: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def bce_loss(mask_logits: torch.Tensor, masks: torch.Tensor, weights: torch.Tens
     """Binary cross entropy: the mean over a mask's labelled pixels, summed over masks.
 
     Args:
-        mask_logits: (Q, H, W). masks: (Q, H, W) of 0, 1 and IGNORE_PIXEL. weights: (Q, H, W) per pixel, default 1.
+        mask_logits: (Q, H, W). masks: (Q, H, W) of 0, 1 and IGNORE_LABEL. weights: (Q, H, W) per pixel, default 1.
     """
     valid = valid_pixels(masks)
     target = masks.float().masked_fill(~valid, 0.0)

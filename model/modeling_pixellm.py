@@ -17,16 +17,16 @@ from .beams import loop_class
 from .configuration_pixellm import PixelLMConfig
 from .generation import Decoding, GeneratedAnswer, Prefix, PrefixKey
 from .geometry import restore_masks, valid_cells
-from .losses import IGNORE_TOKEN, LossTerm, bce_loss, count_masks, dice_loss, refinement_weights, text_loss
+from .losses import LossTerm, bce_loss, count_masks, dice_loss, refinement_weights, text_loss
 from .onednn_linear import RowKernel, quick_linear
 from .pixel_decoder import PixelDecoder
 from .prefix_sharing import PACKING_ATTENTION, pack_rows
 from .projector import Projector
 from .seg_codebook import SegCodebook, group_positions
+from .structures import IGNORE_TOKEN, TOWER_KEY
 from .vision_tower import VisionTower, vision_model_from_config
 
 ALIGNMENT = 64  # bytes; what torch's own allocations have on a CPU
-TOWER_KEY = "vision_tower"  # images are keyed by the tower they are for
 
 
 @dataclass

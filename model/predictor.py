@@ -24,24 +24,22 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from .answers import Answer, Box, mask_box, mask_scores
+from .answers import Answer, mask_box, mask_scores
 from .compiling import compile_for_answers
 from .configuration_pixellm import PixelLMConfig
 from .generation import GeneratedAnswer
 from .geometry import restore_masks
-from .losses import IGNORE_TOKEN
-from .modeling_pixellm import TOWER_KEY, PixelLMForCausalLM
+from .modeling_pixellm import PixelLMForCausalLM
 from .processing_pixellm import EncodedConversation, EncodedImage, PixelLMProcessor, PromptError
 from .quantization import bits_config
-from .session import MAX_NEW_TOKENS, AnswerOptions, Asked, MaskReady, Question, Session
+from .session import MAX_NEW_TOKENS, AnswerOptions, Asked, MaskReady, Session
+from .structures import IGNORE_TOKEN, TOWER_KEY, Box, PixelLMError, Question
 
 __all__ = ["Answer", "AnswerOptions", "Box", "ModelFolderError", "Predictor", "mask_box", "mask_scores"]
 
 
-class ModelFolderError(ValueError):
-    """A folder is not a model that can be loaded. One sentence."""
-
-    user_message = True
+class ModelFolderError(PixelLMError):
+    """A folder is not a model that can be loaded."""
 
 
 def _model_type(config: Path) -> str | None:

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from transformers import AddedToken, ProcessorMixin
 
-from .answer_text import SEG_MARKER, phrases_before_groups, tidy, without_groups
+from .answer_text import phrases_before_groups, tidy, without_groups
 from .conversation_formats import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
-    LLAVA_V1,
     ConversationFormat,
     ConversationFormatError,
     build_format,
@@ -38,6 +37,7 @@ from .image_processing_pixellm import (
 from .piece_encoder import PieceEncoder
 from .release_text import LegacyTokenizer, encode_rows, separator_of, with_image_markers
 from .seg_codebook import whole_groups
+from .structures import IGNORE_TOKEN, LLAVA_V1, SEG_MARKER, PixelLMError
 
 __all__ = [
     "SEG_MARKER",
@@ -53,7 +53,6 @@ __all__ = [
     "check_groups",
 ]
 
-IGNORED_LABEL = -100
 TURNS_RULES, RELEASE_RULES = "turns", "release"
 TEXT_RULES = (TURNS_RULES, RELEASE_RULES)
 
@@ -64,28 +63,20 @@ CLIP_STD = tuple(PIXEL_MAX * value for value in (0.26862954, 0.26130258, 0.27577
 _DIM, _HIGHLIGHT, _PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
 
 
-class ProcessorError(ValueError):
-    """A processor cannot be made from what it was given, or its tokenizer breaks groups; one sentence."""
-
-    user_message = True
+class ProcessorError(PixelLMError):
+    """A processor cannot be made from what it was given, or its tokenizer breaks groups."""
 
 
-class ConversationError(ValueError):
-    """A conversation is malformed; one sentence."""
-
-    user_message = True
+class ConversationError(PixelLMError):
+    """A conversation is malformed."""
 
 
-class ConversationTooLong(ValueError):
-    """Not even the first turn of a conversation fits into the maximal length; one sentence."""
-
-    user_message = True
+class ConversationTooLong(PixelLMError):
+    """Not even the first turn of a conversation fits into the maximal length."""
 
 
-class PromptError(ValueError):
-    """A user's text is empty or holds reserved tokens; one sentence."""
-
-    user_message = True
+class PromptError(PixelLMError):
+    """A user's text is empty or holds reserved tokens."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +161,7 @@ class _Row:
 
     def _append(self, ids: list[int], labelled: bool) -> None:
         self.ids.extend(ids)
-        self.labels.extend(ids if labelled else [IGNORED_LABEL] * len(ids))
+        self.labels.extend(ids if labelled else [IGNORE_TOKEN] * len(ids))
 
 
 class PixelLMProcessor(ProcessorMixin):
@@ -465,7 +456,7 @@ class PixelLMProcessor(ProcessorMixin):
     def render_conversation(self, encoded: EncodedConversation) -> str:
         """The conversation as the model reads it, for a terminal: what is learned is bright, the rest dim."""
         parts: list[str] = []
-        ids, learned = encoded.input_ids.tolist(), (encoded.labels != IGNORED_LABEL).tolist()
+        ids, learned = encoded.input_ids.tolist(), (encoded.labels != IGNORE_TOKEN).tolist()
         start = 0
         for end in range(1, len(ids) + 1):
             if end == len(ids) or learned[end] != learned[start]:

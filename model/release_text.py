@@ -13,15 +13,8 @@ from typing import Any
 
 import torch
 
-from .conversation_formats import (
-    IMAGE_END_TOKEN,
-    IMAGE_START_TOKEN,
-    IMAGE_TOKEN,
-    LLAVA_LLAMA_2,
-    LLAVA_V1,
-    ConversationFormatError,
-)
-from .losses import IGNORE_TOKEN
+from .conversation_formats import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, ConversationFormatError
+from .structures import IGNORE_TOKEN, LLAVA_LLAMA_2, LLAVA_V1, PixelLMError
 
 # What ends the part of a round that is not learned. The release asks "is it llava_v1, or is chatml a true value?", and
 # so takes the second kind never: with "<s>ASSISTANT: " its llava_llama_2 cannot be labelled at all (fact C1).
@@ -33,10 +26,8 @@ _SEPARATORS_AS_WRITTEN = {LLAVA_V1: " ASSISTANT: ", LLAVA_LLAMA_2: "<s>ASSISTANT
 _NOT_COUNTED = 2
 
 
-class ReleaseTextError(ValueError):
-    """A text cannot be treated as the release treats it; one sentence."""
-
-    user_message = True
+class ReleaseTextError(PixelLMError):
+    """A text cannot be treated as the release treats it."""
 
 
 def separator_of(conversation_format: str, *, as_written: bool = False) -> str:

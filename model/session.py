@@ -19,16 +19,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .answers import Answer, Box
+from .answers import Answer
 from .beams import loop_class
 from .generation import CHECKED, Decoding, DecodingLoop, Row
 from .geometry import restore_masks
 from .processing_pixellm import ConversationTooLong
+from .structures import Box, Question
 
 if TYPE_CHECKING:
     from .predictor import Predictor
-
-Question = str | Sequence[tuple[str, str | None]]
 
 MAX_NEW_TOKENS = 256
 QUESTIONS_AT_ONCE = 16

@@ -30,7 +30,7 @@ from demo.scenes.words import (
     category_names,
     join_list,
 )
-from utils.data.samples import SEG_MARKER
+from model.structures import SEG_MARKER
 from utils.data.templates import NUMBERS, pick_phrasing, target_name
 
 # Two places differ clearly when they are this share of the image's side apart; leaders must lead by half of it.

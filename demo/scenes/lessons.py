@@ -17,7 +17,8 @@ from demo.scenes.conversations import make_conversation
 from demo.scenes.drawing import Scene, draw_scene
 from demo.scenes.patches import patch_words
 from demo.scenes.words import named_shape
-from utils.data.collate import IMAGE_KEY, collate
+from model.structures import TOWER_KEY
+from utils.data.collate import collate
 from utils.data.dataset import TrainingDataset
 from utils.data.errors import DataError
 
@@ -48,7 +49,7 @@ def word_lessons(scenes: Sequence[Scene], processor: Any, rng: random.Random) ->
     return {
         "input_ids": pad_sequence(encoded, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(ids) for ids in encoded], batch_first=True),
-        "pixel_values": {IMAGE_KEY: pixels},
+        "pixel_values": {TOWER_KEY: pixels},
         "resized_sizes": sizes,
         "image_index": torch.arange(len(scenes)),
     }

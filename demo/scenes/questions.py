@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from demo.scenes.drawing import Scene, Shape
 from demo.scenes.words import COLOURS, FORMS, TIMES
-from utils.data.samples import SEG_MARKER
+from model.structures import SEG_MARKER
 from utils.data.templates import NUMBERS
 
 # The largest (smallest) shape has at least this many times the area of the next one, wherever it is asked for.

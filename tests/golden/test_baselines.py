@@ -7,7 +7,7 @@ import torch
 
 from model import PixelLMForCausalLM
 from model.geometry import restore_masks
-from model.modeling_pixellm import TOWER_KEY
+from model.structures import TOWER_KEY
 from tests.golden import recipe, released_model, vectors
 from tests.golden.test_evaluate import CASES, EMBEDDINGS, GROUP, prompts_of
 from tools.bench.baselines import Questions, plain_cache, release_without_cache

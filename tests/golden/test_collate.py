@@ -16,23 +16,13 @@ import pytest
 import torch
 
 from model.conversation_formats import (
-    CONVERSATION_FORMATS,
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
-    LLAVA_V1,
     ConversationFormatError,
     build_format,
 )
-from model.processing_pixellm import (
-    IGNORED_LABEL,
-    RELEASE_RULES,
-    SEG_MARKER,
-    TURNS_RULES,
-    ConversationTooLong,
-    PixelLMProcessor,
-    seg_token_names,
-)
+from model.processing_pixellm import RELEASE_RULES, TURNS_RULES, ConversationTooLong, PixelLMProcessor, seg_token_names
 from model.release_text import (
     LegacyTokenizer,
     ReleaseRows,
@@ -41,6 +31,7 @@ from model.release_text import (
     separator_of,
     with_image_markers,
 )
+from model.structures import CONVERSATION_FORMATS, IGNORE_TOKEN, LLAVA_V1, SEG_MARKER
 from tests.golden import vectors
 from utils.checkpoints.folders import load_tokenizer
 from utils.checkpoints.released_checkpoints import RELEASE_IMAGE_TOKEN_POOL
@@ -299,7 +290,7 @@ def our_batch(conversation_format: str, rounds: list[list[list[list[str]]]], row
         encoded = []
         for one, written in zip(conversations, release, strict=False):
             ids, labels = our_ids(conversation_format, one) or written
-            hidden = torch.full_like(ids, IGNORED_LABEL)
+            hidden = torch.full_like(ids, IGNORE_TOKEN)
             encoded.append(EncodedRow(ids, hidden if labels is None else labels, []))
         examples.append(
             Example(torch.zeros(3, 1, 1), (1, 1), (1, 1), encoded, torch.zeros(0, 1, 1, dtype=torch.uint8), {})
@@ -320,7 +311,7 @@ def compare_ours(
     golden.compare("our labels", labels[:answered], rows.labels[:answered])
     for number in range(answered, len(last_answers)):
         golden.compare(f"labels of row {number}", rows.labels[number], rows.input_ids[number])
-        learns = bool((labels[number] != IGNORED_LABEL).any())
+        learns = bool((labels[number] != IGNORE_TOKEN).any())
         golden.same(f"row {number} teaches", learns, bool(last_answers[number]))
 
 

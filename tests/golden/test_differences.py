@@ -15,9 +15,10 @@ import torch
 
 from model.configuration_pixellm import PixelLMConfig
 from model.losses import bce_loss, refinement_weights
-from model.modeling_pixellm import TOWER_KEY, PixelLMForCausalLM, PixelLMOutput
+from model.modeling_pixellm import PixelLMForCausalLM, PixelLMOutput
 from model.processing_pixellm import CLIP_MEAN, CLIP_STD, RELEASE_RULES, ConversationTooLong, PixelLMProcessor
 from model.seg_codebook import whole_groups
+from model.structures import TOWER_KEY
 from model.vision_tower import resize_position_table
 from tests.golden import recipe, released_model, test_collate, training, vectors
 from utils.checkpoints.builder import TrainingRecipe, choose_trainable

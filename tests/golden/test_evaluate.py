@@ -7,8 +7,8 @@ import torch
 
 from model import PixelLMForCausalLM
 from model.geometry import restore_masks
-from model.modeling_pixellm import TOWER_KEY
 from model.predictor import mask_scores
+from model.structures import TOWER_KEY
 from tests.golden import recipe, released_model, vectors
 
 GROUP = "evaluate"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model.modeling_pixellm import TOWER_KEY
 from model.predictor import mask_scores
 from model.seg_codebook import group_positions
+from model.structures import TOWER_KEY
 from tests.golden import recipe, released_model, vectors
 
 GROUP = "forward_inference"

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from model.modeling_pixellm import TOWER_KEY
+from model.structures import TOWER_KEY
 from tests.golden import recipe, released_model, vectors
 
 # Strides over positions at which the layout keeps the longest tensors.

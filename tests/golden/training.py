@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from model.modeling_pixellm import TOWER_KEY, PixelLMForCausalLM, PixelLMOutput
+from model.modeling_pixellm import PixelLMForCausalLM, PixelLMOutput
+from model.structures import TOWER_KEY
 from tests.golden import kinks, recipe, released_model, vectors
 
 LOSS_NAMES = {"ce_loss": "ce", "mask_bce_loss": "bce", "mask_dice_loss": "dice"}

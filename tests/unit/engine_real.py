@@ -13,10 +13,11 @@ from demo.scenes.planning import SceneDataSettings
 from demo.tiny import make_tiny
 from model.modeling_pixellm import PixelLMForCausalLM
 from model.processing_pixellm import ConversationTooLong
+from model.structures import IGNORE_TOKEN
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
 from utils.checkpoints.builder import save_model
 from utils.cli.arguments import parse_train
-from utils.data.collate import IGNORED_TOKEN, Batch
+from utils.data.collate import Batch
 from utils.engine.runtime import Runtime
 from utils.engine.setup import StepBatches, make_mixture, seed_everything
 
@@ -61,7 +62,7 @@ def words_and_targets(folder: Path) -> tuple[PixelLMForCausalLM, Batch, Batch]:
 
 def answer_length(model: PixelLMForCausalLM, batch: Batch, tokens: int) -> int:
     """How many tokens an answer to the first question of `batch` has that nothing but `tokens` ends."""
-    prompt = batch.input_ids[0][: int((batch.labels[0] != IGNORED_TOKEN).nonzero()[0])]
+    prompt = batch.input_ids[0][: int((batch.labels[0] != IGNORE_TOKEN).nonzero()[0])]
     kwargs = batch.as_kwargs()
     images = {name: kwargs[name] for name in ("pixel_values", "resized_sizes")}
     (answer,) = model.generate_answers(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.structures import PixelLMError
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, square
 from tests.unit.test_data_mixture import FakeEncoded, FakeProcessor
@@ -26,10 +27,8 @@ IMAGES = 40
 GONE, DAMAGED, SMALL, EMPTY = 3, 11, 17, 23
 
 
-class ImageError(ValueError):
+class ImageError(PixelLMError):
     """As the processor's."""
-
-    user_message = True
 
 
 class StrictEyes(FakeProcessor):

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model.structures import IGNORE_LABEL
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, annotation, message, square
 from utils.cli.arguments import TrainArguments
 from utils.data.errors import DataError
 from utils.data.readers.base import Reader, ReaderOptions
 from utils.data.readers.registry import build_eval_reader, build_reader
-from utils.data.samples import IGNORE_LABEL, Turn
+from utils.data.samples import Turn
 from utils.engine.setup import make_mixture
 
 MANY = ReaderOptions(num_classes_per_sample=3, num_classes_per_question=3)

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_rle
 
+from model.structures import IGNORE_LABEL, SEG_MARKER
 from tests.unit.data_sets import HEIGHT, WIDTH, square, write_image
 from utils.data.errors import DataError
 from utils.data.files import DataRoot, image_size
 from utils.data.masks import CocoMask, LabelMask, PaintedMask, UnionMask, WindowedMasks, coco_mask, windows_of
 from utils.data.readers.pickles import load_plain_pickle
 from utils.data.readers.sem_seg.label_map_classes import ADE20K_CLASSES, COCO_STUFF_CLASSES
-from utils.data.samples import IGNORE_LABEL, SEG_MARKER, Target, Turn
+from utils.data.samples import Target, Turn
 from utils.data.templates import listed, number_word, pick_phrasing, target_name
 
 

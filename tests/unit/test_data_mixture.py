@@ -14,9 +14,10 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from model.structures import IGNORE_TOKEN, TOWER_KEY
 from tests.unit import data_sets
 from utils.cli.arguments import TrainArguments
-from utils.data.collate import IGNORED_TOKEN, IMAGE_KEY, Batch, collate
+from utils.data.collate import Batch, collate
 from utils.data.dataset import TOGETHER, Joined, RankBatches, TrainingDataset, build_loader
 from utils.data.errors import DataError
 from utils.data.mixture import Mixture, build_mixture
@@ -211,7 +212,7 @@ class FakeProcessor:
         if not kept:
             raise TooLong
         tokens = torch.tensor(ids)
-        return FakeEncoded(tokens, tokens.where(tokens == 2, IGNORED_TOKEN), groups, kept, len(turns) - kept)
+        return FakeEncoded(tokens, tokens.where(tokens == 2, IGNORE_TOKEN), groups, kept, len(turns) - kept)
 
 
 @dataclass
@@ -265,13 +266,13 @@ def test_a_batch_orders_targets_by_image_row_and_place(image: str) -> None:
     assert [masks.sum(dim=(1, 2)).tolist() for masks in batch.masks] == [[1, 2, 3, 4], [], [5]]
     assert all(masks.dtype == torch.uint8 for masks in batch.masks)
     assert batch.target_questions.tolist() == [0, 0, 1, 2, 3]
-    assert batch.pixel_values[IMAGE_KEY].shape == (3, 3, SIDE, SIDE)
+    assert batch.pixel_values[TOWER_KEY].shape == (3, 3, SIDE, SIDE)
     assert batch.original_sizes.tolist() == [[4, 5]] * 3 and batch.resized_sizes.tolist() == [[6, SIDE]] * 3
     lengths = batch.attention_mask.sum(1).tolist()
     assert lengths == [15, 11, 4, 5]
     for row, length in enumerate(lengths):
         assert (batch.input_ids[row, length:] == 9).all() and (batch.input_ids[row, :length] != 9).all()
-        assert (batch.labels[row, length:] == IGNORED_TOKEN).all()
+        assert (batch.labels[row, length:] == IGNORE_TOKEN).all()
         assert not batch.attention_mask[row, length:].any()
     assert batch.info[0]["kinds"] == ["several", "no_target", "direct", "direct"]
     assert batch.info[2]["sample_id"] == "third" and batch.info[0]["dropped_turns"] == 0
@@ -281,14 +282,14 @@ def test_batches_without_any_target_and_moving_them(image: str) -> None:
     batch = collate([dataset([Sample(image, ((turn(),),), "d", "s")], FakeProcessor())[0]])
     assert batch.target_questions.shape == (0,) and batch.target_questions.dtype == torch.long
     moved = batch.to("cpu", torch.bfloat16)
-    assert moved.pixel_values[IMAGE_KEY].dtype == torch.bfloat16 and moved.input_ids.dtype == torch.long
-    assert batch.pixel_values[IMAGE_KEY].dtype == torch.uint8, "the batch itself must not change"
+    assert moved.pixel_values[TOWER_KEY].dtype == torch.bfloat16 and moved.input_ids.dtype == torch.long
+    assert batch.pixel_values[TOWER_KEY].dtype == torch.uint8, "the batch itself must not change"
     for done in (batch.to("cpu"), batch.to("cpu").to("cpu")):
-        assert done.pixel_values[IMAGE_KEY].dtype == torch.float32 and done.normalise is None
-        pixels = done.pixel_values[IMAGE_KEY]
+        assert done.pixel_values[TOWER_KEY].dtype == torch.float32 and done.normalise is None
+        pixels = done.pixel_values[TOWER_KEY]
         assert (pixels[:, :, :6] == 90 - 6).all(), "normalised once: 90 less the height of 6"
         assert (pixels[:, :, 6:] == -6).all(), "black beside the image"
-    assert torch.equal(batch.as_kwargs()["pixel_values"][IMAGE_KEY], done.pixel_values[IMAGE_KEY])
+    assert torch.equal(batch.as_kwargs()["pixel_values"][TOWER_KEY], done.pixel_values[TOWER_KEY])
     assert list(batch.as_kwargs()) == [
         *("input_ids", "attention_mask", "labels", "pixel_values", "resized_sizes", "original_sizes"),
         *("image_index", "masks", "target_questions"),
@@ -302,8 +303,8 @@ def test_losses_are_counted_without_touching_an_image(image: str) -> None:
     normalised: list[int] = []
     batch.normalise = lambda pixels, _: normalised.append(1) or pixels.float()  # type: ignore[func-returns-value]
     model = Mock(loss_weights={"ce": 1.0})
-    model.count_losses = lambda labels, masks: {"ce": float((labels[:, 1:] != IGNORED_TOKEN).sum())}
-    labelled = int((batch.labels[:, 1:] != IGNORED_TOKEN).sum())
+    model.count_losses = lambda labels, masks: {"ce": float((labels[:, 1:] != IGNORE_TOKEN).sum())}
+    labelled = int((batch.labels[:, 1:] != IGNORE_TOKEN).sum())
     assert labelled > 0
     assert count_step(model, [batch, batch], lambda numbers: numbers) == {"ce": 2 * labelled}
     assert not normalised
@@ -315,7 +316,7 @@ def test_a_batch_is_the_same_after_a_journey_between_processes(image: str) -> No
     samples = [Sample(image, ((turn(1, 2),),), "d", "first"), Sample(image, ((turn(),),), "d", "second")]
     made = dataset(samples, FakeProcessor())
     batch = collate([made[0], made[1]])
-    batch.pixel_values[IMAGE_KEY][0, 1, 2, 3] = 7
+    batch.pixel_values[TOWER_KEY][0, 1, 2, 3] = 7
     batch.masks[0][0, 3, 4] = 255
     floating = batch.to("cpu", torch.bfloat16)
     for sent in (batch, floating):
@@ -391,7 +392,7 @@ def test_a_sample_without_a_image(image: str) -> None:
     batch = collate([made[0], made[1]])
     assert batch.image_index.tolist() == [0, 1] and batch.input_ids[:, 0].tolist() == [3, 1]
     assert [masks.shape for masks in batch.masks] == [(0, 1, 1), (1, 4, 5)]
-    assert (batch.pixel_values[IMAGE_KEY][0] == 0).all() and batch.original_sizes.tolist() == [[1, 1], [4, 5]]
+    assert (batch.pixel_values[TOWER_KEY][0] == 0).all() and batch.original_sizes.tolist() == [[1, 1], [4, 5]]
     with pytest.raises(ValueError, match="words has targets but no image"):
         Sample(NO_IMAGE, ((turn(1),),), "d", "words")
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
+from model.structures import TOWER_KEY
 from tests.unit import data_sets
 from tests.unit.tiny_pixellm import make_model
-from utils.data.collate import IMAGE_KEY, Batch, collate
+from utils.data.collate import Batch, collate
 from utils.data.dataset import TrainingDataset
 from utils.data.mixture import Mixture
 from utils.data.readers.base import ReaderOptions
@@ -35,7 +36,7 @@ def test_conversations_in_words_alone_train_the_language_model(tmp_path: Path) -
     with torch.no_grad():
         unseen = text_loss(collate(alone[:1]))
         batch = collate(alone[:1]).to("cpu")
-        batch.pixel_values[IMAGE_KEY] += 1.0
+        batch.pixel_values[TOWER_KEY] += 1.0
         assert torch.equal(text_loss(batch), unseen), "the stand-in image must not be seen"
         shown = next(example for example in examples if example.original_size != (1, 1))
         both, one = text_loss(collate([shown, alone[0]])), text_loss(collate([shown]))

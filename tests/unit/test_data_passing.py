@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from model.structures import TOWER_KEY
 from utils.data import passing
-from utils.data.collate import IMAGE_KEY, Batch, EncodedRow, Example, collated, parcel
+from utils.data.collate import Batch, EncodedRow, Example, collated, parcel
 from utils.data.masks import Window, WindowedMasks
 from utils.data.passing import Corner, SharedSlots, make_slots
 
@@ -27,7 +28,7 @@ def make_batch(seed: int = 0, side: int = 16) -> Batch:
         input_ids=ids,
         attention_mask=ids > 50,
         labels=ids - 100,
-        pixel_values={IMAGE_KEY: pixels},
+        pixel_values={TOWER_KEY: pixels},
         resized_sizes=torch.tensor([[16, 8], [4, 16]]),
         original_sizes=torch.tensor([[7, 5], [4, 9]]),
         image_index=torch.tensor([0, 0, 1]),
@@ -40,14 +41,14 @@ def make_batch(seed: int = 0, side: int = 16) -> Batch:
 def assert_same(one: Batch, other: Batch) -> None:
     assert one.info == other.info and len(one.masks) == len(other.masks)
     pairs = [
-        (one.pixel_values[IMAGE_KEY], other.pixel_values[IMAGE_KEY]),
+        (one.pixel_values[TOWER_KEY], other.pixel_values[TOWER_KEY]),
         *zip(one.masks, other.masks, strict=True),
     ]
     names = ("input_ids", "attention_mask", "labels", "resized_sizes", "original_sizes", "image_index")
     pairs += [(getattr(one, name), getattr(other, name)) for name in (*names, "target_questions")]
     for a, b in pairs:
         assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    assert one.pixel_values[IMAGE_KEY].stride() == other.pixel_values[IMAGE_KEY].stride()
+    assert one.pixel_values[TOWER_KEY].stride() == other.pixel_values[TOWER_KEY].stride()
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_parcel_arrives_as_its_batches(monkeypatch: pytest.MonkeyPatch, slot_b
     assert [len(batch.masks) for batch in arrived] == [2, 1]
     for one, other in zip(arrived, expected, strict=True):
         assert_same(one, other)
-    pixels, masks = arrived[0].pixel_values[IMAGE_KEY], arrived[0].masks
+    pixels, masks = arrived[0].pixel_values[TOWER_KEY], arrived[0].masks
     np.testing.assert_array_equal(pixels[1, :, :3, :5].permute(1, 2, 0), examples[1].pixel_values.pixels)
     assert not pixels[:, :, 3:].any() and not pixels[:, :, :, 5:].any(), "black beside the images"
     assert [one.shape for one in masks] == [(1, 7, 9), (2, 7, 9)]

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.structures import IGNORE_LABEL, SEG_MARKER
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH
 from utils.data.errors import DataError
 from utils.data.readers.base import Reader, ReaderOptions
 from utils.data.readers.registry import FAMILIES, build_eval_reader, build_reader, build_training_readers
-from utils.data.samples import IGNORE_LABEL, NO_IMAGE, SEG_MARKER, Sample, Turn
+from utils.data.samples import NO_IMAGE, Sample, Turn
 
 MANY = ReaderOptions(num_classes_per_sample=10)
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model.structures import IGNORE_LABEL
 from utils.data.masks import coco_mask
 from utils.data.mixture import build_mixture
 from utils.data.readers.base import ReaderOptions
 from utils.data.readers.registry import build_eval_reader, build_reader
 from utils.data.readers.sem_seg.label_map_classes import COCO_STUFF_CLASSES
 from utils.data.readers.sem_seg.part_names import pascal_part_names
-from utils.data.samples import IGNORE_LABEL, Sample, Turn
+from utils.data.samples import Sample, Turn
 
 
 @pytest.fixture(scope="module")

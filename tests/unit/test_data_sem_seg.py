@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.structures import IGNORE_LABEL
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, square
 from utils.data.errors import DataError
 from utils.data.readers.base import Reader, ReaderOptions
 from utils.data.readers.registry import build_reader
 from utils.data.readers.sem_seg.part_names import paco_names, partimagenet_names, pascal_part_names
-from utils.data.samples import IGNORE_LABEL, Turn
+from utils.data.samples import Turn
 
 
 def turns(reader: Reader, index: int = 0) -> dict[str, Turn]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from model.structures import PixelLMError
 from tests.unit.engine_toys import ToyBatch, cut, make_samples, make_toy
 from utils.cli.errors import UserError, explain, run_script
 from utils.cli.run_card import find_run_card, write_run_card
@@ -281,8 +282,8 @@ def test_bits_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_a_users_error_becomes_a_sentence(capsys: pytest.CaptureFixture) -> None:
-    class Known(ValueError):
-        user_message = True
+    class Known(PixelLMError):
+        """An error of another room."""
 
     def fail(error: BaseException) -> int:
         def main(_: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.structures import IGNORE_LABEL
 from utils.cli.errors import UserError
-from utils.data.samples import IGNORE_LABEL, Sample, Target, Turn
+from utils.data.samples import Sample, Target, Turn
 from utils.evaluation import ask as evaluation
 from utils.evaluation.aggregate import intervals
 from utils.evaluation.metrics import Overlap

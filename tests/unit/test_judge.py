@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.structures import SEG_MARKER
 from tests.unit.judge_server import Reply, completion, judge_server, says
 from utils.cli.errors import UserError
-from utils.data.samples import SEG_MARKER
 from utils.evaluation.judge import asking, prompts, scoring
 from utils.evaluation.judge.asking import ReplyCache, Unanswered, ask_all
 from utils.evaluation.judge.endpoint import Endpoint, Manners

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_rle
 
-from utils.data.samples import IGNORE_LABEL
+from model.structures import IGNORE_LABEL
 from utils.evaluation import metrics
 
 

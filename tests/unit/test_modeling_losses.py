@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.losses import IGNORE_PIXEL, bce_loss, count_masks, dice_loss, refinement_weights
+from model.losses import bce_loss, count_masks, dice_loss, refinement_weights
+from model.structures import IGNORE_LABEL
 from tests.unit.tiny_batches import NONE, ONE, THREE, TWO, make_batch
 from tests.unit.tiny_pixellm import make_model
 from utils.checkpoints.builder import BuiltModel
@@ -23,8 +24,8 @@ def masks_and_logits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 6, 5, generator=generator)
     masks = torch.randint(0, 2, (3, 6, 5), dtype=torch.uint8, generator=generator)
-    masks[torch.rand(3, 6, 5, generator=generator) < 1 / 3] = IGNORE_PIXEL
-    masks[2] = IGNORE_PIXEL
+    masks[torch.rand(3, 6, 5, generator=generator) < 1 / 3] = IGNORE_LABEL
+    masks[2] = IGNORE_LABEL
     return logits, masks
 
 
@@ -38,7 +39,7 @@ def test_pixels_labelled_255_take_no_part(loss: Any) -> None:
     term = loss(logits, masks)
     assert term.count == 2 == count_masks(masks), "a mask that is 255 everywhere is not counted"
     (gradient,) = torch.autograd.grad(term.sum, logits)
-    hidden = masks == IGNORE_PIXEL
+    hidden = masks == IGNORE_LABEL
     assert bool((gradient[hidden] == 0).all()) and bool((gradient[~hidden] != 0).all())
     changed = torch.where(hidden, torch.randn(3, 6, 5) * 100, logits)
     assert loss(changed, masks).sum.item() == pytest.approx(term.sum.item(), rel=1e-6)
@@ -48,7 +49,7 @@ def test_pixels_labelled_255_take_no_part(loss: Any) -> None:
 
 def test_bce_and_dice_by_hand() -> None:
     logits = torch.tensor([[[0.0, 2.0], [-1.0, 5.0]]])
-    masks = torch.tensor([[[1, 0], [1, IGNORE_PIXEL]]], dtype=torch.uint8)
+    masks = torch.tensor([[[1, 0], [1, IGNORE_LABEL]]], dtype=torch.uint8)
     p = [1 / (1 + math.exp(-x)) for x in (0.0, 2.0, -1.0)]
     bce = -(math.log(p[0]) + math.log(1 - p[1]) + math.log(p[2])) / 3
     assert bce_loss(logits, masks).sum.item() == pytest.approx(bce, rel=1e-6)
@@ -60,7 +61,7 @@ def test_bce_and_dice_by_hand() -> None:
 def test_in_the_model_predictions_under_255_change_nothing(built: BuiltModel) -> None:
     """The whole way: masks of noise and the same masks with every other label under 255."""
     batch = make_batch(built.processor, [(0, TWO), (1, ONE)], [(20, 40), (24, 24)], ignored=0.3)
-    batch["masks"][1][0] = IGNORE_PIXEL
+    batch["masks"][1][0] = IGNORE_LABEL
     output = built.model(**batch)
     assert output.losses["bce"].count == output.losses["dice"].count == 2
     for logits in output.mask_logits:
@@ -68,7 +69,7 @@ def test_in_the_model_predictions_under_255_change_nothing(built: BuiltModel) ->
     losses = built.model._mask_losses(output.mask_logits, batch["masks"], batch["target_questions"], torch.zeros(()))
     (losses["bce"].sum + losses["dice"].sum).backward()
     for logits, masks in zip(output.mask_logits, batch["masks"], strict=True):
-        hidden = masks == IGNORE_PIXEL
+        hidden = masks == IGNORE_LABEL
         assert bool((logits.grad[hidden] == 0).all())
         assert bool((logits.grad[~hidden] != 0).all())
     built.model.zero_grad()
@@ -95,7 +96,7 @@ def test_counts_are_known_before_the_forward_pass(built: BuiltModel) -> None:
         batch = make_batch(built.processor, conversations, sizes, text_only=text_only, ignored=0.2, seed=seed)
         for masks in batch["masks"]:
             if len(masks) and below(2):
-                masks[below(len(masks))] = IGNORE_PIXEL
+                masks[below(len(masks))] = IGNORE_LABEL
         with torch.no_grad():
             losses = built.model(**batch).losses
         counts = built.model.count_losses(**batch)
@@ -138,7 +139,7 @@ def test_predictions_of_different_questions_may_overlap() -> None:
 
 def test_refined_bce_by_hand_and_no_gradient_through_the_weights() -> None:
     logits = torch.tensor([[[1.0, 2.0, -1.0]], [[0.5, -2.0, -3.0]]], requires_grad=True)
-    masks = torch.tensor([[[1, 0, IGNORE_PIXEL]], [[0, 1, 1]]], dtype=torch.uint8)
+    masks = torch.tensor([[[1, 0, IGNORE_LABEL]], [[0, 1, 1]]], dtype=torch.uint8)
     weights = refinement_weights(logits, torch.tensor([0, 0]), 2.0)
     assert not weights.requires_grad and weights[:, 0].tolist() == [[2, 1, 1], [2, 1, 1]]
     loss = bce_loss(logits, masks, weights).sum

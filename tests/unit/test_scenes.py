@@ -26,7 +26,7 @@ from demo.scenes.drawing import Background, Shape, shape_glyph
 from demo.scenes.planning import SceneDataSettings, plan_held_out, split_exactly
 from demo.scenes.questions import FAMILIES, SIZE_RATIO, directly, extreme_shape, has_distractor, training_piles
 from demo.scenes.words import COLOURS, FORMS, join_list
-from utils.data.samples import SEG_MARKER
+from model.structures import SEG_MARKER
 from utils.data.templates import NUMBERS
 
 COUNTS = {"direct": {1}, "several": {2, 3, 4, 5, 6}, "reasoning": {1, 2, 3}, "no_target": {0}}

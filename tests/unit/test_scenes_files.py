@@ -28,9 +28,10 @@ from demo.scenes import (
     scene_masks,
     write_scene_data,
 )
+from model.structures import SEG_MARKER
 from utils.data.errors import DataError
 from utils.data.readers.registry import build_eval_reader
-from utils.data.samples import SEG_MARKER, TEXT, Sample
+from utils.data.samples import TEXT, Sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = SceneDataSettings(train=30, heldout=60, questions=100)

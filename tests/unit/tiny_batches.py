@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from model.losses import IGNORE_PIXEL, IGNORE_TOKEN
+from model.structures import IGNORE_LABEL, IGNORE_TOKEN
 from tests.unit.tiny_pixellm import noise
 
 Turns = list[tuple[str, str]]
@@ -49,7 +49,7 @@ def make_batch(
     ]
     for image_masks in masks:
         hidden = torch.rand(image_masks.shape, generator=generator) < ignored
-        image_masks[hidden] = IGNORE_PIXEL
+        image_masks[hidden] = IGNORE_LABEL
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "input_ids": pad(ids, batch_first=True),

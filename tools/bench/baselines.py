@@ -24,10 +24,11 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from model.compiling import compile_for_answers
 from model.configuration_pixellm import PixelLMConfig
 from model.generation import Decoding, GeneratedAnswer, cache_argument
-from model.losses import IGNORE_TOKEN, LossTerm, text_loss
-from model.modeling_pixellm import TOWER_KEY, EncodedImages, PixelLMForCausalLM
+from model.losses import LossTerm, text_loss
+from model.modeling_pixellm import EncodedImages, PixelLMForCausalLM
 from model.onednn_linear import FrozenLinear
 from model.seg_codebook import whole_groups
+from model.structures import IGNORE_TOKEN, TOWER_KEY
 from utils.checkpoints.builder import TrainingRecipe, choose_trainable
 
 END_TOKEN = 2  # of the model made here

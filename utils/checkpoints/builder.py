@@ -13,6 +13,7 @@ from model.configuration_pixellm import PixelLMConfig
 from model.modeling_pixellm import PixelLMForCausalLM
 from model.onednn_linear import quicken_frozen
 from model.processing_pixellm import PixelLMProcessor, check_groups, rows_needed
+from model.structures import FLASH_ATTENTION, LORA_ALPHA, LORA_DROPOUT, LORA_RANK, LORA_TARGET_MODULES, SDPA
 from model.vision_tower import resize_position_table
 from utils.checkpoints.bases import POSITION_TABLE, TOWER
 from utils.checkpoints.folders import BuildError, first_sentence, local_folder, read_config
@@ -45,8 +46,6 @@ __all__ = [
     "save_model",
 ]
 
-FLASH_ATTENTION = "flash_attention_2"
-
 
 def build_model(
     version: str,
@@ -54,7 +53,7 @@ def build_model(
     options: ModelOptions | None = None,
     *,
     dtype: torch.dtype | None = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = SDPA,
     load_weights: bool = True,
     to_train: bool = False,
     settle: Settle | None = None,
@@ -196,10 +195,10 @@ class TrainingRecipe:
     train_new_tokens_only: of the embedding table and lm_head only the rows of seg tokens and those after them train.
     """
 
-    lora_r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    lora_target_modules: str = "q_proj,v_proj"
+    lora_r: int = LORA_RANK
+    lora_alpha: int = LORA_ALPHA
+    lora_dropout: float = LORA_DROPOUT
+    lora_target_modules: str = LORA_TARGET_MODULES
     train_projector: bool = True
     train_mask_decoder: bool = True
     train_map_entry: bool = True

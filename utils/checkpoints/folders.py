@@ -13,21 +13,21 @@ from transformers import AddedToken, AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils import logging
 
+from model.structures import PixelLMError
+
 UNREADABLE = (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 SENTENCEPIECE = "tokenizer.model"
 _SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-class BuildError(ValueError):
-    """A model cannot be built as asked; the message is one sentence for the user."""
-
-    user_message = True
+class BuildError(PixelLMError):
+    """A model cannot be built as asked."""
 
 
 def first_sentence(error: BaseException) -> str:
     """What went wrong: our own words whole; of a library's the first sentence, which advice and lists follow."""
-    if getattr(type(error), "user_message", False):
+    if isinstance(error, PixelLMError):
         return str(error)
     return " ".join(str(error).split()).split(". ")[0].rstrip(".")
 

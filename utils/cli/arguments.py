@@ -13,14 +13,25 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+from model.structures import (
+    ADAM_BETAS,
+    ATTENTIONS,
+    CLASSES_PER_QUESTION,
+    CLASSES_PER_SAMPLE,
+    CONVERSATION_FORMATS,
+    DTYPES,
+    GRADIENT_CLIP,
+    LORA_ALPHA,
+    LORA_DROPOUT,
+    LORA_RANK,
+    LORA_TARGET_MODULES,
+    WEIGHT_DECAY,
+)
 from utils.cli.command_line import Arguments, option, options_of, parse
 from utils.cli.errors import UserError
 from utils.evaluation.protocols import TEACHER, split_protocols
 
 SEPARATOR = "||"
-CONVERSATION_FORMATS = ("llava_v1", "llava_llama_2", "chat_template")
-PRECISIONS = ("fp32", "bf16", "fp16")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 
 _NO_SAM = "the pixel decoder works on the vision tower's features: there is no SAM here"
 _ONE_IMAGE = "images are always resized by their longest side and padded to a square, so no target is cut off"
@@ -62,7 +73,7 @@ class BaseArguments(Arguments):
     """Which model, and how it computes."""
 
     version: str = option("", "folder (or hub id) of the model: a saved PixelLM, or a language model to start from")
-    precision: str = option("bf16", "fp32, bf16 or fp16", choices=PRECISIONS)
+    precision: str = option("bf16", "fp32, bf16 or fp16", choices=tuple(DTYPES))
     attn_implementation: str = option("sdpa", "attention of the language model and the tower", choices=ATTENTIONS)
     local_rank: int = option(0, "set by the launcher", low=-1)
     vis_save_path: str = option("./vis_output", "folder for overlays and masks (chat)")
@@ -149,10 +160,10 @@ class CodebookArguments(Arguments):
 class AdapterArguments(Arguments):
     """LoRA, and which parts exist and train."""
 
-    lora_r: int = option(8, "rank of LoRA on the language model; 0 for none", low=0)
-    lora_alpha: int = option(16, "LoRA's scale is alpha / rank", above=0)
-    lora_dropout: float = option(0.05, "dropout in front of LoRA", low=0.0, high=1.0)
-    lora_target_modules: str = option("q_proj,v_proj", "names of the layers LoRA is put on", join=",")
+    lora_r: int = option(LORA_RANK, "rank of LoRA on the language model; 0 for none", low=0)
+    lora_alpha: int = option(LORA_ALPHA, "LoRA's scale is alpha / rank", above=0)
+    lora_dropout: float = option(LORA_DROPOUT, "dropout in front of LoRA", low=0.0, high=1.0)
+    lora_target_modules: str = option(LORA_TARGET_MODULES, "names of the layers LoRA is put on", join=",")
     train_projector: bool = option(True, "train the projector that makes image tokens")
     train_mask_decoder: bool = option(True, "train what predicts masks; off for training in words alone")
     train_map_entry: bool = option(True, "train the pixel decoder's neck and no-mask embedding; off in the release")
@@ -209,8 +220,10 @@ class DataArguments(Arguments):
     reason_seg_data: str = option("ReasonSeg|train", "reason_seg's set and splits", join=SEPARATOR)
     custom_data: str = option("", "custom's sets: names of folders below custom/ in the data root", join=SEPARATOR)
     explanatory: float = option(0.1, "share of reason_seg's answers in words alone; negative: none", high=1.0)
-    num_classes_per_sample: int = option(3, "questions (conversations) about one image, at most", low=1)
-    num_classes_per_question: int = option(3, "targets asked for in one question, at most", low=1)
+    num_classes_per_sample: int = option(
+        CLASSES_PER_SAMPLE, "questions (conversations) about one image, at most", low=1
+    )
+    num_classes_per_question: int = option(CLASSES_PER_QUESTION, "targets asked for in one question, at most", low=1)
     use_expand_question_list: bool = option(False, "ask in more varied words")
     exclude_val: bool = option(False, "leave out training images that validation shows")
     masks_process_with_clip: bool = option(False, "resize masks like the image")
@@ -264,10 +277,10 @@ class OptimizationArguments(Arguments):
     optimizer: str = option(
         "adamw", "adamw, muon for hidden matrices (plain engine), or sgd", choices=("adamw", "muon", "sgd")
     )
-    beta1: float = option(0.9, "AdamW", low=0.0, high=1.0)
-    beta2: float = option(0.95, "AdamW", low=0.0, high=1.0)
-    weight_decay: float = option(0.0, "AdamW, on matrices only", low=0.0)
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", low=0.0)
+    beta1: float = option(ADAM_BETAS[0], "AdamW", low=0.0, high=1.0)
+    beta2: float = option(ADAM_BETAS[1], "AdamW", low=0.0, high=1.0)
+    weight_decay: float = option(WEIGHT_DECAY, "AdamW, on matrices only", low=0.0)
+    grad_clip: float = option(GRADIENT_CLIP, "largest norm of the gradient; 0 for no limit", low=0.0)
     ce_loss_weight: float | None = option(None, "weight of the text loss", low=0.0)
     bce_loss_weight: float | None = option(None, "weight of the masks' cross entropy", low=0.0)
     dice_loss_weight: float | None = option(None, "weight of the masks' DICE loss", low=0.0)
@@ -450,7 +463,7 @@ class ChatArguments(BaseArguments, ImageArguments, CodebookArguments):
         "local_rank": "chat runs in one process",
     }
 
-    lora_r: int = option(8, "rank of LoRA", low=0)
+    lora_r: int = option(LORA_RANK, "rank of LoRA", low=0)
     load_in_8bit: bool = option(False, "hold the language model in 8 bits (needs bitsandbytes)")
     load_in_4bit: bool = option(False, "hold the language model in 4 bits (needs bitsandbytes)")
     image: str = option("", "image to ask about; without it chat asks for one")

@@ -6,16 +6,12 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from model.structures import PixelLMError
 from utils.cli.logs import configure_logging, rank
 
 
-class UserError(ValueError):
-    """Something the person at the keyboard can put right. Its message is one sentence: found, expected, what to do.
-
-    Errors of other rooms count as this where their class sets the attribute `user_message = True`.
-    """
-
-    user_message = True
+class UserError(PixelLMError):
+    """A flag, a file or a folder that the person at the keyboard gave cannot be used."""
 
 
 class Stopped(Exception):
@@ -24,7 +20,7 @@ class Stopped(Exception):
 
 def explain(error: BaseException) -> str | None:
     """The sentence to print instead of a traceback, or None for an error that is a mistake in the program."""
-    if getattr(type(error), "user_message", False):
+    if isinstance(error, PixelLMError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
         where = f" while writing {error.filename}" if error.filename else ""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from model.structures import PixelLMError
 from utils.cli.logs import EVERY_RANK
 from utils.data.errors import DataError
 
@@ -30,10 +31,9 @@ class BadSample(NamedTuple):
 def as_bad_sample(error: Exception) -> BadSample | None:
     """`error` as the reason to leave a sample out, or None where it is a mistake in the program.
 
-    Errors about what a person can put right carry `user_message`, those of the processor too; where one names no cause,
-    its class does.
+    Where an error about what a person can put right names no cause, its class does.
     """
-    if not getattr(type(error), "user_message", False):
+    if not isinstance(error, PixelLMError):
         return None
     kind = _BETWEEN_WORDS.sub(" ", type(error).__name__).lower()
     return BadSample(getattr(error, "cause", kind), " ".join(str(error).split()))

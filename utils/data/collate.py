@@ -10,14 +10,9 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from model.structures import IGNORE_TOKEN, TOWER_KEY
 from utils.data.masks import Window, WindowedMasks
 from utils.data.passing import Corner, Squares, received, sent
-
-IMAGE_KEY = "vision_tower"
-"""What the prepared image is keyed by: the tower it is for."""
-
-IGNORED_TOKEN = -100
-"""Label of tokens that are no part of an answer."""
 
 Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(images (B, 3, P, P) uint8, their sizes in the square (B, 2)) -> (B, 3, P, P) float32, on the same device."""
@@ -56,7 +51,7 @@ class Example:
 class Batch:
     """Rows are right-padded and ordered by image; targets by image, row, and place in the text.
 
-    input_ids (C, T) long; attention_mask (C, T) bool; labels (C, T) long, IGNORED_TOKEN outside answers
+    input_ids (C, T) long; attention_mask (C, T) bool; labels (C, T) long, IGNORE_TOKEN outside answers
     pixel_values: (B, 3, P, P) by tower, float32, or uint8 as long as `normalise` is there to be used
     resized_sizes, original_sizes (B, 2) long, height first
     image_index (C,) long, never falling: the image of each row
@@ -195,8 +190,8 @@ def _joined(examples: list[Example], pad_token_id: int) -> Batch:
     return Batch(
         input_ids=input_ids,
         attention_mask=torch.arange(input_ids.shape[1]) < lengths[:, None],
-        labels=pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED_TOKEN),
-        pixel_values={IMAGE_KEY: _together([example.pixel_values for example in examples])},
+        labels=pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE_TOKEN),
+        pixel_values={TOWER_KEY: _together([example.pixel_values for example in examples])},
         resized_sizes=torch.tensor([example.resized_size for example in examples], dtype=torch.long),
         original_sizes=torch.tensor([example.original_size for example in examples], dtype=torch.long),
         image_index=torch.tensor([b for b, example in enumerate(examples) for _ in example.rows], dtype=torch.long),

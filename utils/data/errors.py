@@ -1,5 +1,7 @@
 """What is wrong with data, in one sentence."""
 
+from model.structures import PixelLMError
+
 _UNUSABLE = "unusable annotation"
 
 NO_SUCH_SPLIT = "split that does not exist"
@@ -9,14 +11,12 @@ EMPTY_CLASS_LIST = "empty class list"
 """Cause where a file of classes names none."""
 
 
-class DataError(ValueError):
+class DataError(PixelLMError):
     """A file, an annotation or a setting of the data cannot be used.
 
     The message is one sentence for a person: what was found and where, what was expected, what to do. `cause` names the
     kind of trouble in a few words, the same for every sample that has it, so that such samples can be counted.
     """
-
-    user_message = True
 
     def __init__(self, message: str, cause: str = _UNUSABLE) -> None:
         super().__init__(message)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_rle
 
+from model.structures import IGNORE_LABEL
 from utils.data.errors import DataError
-from utils.data.samples import IGNORE_LABEL
 
 _POINTS_OF_A_TRIANGLE = 3
 _FARTHEST = 1_000_000

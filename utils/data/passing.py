@@ -19,8 +19,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from model.structures import IGNORE_LABEL
 from utils.data.masks import Window, WindowedMasks
-from utils.data.samples import IGNORE_LABEL
 
 SLOTS = 3
 """Parcels of a worker on their way at most: two that DataLoader asks for ahead, and one that is being unpacked."""

@@ -5,15 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SEG_MARKER = "{seg}"
-"""Stands in a turn's answer right after the words that name a target, once per target, in the order of its targets."""
+from model.structures import SEG_MARKER
 
 MORE_MARKERS = f"answer with more {SEG_MARKER} than masks"
 FEWER_MARKERS = f"answer with fewer {SEG_MARKER} than masks"
 """Why an answer is left out whose text and masks disagree."""
-
-IGNORE_LABEL = 255
-"""Value of mask pixels that take no part in any loss or score."""
 
 DIRECT, SEVERAL, REASONING, NO_TARGET, TEXT = "direct", "several", "reasoning", "no_target", "text"
 NO_IMAGE = ""

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from utils.data.samples import SEG_MARKER, Target, Turn, kind_by_count
+from model.structures import SEG_MARKER
+from utils.data.samples import Target, Turn, kind_by_count
 
 Drawn = TypeVar("Drawn")
 

@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
+from model.structures import DTYPES
 from utils.cli.errors import UserError
 from utils.engine.plain_engine import WEIGHTS
 from utils.engine.process_group import Peers, peers
@@ -28,7 +29,6 @@ from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.resharding import layout_of, put_whole, read_whole
 from utils.engine.same_sums import SummedRounds, clip, norm_of, sum_as_stage_3, take_norm_in_double
 from utils.engine.stepping import (
-    DTYPES,
     LossSums,
     OptimizerSettings,
     count_step,

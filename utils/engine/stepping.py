@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from demo.muon import Muon
+from model.structures import ADAM_BETAS, DTYPES, GRADIENT_CLIP, WEIGHT_DECAY
 from utils.cli.errors import UserError
 from utils.engine.protocol import TrainingBatch
 
 STEP, MICRO_BATCH = "step", "micro_batch"
 LOSS_NORMALISATIONS = (STEP, MICRO_BATCH)
 ADAMW, MUON, SGD = "adamw", "muon", "sgd"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class OptimizerSettings:
     averaged: "micro_batch".
     """
 
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    gradient_clip: float = 1.0
+    betas: tuple[float, float] = ADAM_BETAS
+    weight_decay: float = WEIGHT_DECAY
+    gradient_clip: float = GRADIENT_CLIP
     multipliers: Mapping[str, float] | None = None
     loss_normalisation: str = STEP
     name: str = ADAMW

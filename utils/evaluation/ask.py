@@ -27,8 +27,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from model.structures import IGNORE_LABEL
 from utils.data.readers.registry import MUSE, REASON_SEG
-from utils.data.samples import IGNORE_LABEL, TEXT, Sample
+from utils.data.samples import TEXT, Sample
 from utils.data.templates import REGION_ASKED_FOR
 from utils.evaluation import metrics, release_protocol
 from utils.evaluation.aggregate import CLASS_SETS, LONG, SHORT, Drawn, Figures, Release, Said, Words, drawn, summarise

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from utils.data.samples import IGNORE_LABEL
+from model.structures import IGNORE_LABEL
 
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
 """IoUs from which a question counts as right."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.data.samples import IGNORE_LABEL
+from model.structures import IGNORE_LABEL
 from utils.evaluation.matching import match, matching_cost
 
 # As many points as the release samples to match masks (fact V1).

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.losses import IGNORE_TOKEN, text_loss
+from model.losses import text_loss
 from model.predictor import Answer, Predictor, _by_image, _pad_right
 from model.processing_pixellm import ConversationTooLong, EncodedConversation
+from model.structures import IGNORE_TOKEN
 
 Likelihood = tuple[float, int]
 

@@ -16,7 +16,7 @@ from utils.data.readers.base import Reader
 from utils.data.samples import NO_IMAGE, Sample
 
 OpenImage = Callable[[str], np.ndarray]
-"""Path -> (H, W, 3) uint8, an error with `user_message` where it cannot be opened."""
+"""Path -> (H, W, 3) uint8, a PixelLMError where it cannot be opened."""
 
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 

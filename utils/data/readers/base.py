@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from model.structures import CLASSES_PER_SAMPLE
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
 from utils.data.index import Gathered, RecordIndex, open_index
@@ -21,7 +22,8 @@ class ReaderOptions:
     """Settings of all readers; the names are those of the command line.
 
     num_classes_per_sample: most conversations taken from one image.
-    num_classes_per_question: most classes or descriptions one question asks for.
+    num_classes_per_question: most classes or descriptions one question asks for: one, as in validation; training asks
+    for more.
     use_expand_question_list: draw questions from the longer list of phrasings.
     explanatory: share of text-only answers among ReasonSeg's images that have an explanation; negative: no
     explanations. exclude_val: leave out of referring training every image that a val or test split of any referring
@@ -29,7 +31,7 @@ class ReaderOptions:
     if the contents of its files are those it was made of.
     """
 
-    num_classes_per_sample: int = 3
+    num_classes_per_sample: int = CLASSES_PER_SAMPLE
     num_classes_per_question: int = 1
     use_expand_question_list: bool = False
     explanatory: float = 0.1

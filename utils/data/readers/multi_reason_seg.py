@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from model.structures import SEG_MARKER
 from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, expect, field
 from utils.data.masks import PlainMask, coco_mask, mask_of
@@ -19,17 +20,7 @@ from utils.data.readers.base import Reader, ReaderOptions, draw
 from utils.data.readers.coco_json import note_odd_box
 from utils.data.readers.json_stream import items_of
 from utils.data.required_files import Mention, Part, file_part, folder_part
-from utils.data.samples import (
-    FEWER_MARKERS,
-    MORE_MARKERS,
-    NO_TARGET,
-    REASONING,
-    SEG_MARKER,
-    Conversation,
-    Sample,
-    Target,
-    Turn,
-)
+from utils.data.samples import FEWER_MARKERS, MORE_MARKERS, NO_TARGET, REASONING, Conversation, Sample, Target, Turn
 from utils.data.templates import named_answer, nothing_fits, target_name
 
 MUSE_SPLITS = ("train", "val", "test_less", "test_many")

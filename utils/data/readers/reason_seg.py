@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from model.structures import SEG_MARKER
 from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, digest, expect, field, image_size, list_images, parse_json, read_bytes
 from utils.data.masks import PaintedMask, points_of
 from utils.data.readers.base import Reader, ReaderOptions, draw
 from utils.data.required_files import Part, folder_part
-from utils.data.samples import REASONING, SEG_MARKER, TEXT, Conversation, Sample, Target, Turn
+from utils.data.samples import REASONING, TEXT, Conversation, Sample, Target, Turn
 from utils.data.templates import (
     REGION_ASKED_FOR,
     named_answer,

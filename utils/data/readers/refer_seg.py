@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from model.structures import SEG_MARKER
 from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, expect, parse_json, read_bytes
 from utils.data.files import field as json_field
@@ -24,7 +25,7 @@ from utils.data.readers.coco_json import (
 from utils.data.readers.phrase_reader import Asked, PhraseReader
 from utils.data.readers.pickles import load_plain_pickle
 from utils.data.required_files import Part, file_part, folder_part
-from utils.data.samples import SEG_MARKER, Target
+from utils.data.samples import Target
 from utils.data.templates import target_name
 
 _FOLDER = "refer_seg"

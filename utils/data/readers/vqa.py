@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from model.structures import SEG_MARKER
 from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, field
 from utils.data.readers.base import Reader, ReaderOptions, draw
 from utils.data.readers.json_stream import items_of
 from utils.data.required_files import Mention, Part, file_part, folder_part
-from utils.data.samples import NO_IMAGE, SEG_MARKER, TEXT, Sample, Turn
+from utils.data.samples import NO_IMAGE, TEXT, Sample, Turn
 from utils.data.text import exchanges
 
 _COCO = "coco/train2017"

@@ -8,8 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from model.structures import SEG_MARKER
 from utils.cli.errors import UserError
-from utils.data.samples import SEG_MARKER
 from utils.evaluation.mask_codes import decoded
 from utils.evaluation.metrics import mask_box
 

@@ -7,6 +7,7 @@ asked for by their category, and everything of a category in an image is one tar
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from model.structures import SEG_MARKER
 from utils.data.files import DataRoot, expect, field, parse_json, read_bytes
 from utils.data.masks import PlainMask, coco_mask, union_of
 from utils.data.readers.base import ReaderOptions
@@ -21,7 +22,7 @@ from utils.data.readers.coco_json import (
 )
 from utils.data.readers.custom.layout import COCO_FILE, CUSTOM, IMAGES
 from utils.data.readers.phrase_reader import Asked, PhraseReader
-from utils.data.samples import SEG_MARKER, Target
+from utils.data.samples import Target
 from utils.data.templates import target_name
 
 _RECORDS = 1

@@ -11,23 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from model.structures import SEG_MARKER
 from utils.data.errors import DataError
 from utils.data.files import DataRoot, expect, field, image_size, parse_json, read_bytes
 from utils.data.masks import coco_mask
 from utils.data.readers.base import Reader, ReaderOptions, draw
 from utils.data.readers.custom.layout import CUSTOM, IMAGES, LINES_FILE, mask_file
 from utils.data.readers.custom.mask_files import FileMask
-from utils.data.samples import (
-    FEWER_MARKERS,
-    MORE_MARKERS,
-    SEG_MARKER,
-    TEXT,
-    Conversation,
-    Sample,
-    Target,
-    Turn,
-    kind_by_count,
-)
+from utils.data.samples import FEWER_MARKERS, MORE_MARKERS, TEXT, Conversation, Sample, Target, Turn, kind_by_count
 from utils.data.templates import names_before_markers
 from utils.data.text import exchanges
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from model.structures import IGNORE_LABEL, SEG_MARKER
 from utils.data.errors import EMPTY_CLASS_LIST, DataError
 from utils.data.files import (
     OTHER_EDITION,
@@ -27,7 +28,7 @@ from utils.data.masks import LabelMask
 from utils.data.readers.base import ReaderOptions
 from utils.data.readers.custom.layout import CUSTOM, IMAGES, MASKS, mask_file
 from utils.data.readers.phrase_reader import Asked, PhraseReader
-from utils.data.samples import IGNORE_LABEL, SEG_MARKER, Target
+from utils.data.samples import Target
 from utils.data.templates import target_name
 
 CLASSES = "classes.json"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from model.structures import IGNORE_LABEL
 from utils.data.errors import EMPTY_CLASS_LIST, NO_SUCH_SPLIT, DataError
 from utils.data.files import (
     OTHER_EDITION,
@@ -29,7 +30,7 @@ from utils.data.readers.base import ReaderOptions
 from utils.data.readers.sem_seg.class_reader import ClassReader
 from utils.data.readers.sem_seg.label_map_classes import ADE20K_CLASSES, COCO_STUFF_CLASSES
 from utils.data.required_files import Part, file_part, folder_part
-from utils.data.samples import IGNORE_LABEL, Target
+from utils.data.samples import Target
 
 _LABEL_VALUES = 256
 _IGNORED = ""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from model.structures import SEG_MARKER
 from utils.data.errors import NO_SUCH_SPLIT, DataError
 from utils.data.files import DataRoot, expect, parse_json, read_bytes
 from utils.data.files import field as json_field
@@ -26,7 +27,7 @@ from utils.data.readers.coco_json import (
 from utils.data.readers.sem_seg.class_reader import ClassReader
 from utils.data.readers.sem_seg.part_names import paco_names, partimagenet_names, pascal_part_names
 from utils.data.required_files import Part, file_part, folder_part
-from utils.data.samples import SEG_MARKER, Target
+from utils.data.samples import Target
 
 _PASCAL = ("vlpart", "pascal_part")
 _VOC_IMAGES = "VOCdevkit/VOC2010/JPEGImages"
