@@ -83,9 +83,9 @@ def test_stage_3_validates_though_no_rank_has_all_weights(trainer: Trainer) -> N
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_what_stage_3_leaves_is_what_stage_0_leaves(trainer: Trainer, tmp_path: Path) -> None:
-    """Trained apart, with dropout, clipping and several rounds to a step, the exported models have the same bits; and
-    so has one that changed its stage after two of the three steps."""
-    flags = "--deterministic --grad_accumulation_steps=2 --batch_size=1 --grad_clip=0.5 --max_steps=3 --print_freq=1"
+    """Trained apart, with dropout, clipping and several rounds to a step, the exported models agree to rounding; and
+    so does one that changed its stage after two of the three steps."""
+    flags = "--grad_accumulation_steps=2 --batch_size=1 --grad_clip=0.5 --max_steps=3 --print_freq=1"
     flags += " --lora_dropout=0.1"
     first, second, changed = "apart under stage 0", "apart under stage 3", "from stage 0 to 3"
     half_way = trainer.out / first / "ckpt_model" / "step2"
@@ -99,16 +99,14 @@ def test_what_stage_3_leaves_is_what_stage_0_leaves(trainer: Trainer, tmp_path: 
         models[name] = load_file(tmp_path / name / "model.safetensors")
     for name in (second, changed):
         assert models[first].keys() == models[name].keys()
-        assert [key for key, value in models[first].items() if not torch.equal(value, models[name][key])] == [], name
+        assert mean_apart(models[first], models[name]) < 1e-5, name
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_stages_leave_the_same_of_a_training_that_changed_stage(trainer: Trainer) -> None:
     """A training is exported to the same bits from either stage, whichever it was made under; the other takes it on for
-    a step that moves nothing.
-
-    Trained apart without --deterministic the last bits differ: stage 3 adds up gradients in another order.
+    a step that moves nothing. Trained apart the last bits differ: stage 3 adds up gradients in another order.
     """
     made = {stage: trained_under(trainer, stage) for stage in (0, 3)}
     for stage, other in ((0, 3), (3, 0)):
@@ -123,12 +121,19 @@ def test_stages_leave_the_same_of_a_training_that_changed_stage(trainer: Trainer
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_what_stage_1_leaves_is_whole(trainer: Trainer) -> None:
-    """Weights that do not train included. Without --deterministic AdamW's fused step rounds a tensor's last few numbers
-    in another way than the rest, and which these are differs between the stages."""
-    flags = ("--deterministic", "--grad_clip=0", "--max_steps=3")
+    """Weights that do not train included, and those to the bit. What trains agrees to rounding: AdamW's fused step
+    rounds a tensor's last few numbers in another way than the rest, and stages cut tensors up differently."""
+    flags = ("--grad_clip=0", "--max_steps=3")
     wanted, found = (exported(trainer, f"whole under stage {stage}", stage, *flags) for stage in (0, 1))
     assert found.keys() == wanted.keys()
-    assert [name for name, value in wanted.items() if not torch.equal(value, found[name])] == []
+    differing = {name for name, value in wanted.items() if not torch.equal(value, found[name])}
+    assert differing <= trained_names(trainer.out / "whole under stage 0")
+    assert mean_apart(wanted, found) < 1e-5
+
+
+def trained_names(run: Path) -> set[str]:
+    """Names of the parameters that trained, as the run card has them."""
+    return set(json.loads((run / "run.json").read_text())["trained"])
 
 
 def mean_apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

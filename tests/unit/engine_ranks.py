@@ -63,7 +63,6 @@ def main(out: Path) -> None:
     lonely_answers(out, lines)
     spoiled(lines)
     checkpoint(out, lines)
-    same_sums(out, lines)
     if engine.rank == 0:
         (out / "lines.json").write_text(json.dumps(lines))
     engine.close()
@@ -170,28 +169,6 @@ def checkpoint(out: Path, lines: dict) -> None:
     dtypes = {n: str(p.dtype) for n, p in low.model.named_parameters()} | {"buffer": str(low.model.frequencies.dtype)}
     lines["bf16"] = {"total": report.total, "dtypes": dtypes}
     lines["gathered"] = low.gather(low.rank)
-
-
-def same_sums(out: Path, lines: dict) -> None:
-    """Two clipped steps of two rounds of a true PixelLM, in bfloat16, under the stages that leave the same bits.
-
-    For the rest of this process linear layers are those of stage 3.
-    """
-    runtime = open_runtime("deepspeed", 0, "bf16")
-    lines["same sums"] = found = {}
-    first: dict[str, torch.Tensor] = {}
-    for stage in (0, 2, 3):
-        model, step = real_step(out, runtime, 2)
-        settings = OptimizerSettings(betas=(BETA1, 0.95), gradient_clip=0.5)
-        size = len(step[0].resized_sizes)
-        engine = DeepSpeedEngine(
-            model, settings, "bf16", runtime.device, micro_batch=size, rounds=2, zero_stage=stage, same_sums=True
-        )
-        reports = [engine.train_step(step, RATE) for _ in range(2)]
-        state = state_of(engine)
-        first = first or state
-        differing = [name for name, value in first.items() if not torch.equal(value, state[name])]
-        found[stage] = {"norms": [report.gradient_norm for report in reports], "differing": differing}
 
 
 def full_disk(out: Path) -> None:

@@ -304,8 +304,7 @@ class OptimizationArguments(Arguments):
     seed: int = option(0, "of data order, initial weights and dropout", low=0)
     deterministic: bool = option(
         False,
-        "on a GPU only operations whose bits repeat, so that a resumed run repeats too (a CPU always does), and one "
-        "order of sums under every ZeRO stage, so that on one or two ranks all leave the same bits; slower",
+        "on a GPU only operations whose bits repeat, so that a resumed run repeats too (a CPU always does); slower",
     )
 
     def total_steps(self) -> int:

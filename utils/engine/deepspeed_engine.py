@@ -1,5 +1,5 @@
-"""The DeepSpeed engine: ZeRO 0 to 3, one process or many. Beside resharding.py and same_sums.py the only file that
-imports deepspeed.
+"""The DeepSpeed engine: ZeRO 0 to 3, one process or many. Beside resharding.py the only file that imports
+deepspeed.
 """
 
 import json
@@ -27,7 +27,6 @@ from utils.engine.plain_engine import WEIGHTS
 from utils.engine.process_group import Peers, peers
 from utils.engine.protocol import StepReport, TrainingBatch
 from utils.engine.resharding import layout_of, put_whole, read_whole
-from utils.engine.same_sums import SummedRounds, clip, norm_of, sum_as_stage_3, take_norm_in_double
 from utils.engine.stepping import (
     LossSums,
     OptimizerSettings,
@@ -151,11 +150,7 @@ def make_sharder(user_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
 
 
 class DeepSpeedEngine(Peers):
-    """A model under ZeRO. See `protocol.Engine`.
-
-    same_sums: whether every stage adds up in one order, so that all leave the same bits (stage 1 of one round only, and
-        nothing offloaded).
-    """
+    """A model under ZeRO. See `protocol.Engine`."""
 
     name = "deepspeed"
 
@@ -170,7 +165,6 @@ class DeepSpeedEngine(Peers):
         rounds: int,
         zero_stage: int = 2,
         user_config: dict[str, Any] | None = None,
-        same_sums: bool = False,
     ) -> None:
         connect()
         super().__init__(device)
@@ -188,22 +182,13 @@ class DeepSpeedEngine(Peers):
             clip=0.0 if zero_stage == 0 and precision != "fp16" else settings.gradient_clip,
             numel=sum(numbers_in(parameter) for parameter in trainable_parameters(model).values()),
         )
-        if same_sums and zero_stage < 3:
-            sum_as_stage_3(model)
-        # The fused AdamW rounds the last few numbers of a tensor otherwise, and stages cut tensors up differently.
-        optimizer = make_optimizer(model, settings, fused=not same_sums)
+        optimizer = make_optimizer(model, settings)
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.group_names = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         # DeepSpeed makes groups, for which ranks wait up to half an hour; a barrier notices that one is gone.
         self.barrier()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model: Any = self.deepspeed.module
-        self.same_sums = same_sums
-        self.summed_rounds = None
-        if same_sums and zero_stage == 0 and precision != "fp16":
-            self.summed_rounds = SummedRounds(trainable_parameters(self.model).values())
-        if same_sums and zero_stage in (1, 2):
-            take_norm_in_double(self.deepspeed.optimizer, self)
 
     @property
     def zero_stage(self) -> int:
@@ -235,8 +220,6 @@ class DeepSpeedEngine(Peers):
         everywhere = self.world_size * self.rounds
         dtype = DTYPES["fp16"] if self.precision == "fp16" else None
         for number, batch in enumerate(micro_batches, start=1):
-            if self.summed_rounds:  # which lets DeepSpeed add up ranks now
-                self.deepspeed.set_gradient_accumulation_boundary(True)
             with self.clock("forward"):
                 losses = self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
             # DeepSpeed divides by the number of rounds and averages over ranks; the counts have already done both.
@@ -244,9 +227,6 @@ class DeepSpeedEngine(Peers):
             with self.clock("backward"):  # DeepSpeed sends gradients while it makes them
                 self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
             sums.add(losses)
-            if self.summed_rounds:
-                self.summed_rounds.add(last=number == self.rounds)
-                self.deepspeed.set_gradient_accumulation_boundary(number == self.rounds)
             if number == self.rounds and self.zero_stage == 0 and self.precision != "fp16":
                 norm = self._clip_or_leave_out()
             with self.clock("optimizer"):
@@ -259,12 +239,10 @@ class DeepSpeedEngine(Peers):
 
         DeepSpeed's own clipping fails where there is none left. Returns the norm before.
         """
-        gradients = [p.grad for p in trainable_parameters(self.model).values() if p.grad is not None]
-        norm = float(norm_of(gradients))
+        trained = list(trainable_parameters(self.model).values())
+        norm = float(nn.utils.clip_grad_norm_(trained, self.clip or math.inf))
         if not math.isfinite(norm):
             self.model.zero_grad(set_to_none=True)
-        elif self.clip:
-            clip(gradients, self.clip, norm)
         return norm
 
     @contextmanager
@@ -324,9 +302,6 @@ class DeepSpeedEngine(Peers):
                 f"the checkpoint {place} does not fit this model ({first}): use the flags it was trained with, or "
                 "another --exp_name"
             ) from error
-        if self.same_sums:  # a checkpoint's word on this would count otherwise
-            for group in self.deepspeed.optimizer.param_groups:
-                group["fused"] = False
         return state["client"]
 
     def _load_reshaped(self, place: Path, written: tuple[int, int]) -> dict[str, Any]:

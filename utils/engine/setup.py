@@ -118,7 +118,6 @@ def make_engine(args: TrainArguments, runtime: Runtime, model: Any, mask_parts: 
         rounds=args.grad_accumulation_steps,
         zero_stage=stage,
         user_config=user_config,
-        same_sums=args.deterministic and not args.compile,  # stage 3 does not compile
     )
 
 

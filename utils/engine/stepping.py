@@ -82,11 +82,10 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     return {module.weight for module in linear if isinstance(module.weight, nn.Parameter)}
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings, fused: bool = True) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer over exactly the trainable parameters, in groups of equal decay and multiplier.
 
-    Only tensors of two or more axes decay. A group carries its `multiplier`; its `lr` is set before each step. fused:
-    whether AdamW updates a tensor in one go, which is quicker.
+    Only tensors of two or more axes decay. A group carries its `multiplier`; its `lr` is set before each step.
     """
     matrices = hidden_matrices(model) if settings.name == MUON else set()
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
@@ -104,7 +103,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, fused: bool = 
         return Muon(listed, betas=settings.betas)
     if settings.name == SGD:
         return torch.optim.SGD(listed, lr=0.0)
-    return torch.optim.AdamW(listed, lr=0.0, betas=settings.betas, fused=fused)
+    return torch.optim.AdamW(listed, lr=0.0, betas=settings.betas, fused=True)
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
