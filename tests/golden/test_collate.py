@@ -22,7 +22,14 @@ from model.conversation_formats import (
     ConversationFormatError,
     build_format,
 )
-from model.processing_pixellm import RELEASE_RULES, TURNS_RULES, ConversationTooLong, PixelLMProcessor, seg_token_names
+from model.processing_pixellm import (
+    RELEASE_RULES,
+    TURNS_RULES,
+    ConversationTooLong,
+    EncodedConversation,
+    PixelLMProcessor,
+    seg_token_names,
+)
 from model.release_text import (
     LegacyTokenizer,
     ReleaseRows,
@@ -35,7 +42,7 @@ from model.structures import CONVERSATION_FORMATS, IGNORE_TOKEN, LLAVA_V1, SEG_M
 from tests.golden import vectors
 from utils.checkpoints.folders import load_tokenizer
 from utils.checkpoints.released_checkpoints import RELEASE_IMAGE_TOKEN_POOL
-from utils.data.collate import Batch, EncodedRow, Example, collate
+from utils.data.collate import Batch, Example, collate
 from utils.data.text import without_image
 
 GROUP = "collate"
@@ -291,7 +298,7 @@ def our_batch(conversation_format: str, rounds: list[list[list[list[str]]]], row
         for one, written in zip(conversations, release, strict=False):
             ids, labels = our_ids(conversation_format, one) or written
             hidden = torch.full_like(ids, IGNORE_TOKEN)
-            encoded.append(EncodedRow(ids, hidden if labels is None else labels, []))
+            encoded.append(EncodedConversation(ids, hidden if labels is None else labels, [], len(one), 0))
         examples.append(
             Example(torch.zeros(3, 1, 1), (1, 1), (1, 1), encoded, torch.zeros(0, 1, 1, dtype=torch.uint8), {})
         )

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from model.processing_pixellm import EncodedConversation
 from model.structures import PixelLMError
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, square
-from tests.unit.test_data_mixture import FakeEncoded, FakeProcessor
+from tests.unit.test_data_mixture import FakeProcessor
 from utils.cli.arguments import TrainArguments, parse_train
 from utils.data.bad_samples import BAD_SAMPLES, BadSamples
 from utils.data.dataset import TrainingDataset
@@ -95,16 +96,16 @@ def test_bad_samples_are_replaced_by_others_that_follow_from_their_number(tmp_pa
 
 def test_a_mistake_in_the_program_is_not_skipped(tmp_path: Path) -> None:
     class Mistaken(FakeProcessor):
-        def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> FakeEncoded:
+        def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> EncodedConversation:
             raise KeyError("oops")
 
     with pytest.raises(KeyError, match="oops"):
         TrainingDataset(mixture(write_forty(tmp_path)), Mistaken(), 1)[0]
 
     class Forgetful(FakeProcessor):
-        def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> FakeEncoded:
+        def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> EncodedConversation:
             tokens = torch.ones(3, dtype=torch.long)
-            return FakeEncoded(tokens, tokens, [], len(turns), 0)
+            return EncodedConversation(tokens, tokens, [], len(turns), 0)
 
     with pytest.raises(RuntimeError, match="seg groups for turns"):
         TrainingDataset(mixture(tmp_path), Forgetful(), 1)[0]

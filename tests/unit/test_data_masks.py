@@ -14,7 +14,7 @@ from model.structures import IGNORE_LABEL, SEG_MARKER
 from tests.unit.data_sets import HEIGHT, WIDTH, square, write_image
 from utils.data.errors import DataError
 from utils.data.files import DataRoot, image_size
-from utils.data.masks import CocoMask, LabelMask, PaintedMask, UnionMask, WindowedMasks, coco_mask, windows_of
+from utils.data.masks import CocoMask, LabelMask, PaintedMask, UnionMask, coco_mask
 from utils.data.readers.pickles import load_plain_pickle
 from utils.data.readers.sem_seg.label_map_classes import ADE20K_CLASSES, COCO_STUFF_CLASSES
 from utils.data.samples import Target, Turn
@@ -89,41 +89,20 @@ def test_many_outlines_come_out_as_pycocotools_has_them() -> None:
         assert np.array_equal(CocoMask(HEIGHT, WIDTH, tuple(outlines))(), expected)
 
 
-def test_a_window_is_as_small_as_its_mask_but_for_whole_words() -> None:
-    for left, top, side in ((3, 2, 5), (0, 0, 8), (25, 18, 6), (9, 1, 11)):
-        window = source_of([square(left, top, side)]).window()
-        assert window is not None and window.top == top and window.pixels.shape[0] == side
-        width = window.pixels.shape[1]
-        assert window.left == min(left, WIDTH - width) and width == -(-side // 8) * 8
-        assert window.pixels.sum() == side * side and window.pixels.flags.c_contiguous
-    narrow = CocoMask(4, 5, (np.array(square(1, 1, 3), dtype=np.float64),)).window()
-    assert narrow is not None and narrow.pixels.shape == (3, 5), "no word has room: the image's own width"
-
-
-def test_masks_of_a_image_drawn_together_are_those_drawn_alone() -> None:
-    """Whatever others there are: empty ones, whole ones, several outlines, run lengths, runs without a pixel."""
+def test_outlines_and_run_lengths_of_one_target_are_a_union() -> None:
+    """Empty masks, whole ones, several outlines, runs without a pixel."""
     rng = np.random.default_rng(2)
     rles = [coco_rle.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in drawn_masks().values()]
     for counts in ([0, 0, 0, 5], [3, 2, 0, 4], [24, 0, 0, 2], [HEIGHT * WIDTH]):
         whole = [*counts, HEIGHT * WIDTH - sum(counts)]
         rles.append(coco_rle.frPyObjects({"size": [HEIGHT, WIDTH], "counts": whole}, HEIGHT, WIDTH))
-    plain = [CocoMask(HEIGHT, WIDTH, (np.array(square(left, 3, 5), dtype=float),)) for left in (2, 20)]
     for _ in range(300):
-        sources = [*plain]
-        for _ in range(rng.integers(0, 3)):
-            outlines = [rng.uniform(-4, 36, size=2 * rng.integers(3, 9)) for _ in range(rng.integers(0, 3))]
-            chosen = rng.choice(len(rles), size=rng.integers(0 if outlines else 1, 2))
-            sources.append(CocoMask(HEIGHT, WIDTH, tuple(outlines), tuple(rles[place] for place in chosen)))
-        sources = [sources[place] for place in rng.permutation(len(sources))]
-        for source, window in zip(sources, windows_of(sources), strict=True):
-            parts = [*source.rles]
-            if source.polygons:
-                parts += coco_rle.frPyObjects(list(source.polygons), HEIGHT, WIDTH)
-            expected = coco_rle.decode(coco_rle.merge(parts))
-            assert (window is None) == (not expected.any())
-            if window is not None:
-                assert np.array_equal(WindowedMasks((HEIGHT, WIDTH), [window]).drawn()[0], expected)
-    assert windows_of([]) == []
+        outlines = [rng.uniform(-4, 36, size=2 * rng.integers(3, 9)) for _ in range(rng.integers(0, 3))]
+        chosen = rng.choice(len(rles), size=rng.integers(0 if outlines else 1, 3))
+        source = CocoMask(HEIGHT, WIDTH, tuple(outlines), tuple(rles[place] for place in chosen))
+        parts = [*source.rles, *(coco_rle.frPyObjects([outline], HEIGHT, WIDTH)[0] for outline in outlines)]
+        expected = np.maximum.reduce([coco_rle.decode(part) for part in parts])
+        assert np.array_equal(source(), expected)
 
 
 def test_polygons_without_an_inside_are_left_out() -> None:

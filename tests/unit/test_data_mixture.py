@@ -14,11 +14,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from model.image_processing_pixellm import PreparedImage
+from model.processing_pixellm import ConversationTooLong, EncodedConversation
 from model.structures import IGNORE_TOKEN, TOWER_KEY
 from tests.unit import data_sets
 from utils.cli.arguments import TrainArguments
 from utils.data.collate import Batch, collate
-from utils.data.dataset import TOGETHER, Joined, RankBatches, TrainingDataset, build_loader
+from utils.data.dataset import RankBatches, TrainingDataset, build_loader
 from utils.data.errors import DataError
 from utils.data.mixture import Mixture, build_mixture
 from utils.data.readers.base import Reader, ReaderOptions
@@ -160,26 +162,6 @@ def test_wrong_rates_are_refused(tmp_path: Path) -> None:
         Mixture([FakeReader("a", 1)], [1], -1)
 
 
-class TooLong(ValueError):
-    """As the processor's."""
-
-
-@dataclass
-class FakeImage:
-    resized: np.ndarray
-    side: int
-    original_size: tuple[int, int]
-
-
-@dataclass
-class FakeEncoded:
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    group_turns: list[int]
-    kept_turns: int
-    dropped_turns: int
-
-
 class FakeProcessor:
     """One token per word; keeps whole turns up to `most` tokens."""
 
@@ -189,17 +171,17 @@ class FakeProcessor:
     def open_image(self, source: Any) -> np.ndarray:
         return cv2.imread(source)
 
-    def prepare_image(self, source: Any, fast: bool) -> FakeImage:
+    def prepare_image(self, source: Any, fast: bool) -> PreparedImage:
         array = self.open_image(source) if isinstance(source, str) else source
         resized = np.full((5 if fast else 6, SIDE, 3), int(array.mean()), dtype=np.uint8)
-        return FakeImage(resized, SIDE, array.shape[:2])
+        return PreparedImage(resized, SIDE, array.shape[:2])
 
     @staticmethod
     def pixel_statistics(pixels: torch.Tensor, resized_sizes: torch.Tensor) -> torch.Tensor:
         """The height of the image in its square is taken off every number."""
         return pixels.float() - resized_sizes[:, :1, None, None]
 
-    def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> FakeEncoded:
+    def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> EncodedConversation:
         ids: list[int] = [] if with_image else [3]
         groups: list[int] = []
         kept = 0
@@ -210,9 +192,9 @@ class FakeProcessor:
             groups += [number] * answer.count("{seg}")
             kept += 1
         if not kept:
-            raise TooLong
+            raise ConversationTooLong
         tokens = torch.tensor(ids)
-        return FakeEncoded(tokens, tokens.where(tokens == 2, IGNORE_TOKEN), groups, kept, len(turns) - kept)
+        return EncodedConversation(tokens, tokens.where(tokens == 2, IGNORE_TOKEN), groups, kept, len(turns) - kept)
 
 
 @dataclass
@@ -250,7 +232,7 @@ def image(tmp_path: Path) -> str:
 
 
 def dataset(samples: list[Sample], processor: FakeProcessor, length: int = 8) -> TrainingDataset:
-    return TrainingDataset(Listed(samples), processor, length, too_long_errors=(TooLong,))  # type: ignore[arg-type]
+    return TrainingDataset(Listed(samples), processor, length)  # type: ignore[arg-type]
 
 
 def test_a_batch_orders_targets_by_image_row_and_place(image: str) -> None:
@@ -335,8 +317,8 @@ def test_a_batch_is_the_same_after_a_journey_between_processes(image: str) -> No
 def test_dropped_turns_take_their_masks_along_and_are_counted(image: str) -> None:
     sample = Sample(image, ((turn(1), turn(2, 3), turn(4)), (turn(5, words=50),), (turn(6),)), "d", "s")
     example = dataset([sample], FakeProcessor(most=11))[0]
-    assert example.masks.drawn().sum(dim=(1, 2)).tolist() == [1, 2, 3, 6]
-    assert [row.target_turns for row in example.rows] == [[0, 1, 1], [0]]
+    assert example.masks.sum(dim=(1, 2)).tolist() == [1, 2, 3, 6]
+    assert [conversation.group_turns for conversation in example.conversations] == [[0, 1, 1], [0]]
     lost = {name: example.info[name] for name in ("dropped_turns", "dropped_targets", "dropped_conversations")}
     assert lost == {"dropped_turns": 2, "dropped_targets": 2, "dropped_conversations": 1}
     assert example.info["kinds"] == ["direct", "several", "direct"]
@@ -349,32 +331,6 @@ def test_a_sample_that_is_too_long_altogether_is_replaced_by_one_that_follows_fr
     assert [made[i].info["replaced_samples"] for i in (0, 1, 2)] == [1, 0, 1]
     with pytest.raises(DataError, match=r"^9 samples in a row, from number 0 on.*raise --model_max_length"):
         dataset([long], FakeProcessor(most=20))[0]
-    with pytest.raises(TooLong):
-        TrainingDataset(Listed([long]), FakeProcessor(most=20), 1)[0]  # type: ignore[arg-type]
-
-
-def test_samples_that_are_made_together_are_those_made_alone(image: str) -> None:
-    """Words of all, then images of all; what is too long is replaced before the others go on."""
-    long, short = (Sample(image, ((turn(1, words=n),),), "d", f"{n} words") for n in (50, 2))
-    done: list[str] = []
-
-    class Noting(FakeProcessor):
-        def prepare_image(self, source: Any, fast: bool) -> FakeImage:
-            done.append("image")
-            return super().prepare_image(source, fast)
-
-        def encode_conversation(self, turns: list[tuple[str, str]], with_image: bool) -> FakeEncoded:
-            done.append("words")
-            return super().encode_conversation(turns, with_image)
-
-    made = dataset([long, short], Noting(most=20), length=3)
-    together = made.__getitems__([0, 1, 2])
-    assert done == ["words"] * 5 + ["image"] * 3, "two are too long"
-    alone = [made[number] for number in range(3)]
-    for one, other in zip(together, alone, strict=True):
-        assert one.info == other.info and torch.equal(one.masks.drawn(), other.masks.drawn())
-        assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(one.rows, other.rows, strict=True))
-    assert [one.info["number"] for one in together] == [0, 1, 2]
 
 
 def test_a_mask_of_another_size_is_refused(image: str) -> None:
@@ -437,18 +393,11 @@ def test_the_order_does_not_depend_on_workers(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one.masks, other.masks, strict=True))
 
 
-def test_batches_are_joined_but_for_the_last() -> None:
-    batches = RankBatches(1, 2, 3, stop=30)
-    assert len(batches) == 5 and len(Joined(batches, 2)) == 3
-    assert list(Joined(batches, 2)) == [[3, 4, 5, 9, 10, 11], [15, 16, 17, 21, 22, 23], [27, 28, 29]]
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_gives_its_batches_as_often_as_asked(image: str, workers: int) -> None:
-    """Of 34 samples in twos a worker makes 16, 16 and 2 at once."""
     made = dataset([Sample(image, ((turn(1),),), "d", "s")], FakeProcessor(), length=34)
     loader = build_loader(made, rank=0, world_size=1, batch_size=2, pad_token_id=0, workers=workers)
-    assert TOGETHER == 16 and len(loader) == 17
+    assert len(loader) == 17
     for _ in range(2):
         numbers = [[info["number"] for info in batch.info] for batch in loader]
         assert numbers == [[2 * place, 2 * place + 1] for place in range(17)]

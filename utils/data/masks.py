@@ -5,12 +5,10 @@ Parts of one object are a union, never a sum: a pixel covered twice is still 1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from pycocotools import mask as coco_rle
 
 from model.structures import IGNORE_LABEL
@@ -22,9 +20,6 @@ _FARTHEST = 1_000_000
 
 _MALFORMED = "malformed segmentation"
 _BROKEN_RLE = "broken run lengths"
-
-_PIXELS_OF_A_WORD = 8
-"""Of a byte each, handled together."""
 
 _FIRST_DIGIT, _MORE_FOLLOW, _SIGN = 48, 32, 16
 _MOST_DIGITS = 7
@@ -38,35 +33,6 @@ PlainMask = tuple[int, int, tuple[bytes, ...], tuple[bytes, ...]]
 """Of a CocoMask: height, width, the float64 numbers of each polygon, the compressed counts of each RLE."""
 
 
-class Window(NamedTuple):
-    """The part of a mask beside which it is 0: `pixels` (h, w) uint8 of 0, 1 and IGNORE_LABEL, the first of which lies
-    at row `top` and column `left`.
-    """
-
-    top: int
-    left: int
-    pixels: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class WindowedMasks:
-    """Masks of one image of `size` (height, width). Most are small, and whole ones would be most of a sample."""
-
-    size: tuple[int, int]
-    windows: list[Window]
-
-    def drawn(self) -> torch.Tensor:
-        """(Q, H, W) uint8 of 0, 1 and IGNORE_LABEL."""
-        masks = np.zeros((len(self.windows), *self.size), dtype=np.uint8)
-        for canvas, (top, left, pixels) in zip(masks, self.windows, strict=True):
-            height, width = pixels.shape
-            canvas[top : top + height, left : left + width] = pixels
-        return torch.from_numpy(masks)
-
-
-_NOTHING = Window(0, 0, np.zeros((0, 0), dtype=np.uint8))
-
-
 @dataclass(frozen=True, slots=True)
 class CocoMask:
     """The union of polygons (each x0 y0 x1 y1 …) and run-length encodings, rastered as pycocotools does it."""
@@ -77,12 +43,9 @@ class CocoMask:
     rles: tuple[dict[str, Any], ...] = ()
 
     def __call__(self) -> np.ndarray:
-        window = self.window()
-        return WindowedMasks((self.height, self.width), [window or _NOTHING]).drawn()[0].numpy()
-
-    def window(self) -> Window | None:
-        """The window that holds all of the mask; None when it has no pixel."""
-        return windows_of([self])[0]
+        outlines = coco_rle.frPyObjects(list(self.polygons), self.height, self.width) if self.polygons else []
+        rle = coco_rle.merge([*self.rles, *outlines])
+        return cv2.transpose(coco_rle.decode(rle).T)  # columns come first in pycocotools' memory
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CocoMask) and self.plain() == other.plain()
@@ -95,17 +58,6 @@ class CocoMask:
             tuple(polygon.tobytes() for polygon in self.polygons),
             tuple(rle["counts"] for rle in self.rles),
         )
-
-
-def windows_of(masks: Sequence[CocoMask]) -> list[Window | None]:
-    """The window of each of several masks of one image: together they take little more time than one alone."""
-    if not masks:
-        return []
-    height, width = masks[0].height, masks[0].width
-    outlines = [polygon for mask in masks for polygon in mask.polygons]
-    rastered = iter(coco_rle.frPyObjects(outlines, height, width) if outlines else [])
-    parts = [[*mask.rles, *islice(rastered, len(mask.polygons))] for mask in masks]
-    return _raster([coco_rle.merge(some) if len(some) > 1 else some[0] for some in parts], height, width)
 
 
 def mask_of(plain: PlainMask) -> CocoMask:
@@ -310,108 +262,16 @@ def _packed_total(counts: bytes) -> int:
     codes = np.frombuffer(counts, dtype=np.uint8)
     if codes.min() < _FIRST_DIGIT or codes.max() > _FIRST_DIGIT + 63 or codes[-1] >= _FIRST_DIGIT + _MORE_FOLLOW:
         return -1
-    ends = _last_digits(codes)
-    if np.diff(ends, prepend=-1).max() > _MOST_DIGITS:
+    ends = np.flatnonzero(codes < _FIRST_DIGIT + _MORE_FOLLOW)  # the place of each number's last digit
+    digits = np.diff(ends, prepend=-1)
+    if digits.max() > _MOST_DIGITS:
         return -1
-    runs = _runs(_written(codes, ends))
-    return int(runs.sum()) if runs.min() >= 0 else -1
-
-
-def _last_digits(codes: np.ndarray) -> np.ndarray:
-    """The place of each number's last digit."""
-    return np.flatnonzero(codes < _FIRST_DIGIT + _MORE_FOLLOW)
-
-
-def _written(codes: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The numbers (int64) written in `codes` (uint8), which end at the places `ends`."""
-    starts = np.zeros_like(ends)
-    np.add(ends[:-1], 1, out=starts[1:])
-    bits = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
-    return np.add.reduceat(_DIGITS[codes] << bits, starts)
-
-
-def _runs(numbers: np.ndarray) -> np.ndarray:
-    """The run lengths of one mask, background first, in the place of their numbers."""
-    for differences in (numbers[1::2], numbers[2::2]):
+    starts = ends - digits + 1
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, digits))
+    runs = np.add.reduceat(_DIGITS[codes] << shifts, starts)
+    for differences in (runs[1::2], runs[2::2]):
         differences.cumsum(out=differences)
-    return numbers
-
-
-def _raster(rles: Sequence[dict[str, Any]], height: int, width: int) -> list[Window | None]:
-    """The windows of what pycocotools decodes, masks of `height` by `width` pixels; None for one without a pixel.
-
-    pycocotools writes every pixel, column by column. Most masks cover a small part of their image, and few of their
-    runs go over the end of a column: then it is faster to note where runs begin and end within that part, and let every
-    such place turn what is below it. numpy takes most of its time to be called, so all masks go through it together.
-    """
-    counts = [rle["counts"] for rle in rles]
-    codes = np.frombuffer(b"".join(counts), dtype=np.uint8)
-    ends = _last_digits(codes)
-    numbers = _written(codes, ends)
-    stops = ends.searchsorted([*accumulate(map(len, counts))]).tolist()
-    edges = [_runs(numbers[start:stop]).cumsum()[: (stop - start) // 2 * 2] for start, stop in pairwise([0, *stops])]
-    windows = _drawn_together(edges, height, width) if all(map(len, edges)) else None
-    if windows is not None:
-        return [*windows]
-    if len(rles) > 1:
-        return [window for rle in rles for window in _raster([rle], height, width)]
-    if not (edges[0][1::2] > edges[0][::2]).any():
-        return [None]
-    return [Window(0, 0, cv2.transpose(coco_rle.decode(rles[0]).T))]
-
-
-class _Frame(NamedTuple):
-    """Where a window is drawn: `height` rows of `stride` pixels from `start` on, and one more where its runs end."""
-
-    top: int
-    left: int
-    height: int
-    stride: int
-    start: int
-
-    @property
-    def origin(self) -> int:
-        """Where the first pixel of the image would be."""
-        return self.start - self.top * self.stride - self.left
-
-    def cut(self, turns: np.ndarray, width: int) -> Window:
-        """The window of an image of `width`, all of it turned by every place above that `turns` marks."""
-        part = turns[self.start : self.start + self.height * self.stride].view(np.uint64).reshape(self.height, -1)
-        drawn = np.bitwise_xor.accumulate(part, axis=0).view(np.uint8)
-        return Window(self.top, self.left, drawn[:, : width - self.left])
-
-
-def _drawn_together(edges: list[np.ndarray], height: int, width: int) -> list[Window] | None:
-    """The windows of masks whose runs begin and end, in turn, at the pixels `edges`, counted down the columns; None
-    where a run goes over the end of a column, or is without a pixel.
-    """
-    places = np.concatenate(edges)
-    touching = (places[1:] == places[:-1]).any()
-    places[1::2] -= 1
-    columns = places // height
-    rows = places - columns * height
-    if touching or (columns[::2] != columns[1::2]).any():
-        return None
-    sizes = [*map(len, edges)]
-    frames = _frames(rows, columns, np.cumsum(sizes), width)
-    rows[1::2] += 1
-    rows *= np.repeat([frame.stride for frame in frames], sizes)
-    turns = np.zeros(frames[-1].start + (frames[-1].height + 1) * frames[-1].stride, dtype=np.uint8)
-    turns[rows + columns + np.repeat([frame.origin for frame in frames], sizes)] = 1
-    return [frame.cut(turns, width) for frame in frames]
-
-
-def _frames(rows: np.ndarray, columns: np.ndarray, stops: np.ndarray, width: int) -> list[_Frame]:
-    """The frames, one behind the other, of masks whose runs begin and end in `rows` and `columns`, up to `stops`."""
-    firsts = np.concatenate([[0], stops[:-1]])
-    bounds = np.minimum.reduceat(rows, firsts), np.maximum.reduceat(rows, firsts), columns[firsts], columns[stops - 1]
-    frames, start = [], 0
-    for top, bottom, left, right in zip(*(bound.tolist() for bound in bounds), strict=True):
-        stride = -(-(right + 1 - left) // _PIXELS_OF_A_WORD) * _PIXELS_OF_A_WORD
-        # As wide as its words where there is room: what is cut off has to be copied.
-        frames.append(_Frame(top, max(0, min(left, width - stride)), bottom + 1 - top, stride, start))
-        start += (bottom + 2 - top) * stride
-    return frames
+    return int(runs.sum()) if runs.min() >= 0 else -1
 
 
 def _compressed(counts: list[Any], height: int, width: int, where: str) -> dict[str, Any]:

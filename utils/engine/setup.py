@@ -186,7 +186,7 @@ class StepBatches:
         self.pad_token_id = 0 if pad is None else pad
         length = args.total_steps() * self.samples_per_step
         self.dataset = TrainingDataset(
-            mixture, processor, length, too_long_errors, strict=args.strict_data, fast_resize=args.fast_resize
+            mixture, processor, length, strict=args.strict_data, fast_resize=args.fast_resize
         )
         self.lost: Counter[str] = Counter()
         self.bad = BadSamples(args.max_bad_samples)
