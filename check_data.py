@@ -13,7 +13,8 @@ from pathlib import Path
 from model.image_processing_pixellm import open_image
 from model.overlay import draw_overlay
 from model.processing_pixellm import PixelLMProcessor
-from utils.cli.arguments import CheckArguments, parse_check
+from utils.cli.commands import parse_check
+from utils.cli.config import CheckConfig
 from utils.cli.errors import UserError, run_script
 from utils.data.check.leaks import find_leaks
 from utils.data.check.pages import Rendered, as_written, page
@@ -29,29 +30,30 @@ _DIM = "2"
 
 def main(argv: list[str] | None = None) -> int:
     """Check as the command line says; 0 when all that was asked for is usable, 1 when not."""
-    args = parse_check(argv)
-    rendered = renderer(args.version) if args.version else as_written
+    config = parse_check(argv)
+    rendered = renderer(config.version) if config.version else as_written
     options = ReaderOptions(
-        num_classes_per_sample=args.num_classes_per_sample,
-        num_classes_per_question=args.num_classes_per_question,
-        use_expand_question_list=args.use_expand_question_list,
-        explanatory=args.explanatory,
-        exclude_val=args.exclude_val,
-        index_dir=args.index_dir,
-        check_index=args.full,
+        num_classes_per_sample=config.data.num_classes_per_sample,
+        num_classes_per_question=config.data.num_classes_per_question,
+        use_expand_question_list=config.data.use_expand_question_list,
+        explanatory=config.data.explanatory,
+        exclude_val=config.data.exclude_val,
+        index_dir=config.data.index_dir,
+        check_index=config.full,
     )
     reports: list[SetReport] = []
-    for asked in [*asked_for_training(args), *asked_for_evaluation(args.val_dataset)]:
-        report, reader = survey(asked, args.dataset_dir, options, open_image, full=args.full, workers=args.workers)
+    root, workers = config.data.dataset_dir, config.data.workers
+    for asked in [*asked_for_training(config.data), *asked_for_evaluation(config.val_dataset)]:
+        report, reader = survey(asked, root, options, open_image, full=config.full, workers=workers)
         reports.append(report)
-        if args.show and reader is not None:
-            write_page(args, report, reader, rendered)
-    leaks = find_leaks(reports, args.dataset_dir, args.index_dir)
+        if config.show and reader is not None:
+            write_page(config, report, reader, rendered)
+    leaks = find_leaks(reports, config.data.dataset_dir, config.data.index_dir)
     print(table(reports, leaks, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-    if args.json:
+    if config.json:
         content = {
-            "dataset_dir": args.dataset_dir,
-            "full": args.full,
+            "dataset_dir": config.data.dataset_dir,
+            "full": config.full,
             "sets": [report.as_dict() for report in reports],
             "leaks": [
                 {"training": leak.training, "evaluation": leak.evaluation, "by": leak.by, "count": leak.count}
@@ -59,14 +61,14 @@ def main(argv: list[str] | None = None) -> int:
                 for leak in leaks
             ],
         }
-        write(Path(args.json), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write(Path(config.json), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return int(any(report.state != "usable" for report in reports))
 
 
-def write_page(args: CheckArguments, report: SetReport, reader: Reader, rendered: Rendered) -> None:
+def write_page(config: CheckConfig, report: SetReport, reader: Reader, rendered: Rendered) -> None:
     """Leave the page of a data set in --show_dir."""
-    target = Path(args.show_dir) / (re.sub(r"[^\w+.-]+", "_", str(report)).strip("_") + ".html")
-    write(target, page(str(report), reader, args.show, open_image, draw_overlay, rendered))
+    target = Path(config.show_dir) / (re.sub(r"[^\w+.-]+", "_", str(report)).strip("_") + ".html")
+    write(target, page(str(report), reader, config.show, open_image, draw_overlay, rendered))
     print(f"written: {target}")
 
 

@@ -19,7 +19,8 @@ from model.answer_text import without_groups
 from model.image_processing_pixellm import open_image
 from model.overlay import GalleryItem, draw_gallery, draw_overlay
 from model.structures import DTYPES
-from utils.cli.arguments import EvaluateArguments, parse_evaluate
+from utils.cli.commands import parse_evaluate
+from utils.cli.config import EvaluateConfig
 from utils.cli.errors import run_script
 from utils.evaluation import html_report as pages
 from utils.evaluation.compare import compare_folders
@@ -35,28 +36,29 @@ from utils.evaluation.tables import quotable
 def main(argv: list[str] | None = None) -> int:
     """Score, compare, judge or quote as the command line says; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parse_evaluate(words)
+    config = parse_evaluate(words)
     drawing = Drawing(gallery, partial(draw_overlay, min_side=pages.SIDE), open_image)
-    if args.compare:
-        out = Path(args.out) if "out" in args.given else None
-        print(compare_folders(*args.compared(), out, drawing.overlay, drawing.open_image))
-    elif args.table:
-        print("\n\n".join(quotable(read_results(Path(args.table)))))
-    elif args.judge:
-        judge_folder(Path(args.judge), args)
-        print("\n\n".join(quotable(read_results(Path(args.judge)))))
+    if config.compare:
+        out = Path(config.out) if config.out else None
+        print(compare_folders(*config.compared(), out, drawing.overlay, drawing.open_image))
+    elif config.table:
+        print("\n\n".join(quotable(read_results(Path(config.table)))))
+    elif config.judge:
+        judge_folder(Path(config.judge), config)
+        print("\n\n".join(quotable(read_results(Path(config.judge)))))
     else:
-        score(args, words, drawing)
+        score(config, words, drawing)
     return 0
 
 
-def score(args: EvaluateArguments, words: list[str], drawing: Drawing) -> None:
+def score(config: EvaluateConfig, words: list[str], drawing: Drawing) -> None:
     """Ask the model every question, on all ranks of the launcher, and write what came of it into --out."""
     ranks = open_ranks()
-    session = Session(args, words, ranks)
-    dtype = DTYPES[args.precision] if "precision" in args.given else None
+    session = Session(config, words, ranks)
+    model = config.model
+    dtype = DTYPES[model.precision] if model.precision else None
     kind = LogitPredictor if session.needs_logits else ScoredPredictor
-    predictor = kind.from_pretrained(args.version, device_of_rank(args.device), dtype, args.attn_implementation)
+    predictor = kind.from_pretrained(model.version, device_of_rank(model.device), dtype, model.attn_implementation)
     if said := session.score(predictor, drawing):
         print(said)
     ranks.close()

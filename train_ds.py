@@ -25,8 +25,10 @@ from utils.checkpoints.builder import (
 )
 from utils.checkpoints.export import read_trained_weights
 from utils.checkpoints.quantized_layers import hold_in_bits
-from utils.cli.arguments import TrainArguments, model_options, parse_train
+from utils.cli.commands import parse_train
+from utils.cli.config import TrainConfig, model_options
 from utils.cli.errors import run_script
+from utils.cli.parser import flatten
 from utils.cli.run_card import write_run_card
 from utils.data.readers.registry import build_eval_reader
 from utils.engine.fit import Run
@@ -45,6 +47,7 @@ from utils.engine.setup import (
     run_facts,
     seed_everything,
     sharder,
+    zero_stage,
 )
 from utils.engine.stepping import to_precision
 from utils.evaluation.validation import Validation
@@ -54,101 +57,112 @@ logger = logging.getLogger("utils")
 
 def main(argv: list[str] | None = None) -> None:
     """Train, or with --eval_only score, as the command line says."""
-    args = parse_train(argv)
-    refuse_missing_data(args)
-    runtime = open_runtime(args.engine, args.local_rank, args.precision, args.deterministic)
-    if runtime.rank == 0 and not args.eval_only:
-        lock_folder(args.run_folder)
-    seed_everything(args.seed)
-    settle = sharder(args, runtime)
-    built, trained = build(args, settle)
-    seed_everything(args.seed + runtime.rank)
+    config = parse_train(argv)
+    refuse_missing_data(config.data, config.validation)
+    runtime = open_runtime(
+        config.engine.engine, config.engine.local_rank, config.engine.precision, config.engine.deterministic
+    )
+    if runtime.rank == 0 and not config.validation.eval_only:
+        lock_folder(config.run.folder)
+    seed_everything(config.engine.seed)
+    settle = sharder(config, runtime)
+    built, trained = build(config, settle)
+    seed_everything(config.engine.seed + runtime.rank)
     batches, flops = None, 0.0
-    if not args.eval_only:
-        batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
-        preflight(args, runtime, built.model, rows_needed(built.processor.tokenizer), batches.dataset.mixture)
-        flops = 0.0 if settle else probe(args, runtime, built, trained, batches)
-    held_out = None if args.no_eval else build_eval_reader(args.val_dataset, args.dataset_dir, index_dir=args.index_dir)
-    engine = make_engine(args, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
-    run = make_run(args, engine, built, held_out)
+    if not config.validation.eval_only:
+        mixture = make_mixture(config.data, config.engine.seed)
+        batches = StepBatches(config, runtime, mixture, built.processor, (ConversationTooLong,))
+        tokens, stage = rows_needed(built.processor.tokenizer), zero_stage(config.engine, runtime)
+        preflight(config, runtime, built.model, tokens, mixture, stage)
+        flops = 0.0 if settle else probe(config, runtime, built, trained, batches)
+    held_out = (
+        None
+        if config.validation.no_eval
+        else build_eval_reader(config.validation.val_dataset, config.data.dataset_dir, index_dir=config.data.index_dir)
+    )
+    engine = make_engine(config, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
+    run = make_run(config, engine, built, held_out)
     run.costs.flops_per_image = flops
-    if (checkpoint := checkpoint_to_resume(args)) is not None:
+    if (checkpoint := checkpoint_to_resume(config.run)) is not None:
         run.resume(checkpoint)
     else:
-        run.progress.step = args.start_epoch * args.steps_per_epoch
+        run.progress.step = config.optimizer.start_epoch * config.optimizer.steps_per_epoch
     if batches is None:
         run.evaluate()
     else:
         if runtime.rank == 0:
-            write_card(args, runtime, built, trained, batches, run.progress.step)
+            write_card(config, runtime, built, trained, batches, run.progress.step)
         run.fit(batches)
         batches.report_losses()
     engine.close()
 
 
-def build(args: TrainArguments, settle: Settle | None = None) -> tuple[BuiltModel, list[str]]:
+def build(config: TrainConfig, settle: Settle | None = None) -> tuple[BuiltModel, list[str]]:
     """The model with what trains chosen, in the run's precision, and the names of those parameters."""
-    options = ModelOptions(**model_options(args))
+    options = ModelOptions(**model_options(config.model))
     # As stored: `to_precision` then gives every tensor the type it trains or rests in.
     built = build_model(
-        args.version,
-        args.vision_tower or None,
+        config.model.version,
+        config.model.vision_tower or None,
         options,
         dtype=None,
-        attn_implementation=args.attn_implementation,
+        attn_implementation=config.engine.attn_implementation,
         to_train=True,
         settle=settle,
     )
     logger.info(built.report.table())
     if not built.model.shares_prefixes:
         logger.warning(
-            f"every conversation is a row of its own: {args.attn_implementation} attention takes no mask of ours"
+            f"every conversation is a row of its own: {config.engine.attn_implementation} attention takes no mask "
+            "of ours"
         )
-    if args.bits:
-        hold_in_bits(built.model, args.bits, DTYPES[args.precision], device_here())
-    recipe = TrainingRecipe(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingRecipe)})
+    if config.adapter.bits:
+        hold_in_bits(built.model, config.adapter.bits, DTYPES[config.engine.precision], device_here())
+    recipe = TrainingRecipe(**{entry.name: getattr(config.adapter, entry.name) for entry in fields(TrainingRecipe)})
     trained = choose_trainable(built.model, recipe)
-    if args.weight:
-        load_weights_into(built.model, read_trained_weights(args.weight), f"--weight {args.weight}")
-    if args.gradient_checkpointing:
+    if config.run.weight:
+        load_weights_into(built.model, read_trained_weights(config.run.weight), f"--weight {config.run.weight}")
+    if config.engine.gradient_checkpointing:
         built.model.activation_checkpointing_enable({"use_reentrant": False})
-    to_precision(built.model, args.precision)
+    to_precision(built.model, config.engine.precision)
     return built, trained
 
 
-def probe(args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> float:
+def probe(config: TrainConfig, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> float:
     """Stop, by name, where gradients do not reach what trains, or reach what does not; operations per image."""
-    wanted = ["ce", "bce"] if args.train_mask_decoder else ["ce"]
+    wanted = ["ce", "bce"] if config.adapter.train_mask_decoder else ["ce"]
     batch = find_probe_batch(built.model, batches.probes(), wanted)
-    flops = probe_gradients(built.model.to(runtime.device), batch, trained, args.precision, runtime.device)
+    flops = probe_gradients(built.model.to(runtime.device), batch, trained, config.engine.precision, runtime.device)
     say_reached(built.model)
     return flops / len(batch.info)
 
 
-def make_run(args: TrainArguments, engine: Engine, built: BuiltModel, samples: object | None) -> Run:
+def make_run(config: TrainConfig, engine: Engine, built: BuiltModel, samples: object | None) -> Run:
     """The run in its folder, with validation on `samples`."""
     if samples is None:
-        return Run(engine, make_plan(args, engine.world_size), args.run_folder)
+        return Run(engine, make_plan(config, engine.world_size), config.run.folder)
     validation = Validation(
         engine,
         Predictor(built.model, built.processor),
         samples,
-        batch_size=args.val_batch_size,
-        limit=args.val_limit,
-        max_new_tokens=args.max_new_tokens,
+        batch_size=config.validation.val_batch_size,
+        limit=config.validation.val_limit,
+        max_new_tokens=config.validation.max_new_tokens,
         open_image=built.processor.open_image,
         overlay=draw_overlay,
     )
-    return Run(engine, make_plan(args, engine.world_size), args.run_folder, validation.scores, validation.images)
+    return Run(engine, make_plan(config, engine.world_size), config.run.folder, validation.scores, validation.images)
 
 
 def write_card(
-    args: TrainArguments, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches, step: int
+    config: TrainConfig, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches, step: int
 ) -> None:
     """Leave run.json beside the checkpoints."""
     facts = run_facts(runtime, batches, step) | {"loaded": built.report.as_dict(), "trained": trained}
     facts["packs_conversations"] = built.model.shares_prefixes
-    write_run_card(args.run_folder, arguments=args.as_dict(), repository=Path(__file__).resolve().parent, facts=facts)
+    write_run_card(
+        config.run.folder, arguments=flatten(config), repository=Path(__file__).resolve().parent, facts=facts
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from demo.scenes import (
 from demo.tiny import TinyShape, make_tiny
 from model.processing_pixellm import ConversationTooLong
 from utils.checkpoints.builder import BuiltModel, TrainingRecipe, choose_trainable, save_model
-from utils.cli.arguments import parse_train
+from utils.cli.commands import parse_train
 from utils.cli.errors import UserError, run_script
 from utils.data.dataset import TrainingDataset
 from utils.engine.fit import Plan, Run, fit_in_one_go
@@ -82,12 +82,16 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
 
 def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], fixed: Sequence[torch.nn.Module] = ()) -> Engine:
     """Talk about scenes, as WORDS_CONFIG and `flags` say; `fixed` parts stay as they are. Returns who trained."""
-    args = parse_train(["--config", WORDS_CONFIG, "--version", ".", "--engine", "plain", *flags])
-    choose_trainable(built.model, TrainingRecipe(**{f.name: getattr(args, f.name) for f in fields(TrainingRecipe)}))
+    config = parse_train(["--config", WORDS_CONFIG, "--version", ".", "--engine", "plain", *flags])
+    choose_trainable(
+        built.model, TrainingRecipe(**{f.name: getattr(config.adapter, f.name) for f in fields(TrainingRecipe)})
+    )
     torch.nn.ModuleList(fixed).requires_grad_(False)
-    batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
-    engine = make_engine(args, runtime, built.model)
-    fit_in_one_go(Run(engine, make_plan(args, engine.world_size), args.run_folder), batches)
+    batches = StepBatches(
+        config, runtime, make_mixture(config.data, config.engine.seed), built.processor, (ConversationTooLong,)
+    )
+    engine = make_engine(config, runtime, built.model)
+    fit_in_one_go(Run(engine, make_plan(config, engine.world_size), config.run.folder), batches)
     built.model.cpu().eval()
     batches.report_losses()
     return engine
@@ -96,8 +100,10 @@ def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], fixed: Se
 def start_masks(built: BuiltModel, data: str, count: int, seed: int) -> None:
     """Give the base mask parts that begin at the words it knows, so that training on masks begins with a match."""
     torch.manual_seed(seed)
-    args = parse_train(["--config", MASKS_CONFIG, "--version", ".", "--dataset_dir", data])
-    lessons = mask_lessons(TrainingDataset(make_mixture(args), built.processor, count), count)
+    config = parse_train(["--config", MASKS_CONFIG, "--version", ".", "--dataset_dir", data])
+    lessons = mask_lessons(
+        TrainingDataset(make_mixture(config.data, config.engine.seed), built.processor, count), count
+    )
     read = start_masks_at_words(built, lessons)
     logger.info(f"the codebook reads {read:.0%} of the words that name the targets of {count} images")
 

@@ -11,7 +11,7 @@ import torch
 import train_ds
 from tests.golden import released_folder, training, vectors
 from utils.checkpoints.builder import MASK_PARTS, BuiltModel
-from utils.cli.arguments import parse_train
+from utils.cli.commands import parse_train
 from utils.data.collate import Batch
 from utils.engine.protocol import Engine, StepReport
 from utils.engine.runtime import Runtime

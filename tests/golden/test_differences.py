@@ -177,9 +177,9 @@ def test_losses_of_a_step() -> None:
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_what_trains(trains: bool) -> None:
-    """`train_map_entry`: the release leaves neck and no-mask embedding at their random start (fact M10)."""
-    assert {field.name: field.default for field in fields(TrainingRecipe)}["train_map_entry"] is True
-    names = choose_trainable(released_model.make(), TrainingRecipe(train_map_entry=trains))
+    """`train_mask_neck`: the release leaves neck and no-mask embedding at their random start (fact M10)."""
+    assert {field.name: field.default for field in fields(TrainingRecipe)}["train_mask_neck"] is True
+    names = choose_trainable(released_model.make(), TrainingRecipe(train_mask_neck=trains))
     entry = [name for name in names if name.startswith(("pixel_decoder.neck.", "pixel_decoder.no_mask_embed."))]
     assert bool(entry) is trains
     assert any(name.startswith("pixel_decoder.transformers.") for name in names)

@@ -23,7 +23,7 @@ def adapted_model(golden: vectors.Reading) -> PixelLMForCausalLM:
         lora_alpha=facts["lora_alpha"],
         lora_dropout=facts["lora_dropout_here"],
         lora_target_modules=",".join(leaves),
-        train_map_entry=False,
+        train_mask_neck=False,
     )
     choose_trainable(model, rules)
     tensors = recipe.make_tensors(facts["seed"], entries)

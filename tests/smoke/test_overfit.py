@@ -11,7 +11,8 @@ from demo.tiny import TinyShape, make_tiny
 from model.predictor import Predictor
 from model.processing_pixellm import ConversationTooLong
 from utils.checkpoints.builder import MASK_PARTS, save_model
-from utils.cli.arguments import TrainArguments, parse_train
+from utils.cli.commands import parse_train
+from utils.cli.config import TrainConfig
 from utils.data.readers.registry import build_eval_reader
 from utils.data.samples import DIRECT, SEVERAL, Sample
 from utils.engine.fit import Run
@@ -85,7 +86,7 @@ def mean_iou(predictor: Predictor, samples: list[Sample]) -> float:
     return float(np.mean(ious))
 
 
-def arguments(samples: list[Sample], folder: Path, data: Path) -> TrainArguments:
+def arguments(samples: list[Sample], folder: Path, data: Path) -> TrainConfig:
     """Those of a run on a base with random weights, which is written to `folder`."""
     words = [text for sample in samples for (turn,) in sample.conversations for text in (turn.question, turn.answer)]
     base = make_tiny(words, SHAPE, seed=0)
@@ -105,8 +106,8 @@ def test_eight_samples_are_learned_by_heart(
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     args = arguments(samples, tmp_path, smoke_data)
-    runtime = open_runtime(args.engine, args.local_rank, args.precision)
-    seed_everything(args.seed)
+    runtime = open_runtime(args.engine.engine, args.engine.local_rank, args.engine.precision)
+    seed_everything(args.engine.seed)
     built, trained = train_ds.build(args)
     batches = StepBatches(args, runtime, Eight(samples), built.processor, (ConversationTooLong,))
     train_ds.probe(args, runtime, built, trained, batches)
@@ -114,7 +115,7 @@ def test_eight_samples_are_learned_by_heart(
     predictor = Predictor(built.model, built.processor)
     with engine.inference():
         assert mean_iou(predictor, samples) < 0.3
-    Run(engine, make_plan(args, 1), args.run_folder).fit(batches)
+    Run(engine, make_plan(args, 1), args.run.folder).fit(batches)
     with engine.inference():
         assert mean_iou(predictor, samples) > 0.9
         assert mean_iou(predictor, exchanged(samples)) < 0.5

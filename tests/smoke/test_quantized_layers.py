@@ -11,7 +11,7 @@ import train_ds
 from tests.smoke.conftest import Trainer, training_flags
 from tests.unit.tiny_bases import options, write_language_model, write_tower
 from utils.checkpoints.builder import build_model, save_model
-from utils.cli.arguments import parse_train
+from utils.cli.commands import parse_train
 from utils.cli.errors import run_script
 from utils.engine.sample_log import losses
 

@@ -25,7 +25,7 @@ from tests.smoke.conftest import ROOT, STEPS, SmokeRun, training_flags
 from tests.unit import data_sets
 from utils.checkpoints.builder import load_weights_into
 from utils.checkpoints.export import read_trained_weights
-from utils.cli.arguments import parse_train
+from utils.cli.commands import parse_train
 from utils.cli.errors import run_script
 from utils.engine.checkpoints import latest_tag, problem, step_of
 from utils.engine.fit import Run

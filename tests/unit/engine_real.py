@@ -16,7 +16,7 @@ from model.processing_pixellm import ConversationTooLong
 from model.structures import IGNORE_TOKEN
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
 from utils.checkpoints.builder import save_model
-from utils.cli.arguments import parse_train
+from utils.cli.commands import parse_train
 from utils.data.collate import Batch
 from utils.engine.runtime import Runtime
 from utils.engine.setup import StepBatches, make_mixture, seed_everything
@@ -45,11 +45,12 @@ def real_step(folder: Path, runtime: Runtime, rounds: int) -> tuple[PixelLMForCa
     flags = [f"--version={folder / 'base'}", f"--dataset_dir={folder / 'data'}", "--precision=fp32", "--lora_dropout=0"]
     flags += ["--dataset=refer_seg||vqa", "--sample_rates=1,1", "--refer_seg_data=refcoco||grefcoco", "--workers=0"]
     flags += ["--num_classes_per_sample=2", f"--batch_size={size}", f"--grad_accumulation_steps={rounds}"]
-    args = parse_train(flags)
-    seed_everything(args.seed)  # LoRA starts at random
+    config = parse_train(flags)
+    seed_everything(config.engine.seed)  # LoRA starts at random
     with contextlib.redirect_stderr(io.StringIO()):
-        built, _ = train_ds.build(args)
-    batches = StepBatches(args, runtime, make_mixture(args), built.processor, (ConversationTooLong,))
+        built, _ = train_ds.build(config)
+    mixture = make_mixture(config.data, config.engine.seed)
+    batches = StepBatches(config, runtime, mixture, built.processor, (ConversationTooLong,))
     return built.model.train(), next(batches(0))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.unit.test_evaluation_kinds import Known, answer
-from utils.cli.arguments import parse_evaluate
+from utils.cli.commands import parse_evaluate
 from utils.evaluation.ranks import open_ranks
 from utils.evaluation.run import Drawing, Session
 

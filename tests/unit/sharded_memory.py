@@ -8,7 +8,7 @@ from pathlib import Path
 
 import train_ds
 from tests.unit.loading_memory import most_above_before
-from utils.cli.arguments import parse_train
+from utils.cli.commands import parse_train
 from utils.engine.runtime import open_runtime
 from utils.engine.setup import sharder
 from utils.engine.stepping import numbers_in
@@ -16,10 +16,10 @@ from utils.engine.stepping import numbers_in
 
 def main() -> None:
     out, *flags = sys.argv[1:]
-    args = parse_train(flags)
-    runtime = open_runtime(args.engine, args.local_rank, args.precision)
-    settle = sharder(args, runtime)
-    (built, _), most = most_above_before(lambda: train_ds.build(args, settle))
+    config = parse_train(flags)
+    runtime = open_runtime(config.engine.engine, config.engine.local_rank, config.engine.precision)
+    settle = sharder(config, runtime)
+    (built, _), most = most_above_before(lambda: train_ds.build(config, settle))
     numbers = sum(numbers_in(parameter) for parameter in built.model.parameters())
     Path(f"{out}.rank{runtime.rank}").write_text(f"{most} {numbers}")
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.cli.arguments import TrainArguments, parse_chat, parse_evaluate, parse_merge, parse_train, preprocessor_side
-from utils.cli.command_line import options_of
+from utils.cli.commands import CHAT, MERGE, TRAIN, parse_chat, parse_evaluate, parse_merge, parse_train
+from utils.cli.config import ModelConfig, TrainConfig, preprocessor_side
 from utils.cli.errors import UserError
 from utils.cli.logs import configure_logging
+from utils.cli.parser import flags_of, flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,59 +80,83 @@ def words_of(flags: dict[str, str | None], dash: str) -> list[str]:
     return words
 
 
+def float_of(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 @pytest.mark.parametrize("dash", ["_", "-"])
 def test_every_flag_of_the_table_is_accepted_in_both_spellings(dash: str) -> None:
-    arguments = parse_train(words_of(TRAIN_FLAGS, dash))
-    assert set(TRAIN_FLAGS) <= arguments.given
-    assert parse_train(["--version=v", f"--eval{dash}only"]).eval_only
-    chat = {name: TRAIN_FLAGS[name] for name in CHAT_FLAGS}
-    assert set(CHAT_FLAGS) <= parse_chat(words_of(chat, dash)).given
+    config = flatten(parse_train(words_of(TRAIN_FLAGS, dash)))
+    typed = {name: TRAIN_FLAGS[name] for name in set(TRAIN_FLAGS) - {"vis_save_path"}}
+    for name, value in typed.items():
+        assert config[name] is True if value is None else config[name] in (value, float_of(value)), name
+    assert parse_train(["--version=v", f"--eval{dash}only"]).validation.eval_only
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        parse_chat(words_of({name: TRAIN_FLAGS[name] for name in CHAT_FLAGS if name != bits}, dash))
     merge = {name: {"save_path": "s", "weight": "w"}.get(name, TRAIN_FLAGS.get(name)) for name in MERGE_FLAGS}
-    assert set(MERGE_FLAGS) <= parse_merge(words_of(merge, dash)).given
+    parse_merge(words_of(merge, dash))
 
 
 def test_the_readme_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     train = parse_train(["--local_rank=1", *README_TRAIN])
-    assert (train.seg_token_num, train.image_feature_scale_num, train.vision_tower) == (
+    model = train.model
+    assert (model.seg_token_num, model.image_feature_scale_num, model.vision_tower) == (
         3, 2, "openai/clip-vit-large-patch14-336",
     )  # fmt: skip
-    assert train.image_side() == 448 and train.total_steps() == 5000 and train.local_rank == 1
-    assert train.families() == [("sem_seg", 2.0), ("refer_seg", 9.0), ("vqa", 2.0), ("multi_reason_seg", 4.0)]
+    assert model.image_side() == 448 and train.optimizer.total_steps() == 5000 and train.engine.local_rank == 1
+    assert train.data.families() == [("sem_seg", 2.0), ("refer_seg", 9.0), ("vqa", 2.0), ("multi_reason_seg", 4.0)]
     merge = parse_merge(["--version=base", "--weight=w.bin", "--save_path=out"])
-    assert merge.given == {"version", "weight", "save_path"}
+    assert (merge.model, merge.weight, merge.save_path) == (ModelConfig(version="base"), "w.bin", "out")
     assert parse_evaluate(["--version=m"]).val_dataset == "ReasonSeg|val"
 
 
 def test_switches_turn_on_and_off() -> None:
-    on = [field.name for field in options_of(TrainArguments) if field.default is True]
+    on = [name for name, flag in flags_of(TrainConfig).items() if flag.field.default is True]
     assert {"auto_resume", "train_mask_decoder", "gradient_checkpointing"} <= set(on)
     for name in on:
         for spelling in (f"--no_{name}", f"--no-{name}", f"--no-{name.replace('_', '-')}"):
-            assert getattr(parse_train(["--version=v", spelling]), name) is False
-    assert parse_train(["--version=v", "--no-use_mm_start_end"]).use_mm_start_end is False
-    assert parse_train(["--version=v"]).use_mm_start_end is None
+            assert flatten(parse_train(["--version=v", spelling]))[name] is False
+    assert parse_train(["--version=v", "--no-use_mm_start_end"]).model.use_mm_start_end is False
+    assert parse_train(["--version=v"]).model.use_mm_start_end is None
 
 
 def test_a_file_fills_in_and_the_command_line_wins(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("version: base\nlr: 3e-5\nvision-tower: tower\ndataset: [refer_seg, vqa]\nsample_rates: [3, 1]\n")
-    arguments = parse_train(["--config", str(config), "--lr", "1e-3"])
-    assert (arguments.version, arguments.lr, arguments.vision_tower) == ("base", 1e-3, "tower")
-    assert arguments.families() == [("refer_seg", 3.0), ("vqa", 1.0)]
+    given = parse_train(["--config", str(config), "--lr", "1e-3"])
+    assert (given.model.version, given.optimizer.lr, given.model.vision_tower) == ("base", 1e-3, "tower")
+    assert given.data.families() == [("refer_seg", 3.0), ("vqa", 1.0)]
     with pytest.raises(SystemExit) as stop:
         parse_train(["--config", str(config), "--print_config", "--batch-size=7"])
     assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["batch_size"] == 7 and printed["lr"] == 3e-5
+    assert printed["optimizer"]["batch_size"] == 7 and printed["optimizer"]["lr"] == 3e-5
     config.write_text(yaml.safe_dump(printed))
-    assert parse_train(["--config", str(config)]).as_dict() == printed
+    assert dataclasses.asdict(parse_train(["--config", str(config)])) == printed
+
+
+def test_several_files_later_ones_win_and_files_include_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, run, both = tmp_path / "model.yaml", tmp_path / "run.yaml", tmp_path / "both.yaml"
+    model.write_text("model: {version: base, seg-token-num: 2}\nlr: 1e-5\n")
+    run.write_text("optimizer:\n  lr: 3e-5\nadapter: {train_map_entry: false}\n")
+    both.write_text("include: [model.yaml, run.yaml]\nseed: 4\n")
+    separate = parse_train(["--config", str(model), str(run), "--seed=4"])
+    assert separate == parse_train(["--config", str(both)])
+    assert (separate.model.seg_token_num, separate.optimizer.lr) == (2, 3e-5) and not separate.adapter.train_mask_neck
+    assert "--train_map_entry is called --train_mask_neck now" in capsys.readouterr().err
+    run.write_text("optimizer: {version: v}\n")
+    assert "section optimizer, sets 'version', which is no flag" in complaint(capsys, parse_train, "--config", str(run))
+    assert not parse_train(["--version=v", "--no-train-map-entry"]).adapter.train_mask_neck
 
 
 def test_every_file_in_configs_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
-        assert parse_train(["--config", str(path), "--version=v"]).given
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        assert parse_train(["--config", str(path), "--version=v"]) != parse_train(["--version=v"])
     assert {preprocessor_side(path) for path in (ROOT / "configs").glob("preprocessor_*.json")} == {448, 512}
 
 
@@ -186,10 +211,12 @@ def test_merge_needs_what_and_where(capsys: pytest.CaptureFixture) -> None:
 
 def test_flags_without_effect_say_why_once_on_rank_0(capsys: pytest.CaptureFixture, monkeypatch) -> None:
     words = ["--version=v", "--image_size=1024", "--vision_pretrained=sam", "--no-pad_train_clip_images"]
+    words += ["--strict_data", "--max_bad_samples=0.1"]
     parse_train([*words, "--resize_vision_tower_size=448", "--no-separate_mm_projector", "--masks_process_with_clip"])
     said = capsys.readouterr().err
     for flag in ("--image_size", "--vision_pretrained", "--no_pad_train_clip_images", "--resize_vision_tower_size"):
         assert flag in said
+    assert "--max_bad_samples: no effect, --strict_data" in said
     assert said.count("no SAM") == 1 and "--no_separate_mm_projector" in said and "--masks_process_with_clip" in said
     parse_train(words)
     assert capsys.readouterr().err == ""
@@ -199,15 +226,21 @@ def test_flags_without_effect_say_why_once_on_rank_0(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_not_given_comes_from_the_run_card() -> None:
-    merge = parse_merge(["--weight=w", "--save_path=s", "--lora_r=4"])
-    filled = merge.fill_from({"lora_r": 16, "lora_alpha": 32, "seg_token_num": 3, "version": "base", "unknown": 1})
-    assert (filled.lora_r, filled.lora_alpha, filled.seg_token_num, filled.version) == (4, 32, 3, "base")
-    assert merge.lora_alpha == 16
-    with pytest.raises(UserError, match="--lora_alpha"):
-        merge.fill_from({"lora_alpha": "many"})
-    card = json.loads(json.dumps(parse_train(["--version=v", "--seg_token_num=3"]).as_dict()))
-    assert merge.fill_from(card).seg_token_num == 3
+def test_what_is_not_given_comes_from_the_run_card(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = [f"--weight={tmp_path / 'w'}", "--save_path=s", "--lora_alpha=4"]
+    recorded = {"lora_r": 16, "lora_alpha": 32, "seg_token_num": 3, "version": "base", "unknown": 1, "model": 2}
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": recorded}))
+    merge = parse_merge(words)
+    assert (merge.lora_r, merge.lora_alpha, merge.model.seg_token_num, merge.model.version) == (None, 4, 3, "base")
+    assert parse_merge(words[:2]).lora_alpha == 32
+    card = flatten(parse_train(["--version=v", "--seg_token_num=3"])) | {"train_map_entry": False}
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": card}))
+    assert parse_merge(words).model == ModelConfig(version="v", seg_token_num=3)
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": recorded | {"lora_alpha": "many"}}))
+    assert "--lora_alpha must be a whole number" in complaint(capsys, parse_merge, *words[:2])
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(UserError, match="no run card near --weight names the base"):
+        parse_merge(words)
 
 
 @pytest.mark.parametrize(
@@ -231,9 +264,9 @@ def test_the_side_in_a_preprocessor_file(content: str, side: int | None, tmp_pat
     else:
         assert preprocessor_side(path) == side
         words = ["--version=v", f"--preprocessor_config={path}"]
-        assert parse_train(words).image_side() == side
+        assert parse_train(words).model.image_side() == side
         with pytest.raises(UserError, match="give the same side"):
-            parse_train([*words, "--resize_vision_tower", "--resize_vision_tower_size=7"]).image_side()
+            parse_train([*words, "--resize_vision_tower", "--resize_vision_tower_size=7"]).model.image_side()
 
 
 def test_every_option_is_documented_and_has_one_home() -> None:
@@ -241,7 +274,6 @@ def test_every_option_is_documented_and_has_one_home() -> None:
         with pytest.raises(SystemExit) as stop:
             parse(["--help"])
         assert stop.value.code == 0
-    for field in options_of(TrainArguments):
-        assert field.metadata["help"], field.name
-    names = [field.name for field in dataclasses.fields(TrainArguments)]
-    assert len(names) == len(set(names))
+    for script in (TRAIN, MERGE, CHAT):
+        for name, flag in flags_of(script.config, script.ignored).items():
+            assert flag.field.metadata["help"], name

@@ -12,7 +12,7 @@ from PIL import Image
 from model.structures import IGNORE_LABEL
 from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, annotation, message, square
-from utils.cli.arguments import TrainArguments
+from utils.cli.config import DataConfig
 from utils.data.errors import DataError
 from utils.data.readers.base import Reader, ReaderOptions
 from utils.data.readers.registry import build_eval_reader, build_reader
@@ -168,7 +168,7 @@ def test_flags_and_scores_name_it(tmp_path: Path) -> None:
     write_coco(tmp_path, spoken=False, name="one")
     write_coco(tmp_path, spoken=True, name="two", split="val")
     flags = {"dataset": "custom", "sample_rates": "1", "custom_data": "one"}
-    mixture = make_mixture(TrainArguments(version="base", dataset_dir=str(tmp_path), **flags))
+    mixture = make_mixture(DataConfig(dataset_dir=str(tmp_path), **flags), seed=0)
     assert mixture[0].dataset == "custom|one"
     assert len(build_eval_reader("custom|two|val", tmp_path)) == 1
 

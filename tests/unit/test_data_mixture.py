@@ -18,7 +18,7 @@ from model.image_processing_pixellm import PreparedImage
 from model.processing_pixellm import ConversationTooLong, EncodedConversation
 from model.structures import IGNORE_TOKEN, TOWER_KEY
 from tests.unit import data_sets
-from utils.cli.arguments import TrainArguments
+from utils.cli.config import DataConfig
 from utils.data.collate import Batch, collate
 from utils.data.dataset import RankBatches, TrainingDataset, build_loader
 from utils.data.errors import DataError
@@ -104,10 +104,10 @@ README_SETS = {
 
 def test_the_readmes_data_are_read_and_each_is_missed_by_its_path(tmp_path: Path) -> None:
     """With the defaults of --dataset, --sem_seg_data and the others, which are those of the README's command."""
-    args = TrainArguments(version="base", dataset_dir=str(tmp_path))
+    data = DataConfig(dataset_dir=str(tmp_path))
     for write, _ in README_SETS.values():
         write(tmp_path)
-    mixed = make_mixture(args)
+    mixed = make_mixture(data, seed=0)
     names = {reader.name for reader in mixed.readers}
     assert names == {"MultiReasonSeg", *README_SETS} - {"MUSE", "saiapr"}
     shares = dict(zip([reader.name for reader in mixed.readers], mixed.shares * 17, strict=True))
@@ -116,7 +116,7 @@ def test_the_readmes_data_are_read_and_each_is_missed_by_its_path(tmp_path: Path
     for _, path in README_SETS.values():
         (tmp_path / path).rename(tmp_path / "away")
         with pytest.raises(DataError, match=rf"{re.escape(path)}.* is missing; it comes with ") as caught:
-            make_mixture(args)
+            make_mixture(data, seed=0)
         assert "\n" not in str(caught.value)
         (tmp_path / "away").rename(tmp_path / path)
 

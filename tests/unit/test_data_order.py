@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from tests.unit import data_sets
 from tests.unit.tokenizer_kinds import make_processor
-from utils.cli.arguments import TrainArguments
+from utils.cli.config import DataConfig
 from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.mixture import Mixture
@@ -26,14 +26,13 @@ def mixture(root: Path, rates: str = "2,9,2,4") -> Mixture:
         write(root)
     data_sets.write_muse(root)
     return make_mixture(
-        TrainArguments(
-            version="base",
+        DataConfig(
             dataset_dir=str(root),
             sample_rates=rates,
             sem_seg_data="ade20k||pascal_part",
             refer_seg_data="refcoco",
-            seed=11,
-        )
+        ),
+        seed=11,
     )
 
 

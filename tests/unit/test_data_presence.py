@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit import data_sets
-from utils.cli.arguments import TrainArguments
+from utils.cli.config import DataConfig, ValidationConfig
 from utils.cli.errors import explain
 from utils.data.errors import DataError
 from utils.data.readers.registry import FAMILIES, build_reader, parts_of
@@ -16,14 +16,14 @@ from utils.engine.setup import refuse_missing_data
 EVERY_SET = [name for family, names in FAMILIES.items() if family != "custom" for name in names]
 
 
-def arguments(root: Path, **flags: str) -> TrainArguments:
-    return TrainArguments(version="base", dataset_dir=str(root), **flags)
+def refuse(root: Path, validation: ValidationConfig | None = None, **flags: str) -> None:
+    refuse_missing_data(DataConfig(dataset_dir=str(root), **flags), validation or ValidationConfig())
 
 
 def test_all_of_the_readmes_data_are_named_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data_sets.write_refer_seg(tmp_path)
     with pytest.raises(DataError, match=r"ade20k/images/training is missing, and \d+ more of what was asked") as caught:
-        refuse_missing_data(arguments(tmp_path))
+        refuse(tmp_path)
     assert "\n" not in str(caught.value)
     (table,) = caplog.messages
     for path in ("ade20k/annotations/training", "mapillary/config_v2.0.json", "refer_seg/refcoco+/refs(unc).p"):
@@ -36,24 +36,21 @@ def test_all_of_the_readmes_data_are_named_at_once(tmp_path: Path, caplog: pytes
 def test_what_is_there_is_no_matter(tmp_path: Path) -> None:
     data_sets.write_refer_seg(tmp_path)
     flags = {"dataset": "refer_seg", "sample_rates": "1", "refer_seg_data": "refcoco"}
-    refuse_missing_data(arguments(tmp_path, val_dataset="refcoco|unc|val", **flags))
+    refuse(tmp_path, ValidationConfig(val_dataset="refcoco|unc|val"), **flags)
     with pytest.raises(DataError, match="reason_seg/ReasonSeg/val is missing; it comes with"):
-        refuse_missing_data(arguments(tmp_path, **flags))
+        refuse(tmp_path, **flags)
 
 
 def test_only_what_the_run_needs_is_asked_for(tmp_path: Path) -> None:
     data_sets.write_reason_seg(tmp_path, "val")
-    args = arguments(tmp_path)
-    args.eval_only = True
-    refuse_missing_data(args)
-    args.eval_only, args.no_eval, args.dataset, args.sample_rates = False, True, "reason_seg", "1"
+    refuse(tmp_path, ValidationConfig(eval_only=True))
     with pytest.raises(DataError, match="ReasonSeg/train is missing"):
-        refuse_missing_data(args)
+        refuse(tmp_path, ValidationConfig(no_eval=True), dataset="reason_seg", sample_rates="1")
 
 
 def test_a_missing_root_is_told_first(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no data root") as caught:
-        refuse_missing_data(arguments(tmp_path / "nowhere"))
+        refuse(tmp_path / "nowhere")
     assert caught.value.cause == "missing data root" and explain(caught.value)
 
 
@@ -76,14 +73,12 @@ def test_folders_of_images_are_needed_where_a_record_names_them(tmp_path: Path) 
     assert missing.path.endswith("val2017") and missing.archive == "val2017.zip of COCO"
     data_sets.write_mixed(tmp_path, data_sets.mixed_records()[:1])
     (tmp_path / "gqa/images").rename(tmp_path / "gqa/away")
-    assert (
-        absences(asked_for_training(arguments(tmp_path, dataset="vqa", vqa_data="llava_v1_5_mix665k")), tmp_path) == []
-    )
+    assert absences(asked_for_training(DataConfig(dataset="vqa", vqa_data="llava_v1_5_mix665k")), tmp_path) == []
 
 
 def test_table_and_sentence(tmp_path: Path) -> None:
     flags = {"dataset": "custom||refer_seg", "sample_rates": "1,1", "custom_data": "mine", "refer_seg_data": "refcoco"}
-    missing = absences(asked_for_training(arguments(tmp_path, **flags)), tmp_path)
+    missing = absences(asked_for_training(DataConfig(**flags)), tmp_path)
     table = absence_table(missing)
     assert len(table.splitlines()) == len(missing) == 5
     assert "custom|mine (train)" in table and "put it there as dataset/README.md draws it" in table

@@ -7,7 +7,7 @@ from torch import nn
 
 from demo.muon import ADAMW_RMS, MOMENTUM, Muon, orthogonal, shared_out
 from tests.unit.engine_toys import collate, cut, make_samples, make_toy
-from utils.cli.arguments import parse_train
+from utils.cli.commands import parse_train
 from utils.cli.errors import UserError
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.unit.engine_toys import make_toy
-from utils.cli.arguments import parse_train
+from utils.cli.commands import parse_train
 from utils.cli.errors import UserError
 from utils.engine.preflight import batch_arithmetic, draws, memory_needed, memory_there, require_rows, under_chance
 from utils.engine.stale_locks import clear_stale_locks
@@ -18,7 +18,7 @@ def test_the_arithmetic_of_a_step() -> None:
     flags = ["--version=v", "--batch_size=2", "--grad_accumulation_steps=10", "--epochs=10", "--steps_per_epoch=500"]
     args = parse_train(flags)
     # 2 x 8 x 10 = 160; 10 x 500 steps of 160 are 800,000.
-    assert batch_arithmetic(args, 8) == (
+    assert batch_arithmetic(args.optimizer, 8) == (
         "a step is 2 images x 8 ranks x 10 rounds = 160 samples; 5,000 steps take 800,000"
     )
     assert draws(["a", "b"], [0.75, 0.25], [600, 100], 400).splitlines() == [

@@ -12,7 +12,8 @@ from demo.scoreboard import Bar
 from demo.stages import Stage, Stages
 from demo.tiny import TinyShape, make_tiny
 from utils.checkpoints.builder import MASK_PARTS, ModelOptions, build_model, save_model
-from utils.cli.arguments import model_options, parse_train
+from utils.cli.commands import parse_train
+from utils.cli.config import model_options
 from utils.cli.errors import UserError, run_script
 
 CONFIG = "configs/real_images.yaml"
@@ -64,8 +65,8 @@ def test_the_plan_names_scripts_that_are_there(
 def test_the_config_enlarges_a_tiny_base(tmp_path: Path, repository: Path) -> None:
     built = make_tiny(["the person on the left"], TinyShape(), 0)
     save_model(built.model, built.processor, tmp_path, left_out=MASK_PARTS)
-    args = parse_train(["--config", str(repository / CONFIG), "--version", str(tmp_path)])
-    large = build_model(str(tmp_path), None, ModelOptions(**model_options(args)))
+    config = parse_train(["--config", str(repository / CONFIG), "--version", str(tmp_path)])
+    large = build_model(str(tmp_path), None, ModelOptions(**model_options(config.model)))
     assert large.processor.num_image_tokens == large.model.config.num_image_tokens == 7 * 7
     assert large.processor.image_size == large.model.config.image_size == large.model.config.vision_config.image_size
     assert large.model.config.image_size == 224 and large.model.config.grid_size == 14
@@ -79,8 +80,8 @@ def test_the_config_enlarges_a_tiny_base(tmp_path: Path, repository: Path) -> No
 
 
 def test_several_kinds_of_data_are_mixed_and_sentences_dominate(repository: Path) -> None:
-    args = parse_train(["--config", str(repository / CONFIG), "--version", "base"])
-    rates = dict(args.families())
+    config = parse_train(["--config", str(repository / CONFIG), "--version", "base"])
+    rates = dict(config.data.families())
     assert set(rates) == {"refer_seg", "sem_seg", "vqa", "multi_reason_seg", "reason_seg"} and min(rates.values()) > 0
     assert rates["refer_seg"] > sum(rates.values()) / 2
 

@@ -190,7 +190,7 @@ class TrainingRecipe:
     """What trains. The defaults are the paper's recipe: LoRA on a frozen language model plus everything around it.
 
     lora_target_modules: comma-separated names of linear layers of the language model, or "all-linear".
-    train_map_entry: whether what stands between the decoder's feature maps and its transformers trains, the neck and
+    train_mask_neck: whether what stands between the decoder's feature maps and its transformers trains, the neck and
         the no-mask embedding. False is the release, which left them at their random start (golden fact M10).
     train_new_tokens_only: of the embedding table and lm_head only the rows of seg tokens and those after them train.
     """
@@ -201,7 +201,7 @@ class TrainingRecipe:
     lora_target_modules: str = LORA_TARGET_MODULES
     train_projector: bool = True
     train_mask_decoder: bool = True
-    train_map_entry: bool = True
+    train_mask_neck: bool = True
     train_vision_tower: bool = False
     train_language_model: bool = False
     train_new_tokens_only: bool = False
@@ -225,7 +225,7 @@ def choose_trainable(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> list[
     if recipe.train_mask_decoder:
         parts += model.mask_parts()
         kept_frozen += model.pixel_decoder.parts_without_loss()
-        if not recipe.train_map_entry:
+        if not recipe.train_mask_neck:
             kept_frozen += [model.pixel_decoder.neck, model.pixel_decoder.no_mask_embed]
     if recipe.train_vision_tower:
         parts.append(model.vision_tower)

@@ -4,25 +4,14 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
+from utils.cli.config import DataConfig
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
 from utils.data.readers.registry import JOIN, evaluation_sets, parts_of, training_sets
 from utils.data.required_files import Absence, absence_sentence, absence_table, absent_parts
 
 logger = logging.getLogger(__name__)
-
-
-class DataFlags(Protocol):
-    """The flags that say what is trained on; their names are those of the command line."""
-
-    dataset: str
-    sem_seg_data: str
-    refer_seg_data: str
-    vqa_data: str
-    reason_seg_data: str
-    custom_data: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +26,21 @@ class AskedSet:
         return f"{self.name} ({self.split})"
 
 
-def asked_families(flags: DataFlags) -> list[tuple[str, str]]:
+def asked_families(data: DataConfig) -> list[tuple[str, str]]:
     """(family, value of the family's own flag) for every family of --dataset; MUSE has no flag of its own."""
     names = {
-        "sem_seg": flags.sem_seg_data,
-        "refer_seg": flags.refer_seg_data,
-        "vqa": flags.vqa_data,
-        "reason_seg": flags.reason_seg_data,
-        "custom": flags.custom_data,
+        "sem_seg": data.sem_seg_data,
+        "refer_seg": data.refer_seg_data,
+        "vqa": data.vqa_data,
+        "reason_seg": data.reason_seg_data,
+        "custom": data.custom_data,
     }
-    return [(family.strip(), names.get(family.strip(), "")) for family in flags.dataset.split(JOIN)]
+    return [(family.strip(), names.get(family.strip(), "")) for family in data.dataset.split(JOIN)]
 
 
-def asked_for_training(flags: DataFlags) -> list[AskedSet]:
+def asked_for_training(data: DataConfig) -> list[AskedSet]:
     """What is trained on, each set once. DataError for a name that has no reader."""
-    found = [pair for family, names in asked_families(flags) for pair in training_sets(family, names)]
+    found = [pair for family, names in asked_families(data) for pair in training_sets(family, names)]
     return [AskedSet(name, split, True) for name, split in dict.fromkeys(found)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.cli.arguments import TrainArguments
+from utils.cli.config import OptimizerConfig, TrainConfig
 from utils.cli.errors import UserError
 from utils.data.mixture import Mixture
 from utils.engine.runtime import Runtime
@@ -31,26 +31,28 @@ CHECKLIST = (
 )
 
 
-def preflight(args: TrainArguments, runtime: Runtime, model: Any, tokens: int, mixture: Mixture) -> None:
-    """Say what the run is about to do, and refuse what cannot go well. tokens: see `require_rows`."""
+def preflight(
+    config: TrainConfig, runtime: Runtime, model: Any, tokens: int, mixture: Mixture, zero_stage: int
+) -> None:
+    """Say what the run is about to do, and refuse what cannot go well. tokens: see `require_rows`. zero_stage: 0
+    without DeepSpeed."""
     require_rows(tokens, model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
     logger.info(mixture.describe())
-    logger.info(batch_arithmetic(args, runtime.world_size))
-    samples = args.batch_size * runtime.world_size * args.grad_accumulation_steps * args.total_steps()
+    logger.info(batch_arithmetic(config.optimizer, runtime.world_size))
+    samples = config.optimizer.samples_per_step(runtime.world_size) * config.optimizer.total_steps()
     readers = mixture.readers
     logger.info(
         draws([reader.name for reader in readers], mixture.shares, [len(reader) for reader in readers], samples)
     )
-    say_memory(model, runtime, args.zero_stage if runtime.engine == "deepspeed" else 0)
+    say_memory(model, runtime, zero_stage)
 
 
-def batch_arithmetic(args: TrainArguments, world_size: int) -> str:
+def batch_arithmetic(optimizer: OptimizerConfig, world_size: int) -> str:
     """One line: how a step is made up, and how much the run sees."""
-    rounds, steps = args.grad_accumulation_steps, args.total_steps()
-    step = args.batch_size * world_size * rounds
+    steps, step = optimizer.total_steps(), optimizer.samples_per_step(world_size)
     return (
-        f"a step is {args.batch_size} images x {world_size} ranks x {rounds} rounds = {step} samples; {steps:,} "
-        f"steps take {step * steps:,}"
+        f"a step is {optimizer.batch_size} images x {world_size} ranks x {optimizer.grad_accumulation_steps} rounds = "
+        f"{step} samples; {steps:,} steps take {step * steps:,}"
     )
 
 

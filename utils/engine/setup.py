@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.cli.arguments import TrainArguments
+from utils.cli.config import DataConfig, EngineConfig, RunConfig, TrainConfig, ValidationConfig
 from utils.cli.errors import UserError
 from utils.data.bad_samples import BadSamples
 from utils.data.collate import Batch
@@ -31,42 +31,44 @@ logger = logging.getLogger(__name__)
 
 # Steps that float16 may overflow in a row until its loss scale has come down far enough; that is as it should be.
 FP16_SEARCH = 40
+DEFAULT_ZERO_STAGE = 2
 
 
-def make_plan(args: TrainArguments, world_size: int) -> Plan:
+def make_plan(config: TrainConfig, world_size: int) -> Plan:
     """When a run of `world_size` processes steps, saves and validates."""
-    total = args.total_steps()
-    if args.warmup_steps >= total:
+    optimizer, run, total = config.optimizer, config.run, config.optimizer.total_steps()
+    if optimizer.warmup_steps >= total:
         logger.warning(
-            f"--warmup_steps {args.warmup_steps} outlasts the run of {total} steps: the full --lr is never reached"
+            f"--warmup_steps {optimizer.warmup_steps} outlasts the run of {total} steps: the full --lr is never reached"
         )
     return Plan(
-        Schedule(args.lr, total, args.warmup_steps, args.lr_schedule),
+        Schedule(optimizer.lr, total, optimizer.warmup_steps, optimizer.lr_schedule),
         total_steps=total,
-        save_every=args.save_every or args.steps_per_epoch,
-        validate_every=args.validate_every or args.steps_per_epoch,
-        print_every=args.print_freq,
-        save_minutes=args.save_minutes,
-        keep_last=args.keep_last,
-        most_bad_steps=max(args.max_bad_steps, FP16_SEARCH) if args.precision == "fp16" else args.max_bad_steps,
-        profile=args.profile,
-        samples_per_step=0 if args.eval_only else world_size * args.batch_size * args.grad_accumulation_steps,
+        save_every=run.save_every or optimizer.steps_per_epoch,
+        validate_every=config.validation.validate_every or optimizer.steps_per_epoch,
+        print_every=run.print_freq,
+        save_minutes=run.save_minutes,
+        keep_last=run.keep_last,
+        most_bad_steps=max(run.max_bad_steps, FP16_SEARCH) if config.engine.precision == "fp16" else run.max_bad_steps,
+        profile=run.profile,
+        samples_per_step=0 if config.validation.eval_only else optimizer.samples_per_step(world_size),
     )
 
 
-def sharder(args: TrainArguments, runtime: Runtime) -> Callable[[nn.Parameter], None] | None:
+def sharder(config: TrainConfig, runtime: Runtime) -> Callable[[nn.Parameter], None] | None:
     """What a parameter goes through as soon as it is read, so that under ZeRO-3 no rank ever holds the whole model;
     None where every rank holds it anyway, or where what follows needs it whole, which is said."""
     if runtime.engine != "deepspeed":
         return None
     from utils.engine.deepspeed_engine import make_sharder  # not installed on every laptop
 
-    user_config = deepspeed_settings(args)
-    if user_config.get("zero_optimization", {}).get("stage", args.zero_stage) != 3:
+    user_config, stage = deepspeed_settings(config.engine)
+    if stage != 3:
         return None
-    if args.bits is not None:
-        raise UserError(f"--load_in_{args.bits}bit and ZeRO-3 do not go together: take stage 2 in --deepspeed_config")
-    whole = [name for name in ("weight", "train_new_tokens_only") if getattr(args, name)]
+    if (bits := config.adapter.bits) is not None:
+        raise UserError(f"--load_in_{bits}bit and ZeRO-3 do not go together: take stage 2 in --deepspeed_config")
+    needs_whole = {"weight": config.run.weight, "train_new_tokens_only": config.adapter.train_new_tokens_only}
+    whole = [name for name, value in needs_whole.items() if value]
     if whole or runtime.world_size == 1:
         if whole:
             logger.warning(f"--{whole[0]}: every rank builds the whole model before ZeRO-3 shares it out")
@@ -74,95 +76,101 @@ def sharder(args: TrainArguments, runtime: Runtime) -> Callable[[nn.Parameter], 
     return make_sharder(user_config)
 
 
-def deepspeed_settings(args: TrainArguments) -> dict[str, Any]:
-    """What --deepspeed_config says. UserError where flags say otherwise."""
+def deepspeed_settings(engine: EngineConfig) -> tuple[dict[str, Any], int]:
+    """What --deepspeed_config says, and the ZeRO stage. UserError where flags say otherwise."""
     from utils.engine.deepspeed_engine import read_user_config  # not installed on every laptop
 
-    return read_user_config(args.deepspeed_config, args.zero_stage if "zero_stage" in args.given else None)
+    user_config = read_user_config(engine.deepspeed_config, engine.zero_stage)
+    chosen = DEFAULT_ZERO_STAGE if engine.zero_stage is None else engine.zero_stage
+    return user_config, user_config.get("zero_optimization", {}).get("stage", chosen)
 
 
-def make_engine(args: TrainArguments, runtime: Runtime, model: Any, mask_parts: tuple[str, ...] = ()) -> Engine:
+def zero_stage(engine: EngineConfig, runtime: Runtime) -> int:
+    """The ZeRO stage of a run; 0 with the plain engine."""
+    return deepspeed_settings(engine)[1] if runtime.engine == "deepspeed" else 0
+
+
+def make_engine(config: TrainConfig, runtime: Runtime, model: Any, mask_parts: tuple[str, ...] = ()) -> Engine:
     """The engine that `runtime` chose, with the model in it.
 
     Args:
         mask_parts: prefixes of the parameter names that --mask_lr_multiplier is for.
     """
     settings = OptimizerSettings(
-        betas=(args.beta1, args.beta2),
-        weight_decay=args.weight_decay,
-        gradient_clip=args.grad_clip,
-        multipliers=dict.fromkeys(mask_parts, args.mask_lr_multiplier),
-        loss_normalisation=args.loss_normalisation,
-        name=args.optimizer,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        weight_decay=config.optimizer.weight_decay,
+        gradient_clip=config.optimizer.grad_clip,
+        multipliers=dict.fromkeys(mask_parts, config.optimizer.mask_lr_multiplier),
+        loss_normalisation=config.optimizer.loss_normalisation,
+        name=config.optimizer.optimizer,
     )
     if runtime.engine == "plain":
-        if args.compile:
+        if config.engine.compile:
             model.compile_layers()
-        return PlainEngine(model, settings, args.precision, runtime.device)
-    if args.optimizer == MUON:
+        return PlainEngine(model, settings, config.engine.precision, runtime.device)
+    if config.optimizer.optimizer == MUON:
         raise UserError("--optimizer muon needs whole matrices, which ZeRO cuts up: add --engine plain, or use adamw")
     from utils.engine.deepspeed_engine import DeepSpeedEngine  # not installed on every laptop
 
-    user_config = deepspeed_settings(args)
-    stage = user_config.get("zero_optimization", {}).get("stage", args.zero_stage)
-    if args.compile and stage == 3:
+    user_config, stage = deepspeed_settings(config.engine)
+    if config.engine.compile and stage == 3:
         raise UserError("--compile and ZeRO-3 do not go together: what fetches weights layer by layer is not compiled")
-    if args.compile:
+    if config.engine.compile:
         model.compile_layers()
     return DeepSpeedEngine(
         model,
         settings,
-        args.precision,
+        config.engine.precision,
         runtime.device,
-        micro_batch=args.batch_size,
-        rounds=args.grad_accumulation_steps,
+        micro_batch=config.optimizer.batch_size,
+        rounds=config.optimizer.grad_accumulation_steps,
         zero_stage=stage,
         user_config=user_config,
     )
 
 
-def checkpoint_to_resume(args: TrainArguments) -> Path | None:
+def checkpoint_to_resume(run: RunConfig) -> Path | None:
     """The folder to go on from: --resume, or the run's own with --auto_resume; None to start afresh."""
-    if args.resume:
-        return Path(args.resume)
-    own = args.run_folder / CHECKPOINT
-    if args.auto_resume and tags(own):
+    if run.resume:
+        return Path(run.resume)
+    own = run.folder / CHECKPOINT
+    if run.auto_resume and tags(own):
         return own
     return None
 
 
-def reader_options(args: TrainArguments) -> ReaderOptions:
+def reader_options(data: DataConfig) -> ReaderOptions:
     """What the flags tell every reader."""
     return ReaderOptions(
-        num_classes_per_sample=args.num_classes_per_sample,
-        num_classes_per_question=args.num_classes_per_question,
-        use_expand_question_list=args.use_expand_question_list,
-        explanatory=args.explanatory,
-        exclude_val=args.exclude_val,
-        index_dir=args.index_dir,
+        num_classes_per_sample=data.num_classes_per_sample,
+        num_classes_per_question=data.num_classes_per_question,
+        use_expand_question_list=data.use_expand_question_list,
+        explanatory=data.explanatory,
+        exclude_val=data.exclude_val,
+        index_dir=data.index_dir,
     )
 
 
-def refuse_missing_data(args: TrainArguments) -> None:
+def refuse_missing_data(data: DataConfig, validation: ValidationConfig) -> None:
     """DataError before anything is loaded when files the run needs are not there; a table names all of them."""
-    asked = [] if args.eval_only else asked_for_training(args)
-    asked += [] if args.no_eval else asked_for_evaluation(args.val_dataset)
-    refuse_absent(asked, args.dataset_dir)
+    asked = [] if validation.eval_only else asked_for_training(data)
+    asked += [] if validation.no_eval else asked_for_evaluation(validation.val_dataset)
+    refuse_absent(asked, data.dataset_dir)
 
 
-def make_mixture(args: TrainArguments) -> Mixture:
+def make_mixture(data: DataConfig, seed: int) -> Mixture:
     """The samples the flags ask for."""
     return build_mixture(
-        args.dataset,
-        args.sample_rates,
-        args.dataset_dir,
-        sem_seg_data=args.sem_seg_data,
-        refer_seg_data=args.refer_seg_data,
-        vqa_data=args.vqa_data,
-        reason_seg_data=args.reason_seg_data,
-        custom_data=args.custom_data,
-        options=reader_options(args),
-        seed=args.seed,
+        data.dataset,
+        data.sample_rates,
+        data.dataset_dir,
+        sem_seg_data=data.sem_seg_data,
+        refer_seg_data=data.refer_seg_data,
+        vqa_data=data.vqa_data,
+        reason_seg_data=data.reason_seg_data,
+        custom_data=data.custom_data,
+        options=reader_options(data),
+        seed=seed,
     )
 
 
@@ -174,22 +182,26 @@ class StepBatches:
 
     def __init__(
         self,
-        args: TrainArguments,
+        config: TrainConfig,
         runtime: Runtime,
         mixture: Mixture,
         processor: Any,
         too_long_errors: tuple[type[Exception], ...],
     ) -> None:
-        self.args, self.runtime, self.rounds = args, runtime, args.grad_accumulation_steps
-        self.samples_per_step = runtime.world_size * args.batch_size * self.rounds
+        self.config, self.runtime = config, runtime
+        self.samples_per_step = config.optimizer.samples_per_step(runtime.world_size)
         pad = processor.tokenizer.pad_token_id
         self.pad_token_id = 0 if pad is None else pad
-        length = args.total_steps() * self.samples_per_step
+        length = config.optimizer.total_steps() * self.samples_per_step
         self.dataset = TrainingDataset(
-            mixture, processor, length, strict=args.strict_data, fast_resize=args.fast_resize
+            mixture,
+            processor,
+            length,
+            strict=config.data.strict_data,
+            fast_resize=config.data.fast_resize,
         )
         self.lost: Counter[str] = Counter()
-        self.bad = BadSamples(args.max_bad_samples)
+        self.bad = BadSamples(config.data.max_bad_samples)
 
     def __call__(self, step: int) -> Iterator[list[Batch]]:
         """A list of micro-batches per step, from optimizer step `step` to the end of the run.
@@ -200,9 +212,9 @@ class StepBatches:
             self.dataset,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
-            batch_size=self.args.batch_size,
+            batch_size=self.config.optimizer.batch_size,
             pad_token_id=self.pad_token_id,
-            workers=self.args.workers,
+            workers=self.config.data.workers,
             first=step * self.samples_per_step,
             pin_memory=self.runtime.device.type == "cuda",
         )
@@ -212,13 +224,13 @@ class StepBatches:
             self.bad.add(batch.info)
             for info in batch.info:
                 self.lost.update({name: count for name, count in info.items() if name.startswith("dropped_")})
-            if len(gathered) == self.rounds:
+            if len(gathered) == self.config.optimizer.grad_accumulation_steps:
                 yield gathered
                 gathered = []
 
     def probes(self) -> Iterator[Batch]:
         """The first batches of the run, the same on every rank, loaded in this process."""
-        batch, pad = self.args.batch_size, self.pad_token_id
+        batch, pad = self.config.optimizer.batch_size, self.pad_token_id
         yield from build_loader(self.dataset, rank=0, world_size=1, batch_size=batch, pad_token_id=pad, workers=0)
 
     def report_losses(self) -> None:

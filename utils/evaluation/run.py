@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utils.cli.arguments import EvaluateArguments
 from utils.cli.atomic_files import write_json
+from utils.cli.config import EvaluateConfig
+from utils.cli.parser import flatten
 from utils.cli.run_card import versions
 from utils.data.readers.registry import MUSE
 from utils.data.requested_sets import asked_for_evaluation, refuse_absent
@@ -56,27 +57,27 @@ class Session:
     DataError where data are not there, UserError where there is no question to score or the judge cannot be had.
     """
 
-    def __init__(self, args: EvaluateArguments, words: list[str], ranks: Ranks) -> None:
-        refuse_absent(asked_for_evaluation(args.val_dataset), args.dataset_dir)
-        self.args, self.ranks, self.words = args, ranks, words
-        self.sets = ScoredSets(args.val_dataset, args.dataset_dir)
-        pair = FREE in args.protocols() and any(reader.name == MUSE for reader in self.sets.readers)
-        self._judges = pair and bool(args.judge_model)
+    def __init__(self, config: EvaluateConfig, words: list[str], ranks: Ranks) -> None:
+        refuse_absent(asked_for_evaluation(config.val_dataset), config.dataset_dir)
+        self.config, self.ranks, self.words = config, ranks, words
+        self.sets = ScoredSets(config.val_dataset, config.dataset_dir)
+        pair = FREE in config.protocols() and any(reader.name == MUSE for reader in self.sets.readers)
+        self._judges = pair and bool(config.judging.judge_model)
         if self._judges:
-            refuse_judge(args)
-            read_prompt(args.judge_prompt or PROMPT_FILE)
-        elif args.judge_model:
+            refuse_judge(config.judging)
+            read_prompt(config.judging.judge_prompt or PROMPT_FILE)
+        elif config.judging.judge_model:
             logger.warning(
                 f"evaluate.py: --judge_model: no effect, only free-running answers to {MUSE}|SPLIT are judged, and "
-                f"{','.join(args.protocols())} on {args.val_dataset} gives none"
+                f"{','.join(config.protocols())} on {config.val_dataset} gives none"
             )
         self.plan: Plan = make_plan(
             self.sets,
-            batch_size=args.batch_size,
-            limit=args.limit,
-            protocols=args.protocols(),
-            shuffled=args.shuffled,
-            max_new_tokens=args.max_new_tokens,
+            batch_size=config.batch_size,
+            limit=config.limit,
+            protocols=config.protocols(),
+            shuffled=config.shuffled,
+            max_new_tokens=config.max_new_tokens,
             text=True,
             pair=pair,
         )
@@ -89,7 +90,7 @@ class Session:
     def score(self, predictor: Any, drawing: Drawing) -> str:
         """Ask every question and write what came of it into --out. What a person is told; nothing on ranks but the
         first."""
-        out = Path(self.args.out)
+        out = self.config.folder
         out.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         run = self._circumstances()
@@ -112,7 +113,7 @@ class Session:
         written = [RESULTS, SAMPLES, *self._draw(shown, drawing)]
         (out / scoring.VERDICTS).unlink(missing_ok=True)  # those of an earlier run
         if self._judges and scoring.muse_lines(shown):
-            judge_folder(out, self.args)
+            judge_folder(out, self.config)
             written.append(scoring.VERDICTS)
         return f"{score_table(read_results(out))}\nwritten to {out}: {', '.join(written)}"
 
@@ -137,14 +138,14 @@ class Session:
 
     def _draw(self, lines: list[Line], drawing: Drawing) -> list[str]:
         """The names of the galleries that were written."""
-        args, out = self.args, Path(self.args.out)
-        if not args.gallery:
+        config, out = self.config, self.config.folder
+        if not config.gallery:
             return []
-        shown, chosen = pages.ByKind(args.gallery), pages.Chosen()
+        shown, chosen = pages.ByKind(config.gallery), pages.Chosen()
         for line in lines:
             shown.add(line)
             chosen.add(line)
-        title = f"{args.version} on {args.val_dataset}: {','.join(args.protocols())}"
+        title = f"{config.model.version} on {config.val_dataset}: {','.join(config.protocols())}"
         pages.write_page(out / pages.PAGE, title, chosen.sections(), drawing.overlay, drawing.open_image)
         if not (kept := shown.chosen()):
             return [pages.PAGE]
@@ -153,15 +154,15 @@ class Session:
 
     def _circumstances(self) -> dict[str, Any]:
         """How the scores come about."""
-        args = self.args
-        return protocol_facts(args.protocols()) | {
-            "model": args.version,
-            "model_fingerprint": fingerprints.of_model(args.version),
-            "dataset_dir": args.dataset_dir,
-            "val_dataset": args.val_dataset,
+        config = self.config
+        return protocol_facts(config.protocols()) | {
+            "model": config.model.version,
+            "model_fingerprint": fingerprints.of_model(config.model.version),
+            "dataset_dir": config.dataset_dir,
+            "val_dataset": config.val_dataset,
             "data": fingerprints.of_data(self.sets.readers),
             "command": ["evaluate.py", *self.words],
-            "settings": {name: getattr(args, name) for name in SETTINGS},
+            "settings": {name: flatten(config)[name] for name in SETTINGS},
             "versions": versions(),
         }
 
@@ -174,7 +175,7 @@ def with_muse(result: Mapping[str, Any], lines: list[Line]) -> dict[str, Any]:
     )
 
 
-def judge_folder(folder: Path, args: EvaluateArguments) -> None:
+def judge_folder(folder: Path, config: EvaluateConfig) -> None:
     """Have the answers to MUSE's questions in a results folder judged, and add the scores to its results.
 
     UserError where there are none, or the judge cannot be had.
@@ -185,11 +186,11 @@ def judge_folder(folder: Path, args: EvaluateArguments) -> None:
     result = read_results(folder)
     scores, facts = scoring.judge_answers(
         lines,
-        choose_judge(args, args.device),
-        read_prompt(args.judge_prompt or PROMPT_FILE),
-        Path(args.judge_cache) if args.judge_cache else folder / scoring.CACHE,
+        choose_judge(config.judging, config.model.device),
+        read_prompt(config.judging.judge_prompt or PROMPT_FILE),
+        Path(config.judging.judge_cache) if config.judging.judge_cache else folder / scoring.CACHE,
         folder,
-        args.judge_threshold,
+        config.judging.judge_threshold,
     )
     told = {name: {"muse": {"judged": one}} for name, one in scores.items()}
     write_json(folder / RESULTS, merged(result, {"datasets": told}) | {"judge": facts})
