@@ -50,10 +50,10 @@ setup-dev: setup  ## .venv with the tools of the tests too
 	$(call install,requirements-dev.txt)
 
 demo: setup  ## data, base, training, export, scores, a chat: runs/demo/ (DEMO=smoke: the same road in a minute or two)
-	@$(BIN)/python demo/run_demo.py --size $(DEMO)
+	@$(BIN)/python -m demo --size $(DEMO)
 
 real-images: setup  ## learn the real images in the folder PIXELLM_REALDATA by heart: runs/real_images/
-	@$(BIN)/python demo/run_real_images.py
+	@$(BIN)/python -m demo.real_images
 
 bench-data: setup  ## how fast data are read, and what a large data set costs: runs/bench/data.json
 	@$(BIN)/python tools/bench/data.py

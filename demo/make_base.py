@@ -1,7 +1,7 @@
 """Make the tiny base from nothing: a tokenizer and random weights, a tower that learns to see, words about scenes.
 
-python demo/make_base.py --dataset_dir runs/demo/dataset --out runs/demo/base
-python -m torch.distributed.run --nproc_per_node 2 demo/make_base.py ...     shared out between two processes
+python -m demo.make_base --dataset_dir runs/demo/dataset --out runs/demo/base
+python -m torch.distributed.run --nproc_per_node 2 -m demo.make_base ...     shared out between two processes
 """
 
 import argparse
@@ -15,12 +15,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from demo.lookup_start import Meant, start_looking_up
 from demo.mask_start import start_masks_at_words
 from demo.patch_reader import PatchBatch, PatchReader
+from demo.pipelines import ROOT
 from demo.scenes import (
     COLOURS,
     FORMS,
@@ -122,7 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="last: what train_ds.py's flags override")
     args = parser.parse_args(argv)
     if not ((data := args.dataset_dir) / "scenes.json").is_file():
-        raise UserError(f"{data} holds no scenes: make them with demo/make_scenes.py --out {data}")
+        raise UserError(f"{data} holds no scenes: make them with python -m demo.make_scenes --out {data}")
     return args
 
 

@@ -1,6 +1,6 @@
 """Draw scenes of coloured shapes and write them, questions included, as a data root of official formats.
 
-python demo/make_scenes.py --out runs/demo/dataset --train 6000 --heldout 600 --questions 1000 --size 112 --seed 0
+python -m demo.make_scenes --out runs/demo/dataset --train 6000 --heldout 600 --questions 1000 --size 112 --seed 0
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo.scenes import SceneDataSettings, SceneSettings, write_scene_data
 

@@ -1,113 +1,133 @@
-"""Training on real images, kinds of data mixed, until the referring sentences of the training split are known."""
+"""Train on real images until their referring sentences are known by heart, and score that. `make real-images`.
 
+PIXELLM_REALDATA=FOLDER python -m demo.real_images      FOLDER/dataset is the data root
+"""
+
+import argparse
 import os
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
-from demo.pipeline import RANKS
-from demo.scoreboard import Bar, Bars
-from demo.stages import Stage, launcher
-from utils.cli.errors import UserError
+from demo.pipelines import ROOT, Pipeline, run_pipeline
+from demo.scenes import tokenizer_corpus
+from demo.stages import Stage, Stages, choose_engine
+from demo.tiny import TinyShape, make_tiny
+from utils.checkpoints.builder import MASK_PARTS, save_model
+from utils.cli.errors import UserError, run_script
+from utils.data.files import REAL_DATA
+from utils.evaluation.thresholds import Expectations, Threshold
 
-VARIABLE = "PIXELLM_REALDATA"
+SEED = 0
 LEARNED_SPEC = "refcoco|unc|train||grefcoco|unc|train"
 # In tokens; the true answers have up to 60.
 LONGEST_ANSWER = 96
-BARS: Bars = (
-    Bar("giou", ">=", 0.70),
-    Bar("giou_shuffled", "<=", 0.40),
+THRESHOLDS: Expectations = (
+    Threshold("giou", ">=", 0.70),
+    Threshold("giou_shuffled", "<=", 0.40),
     "giou_teacher_forced",
     "ciou",
     "target_count_accuracy",
     "text_accuracy",
     "n",
-    Bar("seconds.total", "<=", 900),
+    Threshold("seconds.total", "<=", 900),
 )
 
 
-def find_dataset(named: str | None) -> Path:
-    """The data root with the real images. UserError when VARIABLE does not lead to one.
+def find_dataset(folder: str | None) -> Path:
+    """The data root with the real images. UserError when there is none.
 
-    named: the value of the environment variable; None or empty when it is not set.
+    folder: the value of the environment variable REAL_DATA; None or empty when it is not set.
     """
-    if not named:
-        raise UserError(f"{VARIABLE} is not set: give it the folder that holds dataset/ with the real images")
-    root = Path(named).expanduser().resolve() / "dataset"
+    if not folder:
+        raise UserError(f"{REAL_DATA} is not set: give it the folder that holds dataset/ with the real images")
+    root = Path(folder).expanduser().resolve() / "dataset"
     if not root.is_dir():
-        raise UserError(f"{VARIABLE} is {named!r}, but there is no {root}: expected the data root with real images")
+        raise UserError(f"{REAL_DATA} is {folder!r}, but there is no {root}: expected the data root with real images")
     return root
 
 
+def find_base(given: Path | None) -> Path | None:
+    """The base that was given, or the one `make demo` left; None when there is neither."""
+    made = ROOT / "runs" / "demo" / "base"
+    return given or (made if (made / "config.json").is_file() else None)
+
+
 @dataclass(frozen=True)
-class RealImages:
+class RealImages(Pipeline):
     """One such run.
 
-    repository: where the scripts are. out: the folder everything is written to. dataset_dir: the data root. engine: who
-    trains. steps: optimizer steps; 0 for those of the config. version: the tiny base to enlarge; None for one with
-    random weights.
+    dataset_dir: the data root. steps: optimizer steps; 0 for those of the config. version: the tiny base to enlarge;
+    None for one with random weights.
     """
 
-    repository: Path
-    out: Path
+    name: ClassVar[str] = "real-images"
+    thresholds: ClassVar[Expectations] = THRESHOLDS
+
     dataset_dir: Path
-    engine: str
     steps: int = 0
     version: Path | None = None
 
     @property
     def base(self) -> Path:
-        """The folder that is enlarged and trained."""
-        return self.version or self.out / "base"
-
-    @property
-    def model(self) -> Path:
-        """The exported folder."""
-        return self.out / "model"
-
-    @property
-    def evaluation(self) -> Path:
-        """The folder evaluation writes its results.json and gallery.png to."""
-        return self.out / "evaluation"
-
-    def stage(self, name: str, title: str, *command: str, threads: int = 1, cwd: Path | None = None) -> Stage:
-        """A stage that runs a script of the repository (of `cwd` where given), or a program named by its full path."""
-        program = command if os.path.isabs(command[0]) else (sys.executable, *command)
-        return Stage(name, title, program, cwd or self.repository, {"OMP_NUM_THREADS": str(threads)})
+        """See `Pipeline.base`."""
+        return self.version or super().base
 
     def stages(self) -> Iterator[Stage | str]:
-        """The stages in order; "base" stands for writing a base with random weights to `base`."""
-        data, base, model, run = str(self.dataset_dir), str(self.base), str(self.model), self.out / "pixellm"
-        ranks = RANKS if self.engine == "deepspeed" else 1
+        """See `Pipeline.stages`; "base" writes a base with random weights."""
+        data, base = str(self.dataset_dir), str(self.base)
         if self.version is None:
             yield "base"
-        train = ("train_ds.py", "--config", "configs/real_images.yaml", "--version", base, "--dataset_dir", data)
-        where = ("--log_base_dir", str(self.out), "--exp_name", run.name, "--engine", self.engine)
+        train = ("--config", "configs/real_images.yaml", "--version", base, "--dataset_dir", data)
         few = ("--max_steps", str(self.steps)) if self.steps else ()
-        # One process takes both ranks' images of a step, one after the other.
-        rounds = () if ranks == RANKS else ("--grad_accumulation_steps", str(RANKS))
-        launched = (*launcher(self.engine, ranks), *train, *where, *few, *rounds)
-        yield self.stage("train", "enlarge the base and train it", *launched, threads=RANKS // ranks)
-        weight = run / "ckpt_model"
-        if self.engine == "deepspeed":
-            collect = ("zero_to_fp32.py", ".", "../pytorch_model.bin")
-            yield self.stage("zero_to_fp32", "collect the ranks' parts of the weights", *collect, cwd=weight)
-            weight = run / "pytorch_model.bin"
-        merge = ("merge_lora_weights_and_save_hf_model.py", "--version", base, "--weight", str(weight))
-        yield self.stage("merge", "write one Hugging Face folder", *merge, "--save_path", model)
-        ask = ("--version", model, "--max_new_tokens", str(LONGEST_ANSWER), "--dataset_dir", data)
+        yield from self.train_and_merge("enlarge the base and train it", *train, *few)
+        ask = ("--version", str(self.model), "--max_new_tokens", str(LONGEST_ANSWER), "--dataset_dir", data)
         score = ("evaluate.py", *ask, "--val_dataset", LEARNED_SPEC, "--out", str(self.evaluation))
         yield self.stage("evaluate", "ask everything it was taught", *score)
 
     def count(self) -> int:
-        """How many stages there are."""
+        """See `Pipeline.count`."""
         return 3 + (self.version is None) + (self.engine == "deepspeed")
 
-    def clear(self) -> None:
-        """Remove what an earlier run left, and nothing else."""
-        for name in ("base", "pixellm", "model", "evaluation"):
-            shutil.rmtree(self.out / name, ignore_errors=True)
-        for name in ("summary.json", "gallery.png"):
-            (self.out / name).unlink(missing_ok=True)
+    def run_step(self, name: str, stages: Stages) -> None:
+        """Write a base with random weights."""
+        with stages.timed(name, "a tiny model with random weights, as no demo left a base"):
+            built = make_tiny(tokenizer_corpus(), TinyShape(), SEED)
+            save_model(built.model, built.processor, self.base, left_out=MASK_PARTS)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Pipeline.describe`."""
+        return {
+            "base": str(self.base) if self.version else "random weights",
+            "dataset_dir": str(self.dataset_dir),
+            "val_dataset": LEARNED_SPEC,
+        }
+
+    def headline(self, summary: Mapping[str, Any]) -> str:
+        """See `Pipeline.headline`."""
+        return f"Scores on the {summary['n']} questions about real images it was taught ({self.engine} engine):"
+
+    def goodbye(self) -> str:
+        """See `Pipeline.goodbye`."""
+        return f"See {self.out}/summary.json and gallery.png."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train and score; returns the exit status, that of the stage where one failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/real_images"), help="folder for everything it makes")
+    parser.add_argument("--version", type=Path, help="tiny base to enlarge; else runs/demo/base, else random weights")
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps; 0: as configs/real_images.yaml says")
+    parser.add_argument("--engine", choices=("deepspeed", "plain"), help="who trains; else DeepSpeed where it can run")
+    args = parser.parse_args(argv)
+    dataset, base = find_dataset(os.environ.get(REAL_DATA)), find_base(args.version)
+    out, engine = (ROOT / args.out).resolve(), args.engine or choose_engine()
+    return run_pipeline(RealImages(out, engine, dataset, args.steps, base.resolve() if base else None))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -45,12 +45,11 @@ def test_teacher_forced_loop(case: str) -> None:
 @pytest.mark.parametrize("case", GENERATED_CASES)
 def test_generation_loop(case: str) -> None:
     with read(GENERATED, GENERATED_CASES, case) as golden:
-        images = golden.facts["images"]
-        images = []
-        for index in range(len(images)):
-            questions = matched_questions(golden, images[index], index)
-            compare_image(golden, images[index], index, questions)
-            compare_texts(golden, images[index], index, questions)
+        recorded, images = golden.facts["images"], []
+        for index in range(len(recorded)):
+            questions = matched_questions(golden, recorded[index], index)
+            compare_image(golden, recorded[index], index, questions)
+            compare_texts(golden, recorded[index], index, questions)
             images.append(questions)
         compare_scores(golden, release_protocol.ar_validate_meters(images))
 

@@ -27,14 +27,14 @@ def test_statistics_are_the_ones_we_load_a_release_with() -> None:
     assert (list(RELEASE_IMAGE_MEAN), list(RELEASE_IMAGE_STD)) == (facts["mean"], facts["std"])
 
 
-@pytest.mark.parametrize("image", IMAGES)
-def test_preprocess(image: str) -> None:
+@pytest.mark.parametrize("file", IMAGES)
+def test_preprocess(file: str) -> None:
     common = vectors.read_json(GROUP)
-    with vectors.read_case(GROUP, image.removesuffix(".png"), "images", image) as golden:
+    with vectors.read_case(GROUP, file.removesuffix(".png"), "images", file) as golden:
         facts = golden.facts
-        array = open_image(vectors.folder() / image)
+        array = open_image(vectors.folder() / file)
         expected_resized = np.array(Image.open(vectors.folder() / facts["resized_uint8_file"]))
-        prepared = prepare_image(vectors.folder() / image, common["target_edge"])
+        prepared = prepare_image(vectors.folder() / file, common["target_edge"])
         height, width = prepared.resized_size
         resized = prepared.pixels[:, :height, :width].permute(1, 2, 0).numpy()
         golden.same("resized shape", resized.shape, expected_resized.shape)

@@ -40,8 +40,8 @@ def test_file_is_there(file: str) -> None:
 
 
 def test_no_file_is_left_out() -> None:
-    images = vectors.read_json("preprocess")["images"]
-    images = {name for image, entry in images.items() for name in (image, entry["resized_uint8_file"])}
+    recorded = vectors.read_json("preprocess")["images"]
+    images = {name for image, entry in recorded.items() for name in (image, entry["resized_uint8_file"])}
     found = {path.name for path in vectors.folder().iterdir() if path.suffix in KINDS}
     assert found == {*FILES, *images}
 

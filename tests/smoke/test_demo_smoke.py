@@ -1,4 +1,4 @@
-"""`demo/run_demo.py --size smoke` from end to end, as a person runs it."""
+"""`python -m demo --size smoke` from end to end, as a person runs it."""
 
 import json
 import subprocess
@@ -11,8 +11,8 @@ from PIL import Image
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_the_whole_road(tmp_path: Path, repository: Path, child_env: dict[str, str]) -> None:
-    command = [sys.executable, "demo/run_demo.py", "--size", "smoke", "--out", str(tmp_path)]
+def test_the_whole_pipeline(tmp_path: Path, repository: Path, child_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "demo", "--size", "smoke", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=repository, env=child_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -90,19 +90,6 @@ def test_parts_are_told_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "sleeping took 0 s, 0 s since the start\n"
 
 
-def test_bars() -> None:
-    numbers = {"speed": 2.0, "memory": 0.8, "other": 1.0}
-    assert benchmark.missed(numbers, {"speed": 2.0}, {"memory": 0.8}) == []
-    assert benchmark.missed(numbers, {"speed": 2.1}, {"memory": 0.7}) == ["speed", "memory"]
-    lines = benchmark.table(numbers, {"speed": 2.1}, {"memory": 0.7}).splitlines()
-    assert [line.split() for line in lines] == [
-        ["speed", "2.00", ">=", "2.1"],
-        ["memory", "0.80", "<=", "0.7"],
-        ["other", "1.00"],
-    ]
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read as Linux tells it")
 def test_a_peak_is_counted_from_where_it_was_forgotten(child_env: dict[str, str]) -> None:
     # 64 MiB before that do not count, 32 MiB after do.
     script = """

@@ -6,22 +6,23 @@ from typing import Any
 
 import pytest
 
-from demo import run_real_images as script
-from demo.real_images import BARS, VARIABLE, RealImages, find_dataset
-from demo.scoreboard import Bar
+from demo import real_images as script
+from demo.real_images import THRESHOLDS, RealImages, find_dataset
 from demo.stages import Stage, Stages
 from demo.tiny import TinyShape, make_tiny
 from utils.checkpoints.builder import MASK_PARTS, ModelOptions, build_model, save_model
 from utils.cli.commands import parse_train
 from utils.cli.config import model_options
 from utils.cli.errors import UserError, run_script
+from utils.data.files import REAL_DATA
+from utils.evaluation.thresholds import Threshold
 
 CONFIG = "configs/real_images.yaml"
 SCORES = ("giou", "ciou", "giou_teacher_forced", "giou_shuffled", "target_count_accuracy", "text_accuracy")
 
 
-def make_plan(out: Path, repository: Path, engine: str = "deepspeed", version: Path | None = None) -> RealImages:
-    return RealImages(repository, out, out / "data", engine, version=version)
+def make_plan(out: Path, engine: str = "deepspeed", version: Path | None = None) -> RealImages:
+    return RealImages(out, engine, out / "data", version=version)
 
 
 @pytest.mark.parametrize(
@@ -30,12 +31,12 @@ def make_plan(out: Path, repository: Path, engine: str = "deepspeed", version: P
 def test_no_real_images_get_one_sentence(
     named: str | None, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(REAL_DATA, raising=False)
     if named is not None:
-        monkeypatch.setenv(VARIABLE, named)
+        monkeypatch.setenv(REAL_DATA, named)
     assert run_script(script.main, []) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert VARIABLE in line and part in line
+    assert REAL_DATA in line and part in line
     with pytest.raises(UserError):
         find_dataset(named)
 
@@ -45,7 +46,7 @@ def test_no_real_images_get_one_sentence(
 def test_the_plan_names_scripts_that_are_there(
     tmp_path: Path, repository: Path, engine: str, version: Path | None
 ) -> None:
-    plan = make_plan(tmp_path, repository, engine, version)
+    plan = make_plan(tmp_path, engine, version)
     stages = list(plan.stages())
     assert len(stages) == plan.count() and ("base" in stages) == (version is None)
     commands = {stage.name: stage for stage in stages if isinstance(stage, Stage)}
@@ -100,17 +101,21 @@ def summary_of(value: float, shuffled: float = 0.2, seconds: float = 500) -> dic
         (summary_of(float("nan")), "giou is nan"),
     ],
 )
-def test_every_missed_bar_fails_it(
-    summary: dict[str, Any], missed: str | None, tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+def test_every_missed_threshold_fails_it(
+    summary: dict[str, Any], missed: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert [bar.path for bar in BARS if isinstance(bar, Bar)] == ["giou", "giou_shuffled", "seconds.total"]
-    assert script.report(make_plan(tmp_path, repository), summary) == (missed is not None)
+    assert [item.path for item in THRESHOLDS if isinstance(item, Threshold)] == [
+        "giou",
+        "giou_shuffled",
+        "seconds.total",
+    ]
+    assert make_plan(tmp_path).report(summary) == (missed is not None)
     said = capsys.readouterr()
     assert "giou_teacher_forced" in said.out and (missed or "") in said.err and bool(said.err) == bool(missed)
 
 
-def test_the_summary_says_what_was_trained(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(tmp_path, repository)
+def test_the_summary_says_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(tmp_path)
 
     def pretend(stages: Stages, stage: Stage) -> None:
         with stages.timed(stage.name, stage.title):
@@ -121,7 +126,7 @@ def test_the_summary_says_what_was_trained(tmp_path: Path, repository: Path, mon
                 (plan.evaluation / "gallery.png").write_bytes(b"drawn")
 
     monkeypatch.setattr(Stages, "run", pretend)
-    summary = script.run(plan)
+    summary = plan.run()
     assert summary["base"] == "random weights" and (plan.base / "config.json").is_file()
     assert summary["giou"] == 0.8 and set(summary["seconds"]) == {
         *("base", "train", "zero_to_fp32", "merge", "evaluate", "total")

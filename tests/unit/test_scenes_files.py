@@ -68,9 +68,9 @@ def test_images_and_annotations_show_the_scenes(data_root: Path) -> None:
     records = read_scenes(data_root)
     assert Counter(record.split for record in records) == {"train": 30, "val": 60}
     for image, record in zip(instances["images"], records, strict=True):
-        image = cv2.imread(str(data_root / IMAGES / image["file_name"]))[:, :, ::-1]
+        pixels = cv2.imread(str(data_root / IMAGES / image["file_name"]))[:, :, ::-1]
         assert image["file_name"] == record.file_name
-        assert np.array_equal(image, draw_scene(record.scene)), "PNG is not lossless"
+        assert np.array_equal(pixels, draw_scene(record.scene)), "PNG is not lossless"
         found = annotations[image["id"]]
         assert [names[a["category_id"]] for a in found] == [s.name for s in record.scene.shapes]
         decoded = [coco_rle.decode(a["segmentation"]) for a in found]
@@ -226,7 +226,7 @@ def test_other_sizes(side: int, tmp_path: Path) -> None:
 
 def test_command_line(tmp_path: Path, child_env: dict[str, str]) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "demo/make_scenes.py"), "--out", str(tmp_path / "data"), *arguments]
+        command = [sys.executable, "-m", "demo.make_scenes", "--out", str(tmp_path / "data"), *arguments]
         return subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=60)
 
     small = ("--train", "2", "--heldout", "20", "--questions", "10", "--size", "64")

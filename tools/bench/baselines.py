@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -400,19 +399,31 @@ def release_training_step(model: PixelLMForCausalLM, batch: dict[str, Any]) -> t
         return training_step(model, apart)
 
 
-@contextmanager
-def _as_released(model: PixelLMForCausalLM) -> Iterator[None]:
-    def all_logits(hidden: torch.Tensor, labels: torch.Tensor) -> LossTerm:
-        logits = model.get_output_embeddings()(hidden)[:, :-1].float()
+class ReleasedTraining(PixelLMForCausalLM):
+    """Every conversation a sequence of its own, logits at every position."""
+
+    prefix_sharing = False
+
+    def _text_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> LossTerm:
+        logits = self.get_output_embeddings()(hidden)[:, :-1].float()
         wanted = labels[:, 1:] != IGNORE_TOKEN
         return text_loss(logits[wanted], labels[:, 1:][wanted])
 
-    with (
-        patch.object(model, "prefix_sharing", False),
-        patch.object(model, "_text_loss", all_logits),
-        patch.object(FrozenLinear, "forward", nn.Linear.forward),
-    ):
+
+@contextmanager
+def _as_released(model: PixelLMForCausalLM) -> Iterator[None]:
+    """Inside, the model trains as `ReleasedTraining` does, and its linear layers are torch's own."""
+    own = type(model)
+    frozen: list[nn.Linear] = [layer for layer in model.modules() if type(layer) is FrozenLinear]
+    model.__class__ = ReleasedTraining
+    for layer in frozen:
+        layer.__class__ = nn.Linear
+    try:
         yield
+    finally:
+        model.__class__ = own
+        for layer in frozen:
+            layer.__class__ = FrozenLinear
 
 
 WAYS: dict[str, Callable[..., Any]] = {"ours": ours, "plain_cache": plain_cache, "release": release_without_cache}

@@ -18,19 +18,19 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from demo.scoreboard import Bar, Bars
 from model.processing_pixellm import PixelLMProcessor
 from tools.bench.measure import forget_peak, peak_bytes
 from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.mixture import Mixture
 from utils.data.readers.base import ReaderOptions
 from utils.data.readers.registry import MUSE, build_reader
+from utils.evaluation.thresholds import Expectations, Threshold
 
-BARS: Bars = (
-    Bar("loader_vs_imread", ">=", 0.35),
-    Bar("muse_second_open_s", "<=", 1.0),
-    Bar("muse_index_pss_mb", "<=", 50.0),
+THRESHOLDS: Expectations = (
+    Threshold("loader_vs_imread", ">=", 0.35),
     "loader_fast_vs_imread",
+    Threshold("muse_second_open_s", "<=", 1.0),
+    Threshold("muse_index_pss_mb", "<=", 50.0),
     "workers_1_to_2",
     "muse_first_index_s",
     "muse_first_index_peak_mb",

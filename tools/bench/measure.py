@@ -58,21 +58,6 @@ def rate(seconds: Mapping[str, float]) -> float:
     return (int(counts[-1]) - int(counts[0])) / (seconds[counts[-1]] - seconds[counts[0]])
 
 
-def missed(numbers: Mapping[str, float], at_least: Mapping[str, float], at_most: Mapping[str, float]) -> list[str]:
-    """Names of the numbers on the wrong side of their bars."""
-    low = [name for name, bar in at_least.items() if numbers[name] < bar]
-    return low + [name for name, bar in at_most.items() if numbers[name] > bar]
-
-
-def table(numbers: Mapping[str, float], at_least: Mapping[str, float], at_most: Mapping[str, float]) -> str:
-    """Numbers beside their bars, a line each."""
-    lines = []
-    for name, value in numbers.items():
-        bar = f">= {at_least[name]:g}" if name in at_least else f"<= {at_most[name]:g}" if name in at_most else ""
-        lines.append(f"{name:36} {value:10.2f}  {bar}".rstrip())
-    return "\n".join(lines)
-
-
 def spread(values: list[float]) -> Range:
     """Median with what it lies between."""
     return {

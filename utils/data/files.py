@@ -13,6 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from utils.data.archives import archive_of
 from utils.data.errors import DataError
 
+REAL_DATA = "PIXELLM_REALDATA"
+"""Environment variable: a folder with real images and weights for tests, benchmarks and one training run."""
 OTHER_EDITION = "label map of another edition"
 """Cause of a label map that is none, or that holds labels its data set does not have."""
 
