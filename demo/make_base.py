@@ -34,7 +34,6 @@ from demo.scenes import (
     words_of_patches,
 )
 from demo.tiny import TinyShape, make_tiny
-from model.processing_pixellm import ConversationTooLong
 from utils.checkpoints.builder import BuiltModel, TrainingRecipe, choose_trainable, save_model
 from utils.cli.commands import parse_train
 from utils.cli.errors import UserError, run_script
@@ -85,9 +84,8 @@ def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], fixed: Se
         built.model, TrainingRecipe(**{f.name: getattr(config.adapter, f.name) for f in fields(TrainingRecipe)})
     )
     torch.nn.ModuleList(fixed).requires_grad_(False)
-    batches = StepBatches(
-        config, runtime, make_mixture(config.data, config.engine.seed), built.processor, (ConversationTooLong,)
-    )
+    mixture = make_mixture(config.data, config.engine.seed)
+    batches = StepBatches(config, runtime, mixture, built.processor)
     engine = make_engine(config, runtime, built.model)
     fit_in_one_go(Run(engine, make_plan(config, engine.world_size), config.run.folder), batches)
     built.model.cpu().eval()

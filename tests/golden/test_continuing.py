@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_ds
 from tests.golden import released_folder, training, vectors
 from utils.checkpoints.builder import MASK_PARTS, BuiltModel
 from utils.cli.commands import parse_train
@@ -16,6 +15,7 @@ from utils.data.collate import Batch
 from utils.engine.protocol import Engine, StepReport
 from utils.engine.runtime import Runtime
 from utils.engine.setup import make_engine
+from utils.engine.train import build_for_training
 
 GROUP = "forward_train"
 CASES = vectors.case_names(GROUP, "cases")
@@ -33,7 +33,7 @@ def start(folders: tuple[Path, Path]) -> tuple[BuiltModel, Engine]:
     version, tower = folders
     flags = [f"--version={version}", f"--vision-tower={tower}", "--precision=fp32", "--engine=plain"]
     args = parse_train([*flags, "--refinement_alpha=1", "--lora_dropout=0"])
-    built, _ = train_ds.build(args)
+    built, _ = build_for_training(args)
     engine = make_engine(args, ALONE, built.model, tuple(f"{part}." for part in MASK_PARTS))
     built.model.train()  # as `Run.fit` does
     return built, engine

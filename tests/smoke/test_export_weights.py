@@ -161,7 +161,7 @@ def base_folder(place: Path) -> Path:
 def test_merging_reads_the_run_card(weights: Weights, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = {"version": str(base_folder(tmp_path)), "lora_r": 4, "lora_alpha": 2, "precision": "fp32"}
-    write_run_card(run, arguments=arguments, repository=tmp_path, facts={})
+    write_run_card(run, arguments=arguments, facts={})
     weight = leave(weights, run, "folder")
     assert merge.main([f"--weight={weight}", f"--save_path={tmp_path / 'merged'}"]) == 0
     loaded = Predictor.from_pretrained(tmp_path / "merged", device="cpu").model

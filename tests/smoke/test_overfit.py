@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train_ds
 from demo.tiny import TinyShape, make_tiny
 from model.predictor import Predictor
-from model.processing_pixellm import ConversationTooLong
 from utils.checkpoints.builder import MASK_PARTS, save_model
 from utils.cli.commands import parse_train
 from utils.cli.config import TrainConfig
@@ -18,6 +16,7 @@ from utils.data.samples import DIRECT, SEVERAL, Sample
 from utils.engine.fit import Run
 from utils.engine.runtime import open_runtime
 from utils.engine.setup import StepBatches, make_engine, make_plan, seed_everything
+from utils.engine.train import build_for_training, probe
 
 SINGLE, TOGETHER = 5, 3  # samples that ask for one thing, and for several
 STEPS = 400
@@ -108,9 +107,9 @@ def test_eight_samples_are_learned_by_heart(
     args = arguments(samples, tmp_path, smoke_data)
     runtime = open_runtime(args.engine.engine, args.engine.local_rank, args.engine.precision)
     seed_everything(args.engine.seed)
-    built, trained = train_ds.build(args)
-    batches = StepBatches(args, runtime, Eight(samples), built.processor, (ConversationTooLong,))
-    train_ds.probe(args, runtime, built, trained, batches)
+    built, trained = build_for_training(args)
+    batches = StepBatches(args, runtime, Eight(samples), built.processor)
+    probe(args, runtime, built, trained, batches)
     engine = make_engine(args, runtime, built.model)
     predictor = Predictor(built.model, built.processor)
     with engine.inference():

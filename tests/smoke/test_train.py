@@ -30,6 +30,7 @@ from utils.cli.errors import run_script
 from utils.engine.checkpoints import latest_tag, problem, step_of
 from utils.engine.fit import Run
 from utils.engine.sample_log import consumed
+from utils.engine.train import build_for_training
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +144,7 @@ def test_pretraining_in_words_and_starting_from_its_weights(
     args = parse_train(
         [*training_flags(smoke_base, smoke_data, tmp_path, "next"), "--lora_r=0", f"--weight={checkpoint}"]
     )
-    built, trained = train_ds.build(args)
+    built, trained = build_for_training(args)
     assert all(torch.equal(value, weights[name].to(value.dtype)) for name, value in built.model.state_dict().items())
     assert not any("lora" in name for name in trained)
     assert load_weights_into(built.model, weights, "the same").fresh == {}

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import torch
 
-import train_ds
 from demo.scenes import SceneSettings, write_scene_data
 from demo.scenes.planning import SceneDataSettings
 from demo.tiny import make_tiny
 from model.modeling_pixellm import PixelLMForCausalLM
-from model.processing_pixellm import ConversationTooLong
 from model.structures import IGNORE_TOKEN
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
 from utils.checkpoints.builder import save_model
@@ -20,6 +18,7 @@ from utils.cli.commands import parse_train
 from utils.data.collate import Batch
 from utils.engine.runtime import Runtime
 from utils.engine.setup import StepBatches, make_mixture, seed_everything
+from utils.engine.train import build_for_training
 
 IMAGES = 8
 # The decoder's last layer norm stands over an eighth of its width. Over two channels it is all but a step function,
@@ -48,9 +47,9 @@ def real_step(folder: Path, runtime: Runtime, rounds: int) -> tuple[PixelLMForCa
     config = parse_train(flags)
     seed_everything(config.engine.seed)  # LoRA starts at random
     with contextlib.redirect_stderr(io.StringIO()):
-        built, _ = train_ds.build(config)
+        built, _ = build_for_training(config)
     mixture = make_mixture(config.data, config.engine.seed)
-    batches = StepBatches(config, runtime, mixture, built.processor, (ConversationTooLong,))
+    batches = StepBatches(config, runtime, mixture, built.processor)
     return built.model.train(), next(batches(0))
 
 

@@ -6,12 +6,12 @@ sharded_memory.py OUT FLAGS...
 import sys
 from pathlib import Path
 
-import train_ds
 from tests.unit.loading_memory import most_above_before
 from utils.cli.commands import parse_train
 from utils.engine.runtime import open_runtime
 from utils.engine.setup import sharder
 from utils.engine.stepping import numbers_in
+from utils.engine.train import build_for_training
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     config = parse_train(flags)
     runtime = open_runtime(config.engine.engine, config.engine.local_rank, config.engine.precision)
     settle = sharder(config, runtime)
-    (built, _), most = most_above_before(lambda: train_ds.build(config, settle))
+    (built, _), most = most_above_before(lambda: build_for_training(config, settle))
     numbers = sum(numbers_in(parameter) for parameter in built.model.parameters())
     Path(f"{out}.rank{runtime.rank}").write_text(f"{most} {numbers}")
 

@@ -165,7 +165,7 @@ def step_batches(root: Path, *flags: str) -> StepBatches:
         ]
     )
     runtime = Runtime("plain", 0, 0, 1, torch.device("cpu"))
-    return StepBatches(config, runtime, mixture(root), StrictEyes(), ())
+    return StepBatches(config, runtime, mixture(root), StrictEyes())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

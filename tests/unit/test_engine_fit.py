@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.structures import PixelLMError
 from tests.unit.engine_toys import ToyBatch, cut, make_samples, make_toy
 from utils.cli.errors import UserError, explain, run_script
-from utils.cli.run_card import find_run_card, write_run_card
+from utils.cli.run_card import find_run_card, git_state, write_run_card
 from utils.engine import plain_engine, prepare
 from utils.engine.checkpoints import keep_as, latest_tag, point_to, remove_superseded, seal, tag_of
 from utils.engine.fit import BEST, CHECKPOINT, Plan, Run
@@ -204,19 +204,18 @@ def test_checkpoint_folders(tmp_path: Path) -> None:
 
 def test_the_run_card_is_found_from_what_training_left(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
-    write_run_card(run, arguments={"lora_r": 4}, repository=tmp_path, facts={"engine": "plain"})
+    write_run_card(run, arguments={"lora_r": 4}, facts={"engine": "plain"})
     (run / CHECKPOINT / "step2").mkdir(parents=True)
     (run / "pytorch_model.bin").mkdir()
     for start in (run, run / CHECKPOINT / "step2", run / "pytorch_model.bin" / "pytorch_model.bin"):
         card = find_run_card(start)
         assert card is not None and card["arguments"] == {"lora_r": 4} and card["engine"] == "plain"
-    assert card["versions"]["torch"] and card["git"]["commit"] is None
+    assert card["versions"]["torch"] and git_state(tmp_path)["commit"] is None
     assert find_run_card(tmp_path / "runs", levels=0) is None
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
         find_run_card(run)
-    repository = Path(__file__).resolve().parents[2]
-    write_run_card(run, arguments={}, repository=repository, facts={})
+    write_run_card(run, arguments={}, facts={})
     assert set(json.loads((run / "run.json").read_text())) == {"arguments", "started", "versions", "git"}
 
 

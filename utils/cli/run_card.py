@@ -8,9 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from utils.cli.atomic_files import write_json
 from utils.cli.errors import UserError
 
 RUN_CARD = "run.json"
+REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "torch",
     "transformers",
@@ -51,22 +53,21 @@ def _git(repository: Path, *command: str) -> str | None:
     return done.stdout.strip()
 
 
-def write_run_card(folder: Path, *, arguments: dict[str, Any], repository: Path, facts: dict[str, Any]) -> None:
+def write_run_card(folder: Path, *, arguments: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write folder/run.json; UserError where it cannot be.
 
     Args:
-        arguments: every flag's value. repository: folder of the code. facts: what else there is to record, by name.
+        arguments: every flag's value. facts: what else there is to record, by name.
     """
     card = {
         "arguments": arguments,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions(),
-        "git": git_state(repository),
+        "git": git_state(REPOSITORY),
         **facts,
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN_CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / RUN_CARD, card)
     except OSError as error:
         raise UserError(f"cannot write {folder / RUN_CARD}: {error.strerror}; choose another --log_base_dir") from error
 

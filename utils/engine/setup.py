@@ -186,7 +186,6 @@ class StepBatches:
         runtime: Runtime,
         mixture: Mixture,
         processor: Any,
-        too_long_errors: tuple[type[Exception], ...],
     ) -> None:
         self.config, self.runtime = config, runtime
         self.samples_per_step = config.optimizer.samples_per_step(runtime.world_size)

@@ -5,6 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from model.overlay import draw_overlay
+from model.predictor import Predictor
+from utils.checkpoints.builder import BuiltModel
+from utils.cli.config import TrainConfig
+from utils.data.readers.registry import build_eval_reader
 from utils.data.samples import Sample
 from utils.engine.protocol import Engine
 from utils.evaluation.ask import Asked, Figures, Scored, evaluate, summarise
@@ -12,6 +17,22 @@ from utils.evaluation.ask import Asked, Figures, Scored, evaluate, summarise
 # Scores by kind that get a curve of their own.
 BY_KIND = "giou_by_kind"
 Overlay = Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]
+
+
+def build_validation(config: TrainConfig, engine: Engine, built: BuiltModel) -> "Validation | None":
+    """Validation of a run as its config says; None with --no_eval."""
+    if config.validation.no_eval:
+        return None
+    return Validation(
+        engine,
+        Predictor(built.model, built.processor),
+        build_eval_reader(config.validation.val_dataset, config.data.dataset_dir, index_dir=config.data.index_dir),
+        batch_size=config.validation.val_batch_size,
+        limit=config.validation.val_limit,
+        max_new_tokens=config.validation.max_new_tokens,
+        open_image=built.processor.open_image,
+        overlay=draw_overlay,
+    )
 
 
 class _Share:

@@ -1,0 +1,141 @@
+"""A training run from its config to its last checkpoint."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Protocol
+
+import numpy as np
+
+from model.processing_pixellm import rows_needed
+from model.structures import DTYPES
+from utils.checkpoints.builder import (
+    MASK_PARTS,
+    BuiltModel,
+    ModelOptions,
+    Settle,
+    TrainingRecipe,
+    build_model,
+    choose_trainable,
+    load_weights_into,
+)
+from utils.checkpoints.export import read_trained_weights
+from utils.checkpoints.quantized_layers import hold_in_bits
+from utils.cli.config import TrainConfig, model_options
+from utils.cli.parser import flatten
+from utils.cli.run_card import write_run_card
+from utils.engine.fit import Run
+from utils.engine.lock import lock_folder
+from utils.engine.preflight import preflight
+from utils.engine.probe import find_probe_batch, probe_gradients, say_reached
+from utils.engine.protocol import Engine
+from utils.engine.runtime import Runtime, device_here, open_runtime
+from utils.engine.setup import (
+    StepBatches,
+    checkpoint_to_resume,
+    make_engine,
+    make_mixture,
+    make_plan,
+    refuse_missing_data,
+    run_facts,
+    seed_everything,
+    sharder,
+    zero_stage,
+)
+from utils.engine.stepping import to_precision
+
+logger = logging.getLogger(__name__)
+
+
+class Validator(Protocol):
+    """Scores the model while it trains; all ranks call it together."""
+
+    def scores(self) -> dict[str, float]:
+        """Scores by name, the same on every rank."""
+
+    def images(self) -> dict[str, np.ndarray]:
+        """Images to show by name, uint8 (H, W, 3)."""
+
+
+def train(config: TrainConfig, make_validator: Callable[[TrainConfig, Engine, BuiltModel], Validator | None]) -> None:
+    """Train, or with --eval_only validate once, as `config` says. make_validator: gives None for no validation."""
+    refuse_missing_data(config.data, config.validation)
+    settings = config.engine
+    runtime = open_runtime(settings.engine, settings.local_rank, settings.precision, settings.deterministic)
+    if runtime.rank == 0 and not config.validation.eval_only:
+        lock_folder(config.run.folder)
+    seed_everything(settings.seed)
+    settle = sharder(config, runtime)
+    built, trained = build_for_training(config, settle)
+    seed_everything(settings.seed + runtime.rank)
+    batches, flops = None, 0.0
+    if not config.validation.eval_only:
+        mixture = make_mixture(config.data, settings.seed)
+        batches = StepBatches(config, runtime, mixture, built.processor)
+        tokens = rows_needed(built.processor.tokenizer)
+        preflight(config, runtime, built.model, tokens, mixture, zero_stage(settings, runtime))
+        flops = 0.0 if settle else probe(config, runtime, built, trained, batches)
+    engine = make_engine(config, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
+    validator = make_validator(config, engine, built)
+    hooks = (validator.scores, validator.images) if validator else (None, None)
+    run = Run(engine, make_plan(config, engine.world_size), config.run.folder, *hooks)
+    run.costs.flops_per_image = flops
+    if (checkpoint := checkpoint_to_resume(config.run)) is not None:
+        run.resume(checkpoint)
+    else:
+        run.progress.step = config.optimizer.start_epoch * config.optimizer.steps_per_epoch
+    if batches is None:
+        run.evaluate()
+    else:
+        if runtime.rank == 0:
+            facts = run_facts(runtime, batches, run.progress.step) | card_of(built, trained)
+            write_run_card(config.run.folder, arguments=flatten(config), facts=facts)
+        run.fit(batches)
+        batches.report_losses()
+    engine.close()
+
+
+def build_for_training(config: TrainConfig, settle: Settle | None = None) -> tuple[BuiltModel, list[str]]:
+    """The model with what trains chosen, in the run's precision, and the names of those parameters."""
+    # As stored: `to_precision` then gives every tensor the type it trains or rests in.
+    built = build_model(
+        config.model.version,
+        config.model.vision_tower or None,
+        ModelOptions(**model_options(config.model)),
+        dtype=None,
+        attn_implementation=config.engine.attn_implementation,
+        to_train=True,
+        settle=settle,
+    )
+    logger.info(built.report.table())
+    if not built.model.shares_prefixes:
+        attention = config.engine.attn_implementation
+        logger.warning(f"every conversation is a row of its own: {attention} attention takes no mask of ours")
+    if config.adapter.bits:
+        hold_in_bits(built.model, config.adapter.bits, DTYPES[config.engine.precision], device_here())
+    recipe = TrainingRecipe(**{entry.name: getattr(config.adapter, entry.name) for entry in fields(TrainingRecipe)})
+    trained = choose_trainable(built.model, recipe)
+    if config.run.weight:
+        load_weights_into(built.model, read_trained_weights(config.run.weight), f"--weight {config.run.weight}")
+    if config.engine.gradient_checkpointing:
+        built.model.activation_checkpointing_enable({"use_reentrant": False})
+    to_precision(built.model, config.engine.precision)
+    return built, trained
+
+
+def probe(config: TrainConfig, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> float:
+    """Stop, by name, where gradients do not reach what trains, or reach what does not; operations per image."""
+    wanted = ["ce", "bce"] if config.adapter.train_mask_decoder else ["ce"]
+    batch = find_probe_batch(built.model, batches.probes(), wanted)
+    flops = probe_gradients(built.model.to(runtime.device), batch, trained, config.engine.precision, runtime.device)
+    say_reached(built.model)
+    return flops / len(batch.info)
+
+
+def card_of(built: BuiltModel, trained: list[str]) -> dict[str, Any]:
+    """What a run card keeps about the model."""
+    return {
+        "loaded": built.report.as_dict(),
+        "trained": trained,
+        "packs_conversations": built.model.shares_prefixes,
+    }
