@@ -47,7 +47,8 @@ from utils.engine.stepping import MUON, OptimizerSettings, Schedule
 
 logger = logging.getLogger(__name__)
 
-WORDS_CONFIG, MASKS_CONFIG = str(ROOT / "configs" / "tiny_base.yaml"), str(ROOT / "configs" / "tiny.yaml")
+CONFIGS = ROOT / "configs" / "runs"
+WORDS_CONFIG, MASKS_CONFIG = str(CONFIGS / "tiny_base.yaml"), str(CONFIGS / "tiny.yaml")
 # Of the tower's stage: images a step over all ranks, learning rate, steps of warm-up.
 TOWER_BATCH, TOWER_RATE, TOWER_WARMUP = 16, 5e-3, 50
 SHAPE = {field.name: field.default for field in fields(TinyShape) if isinstance(field.default, int)}

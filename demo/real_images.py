@@ -80,7 +80,7 @@ class RealImages(Pipeline):
         data, base = str(self.dataset_dir), str(self.base)
         if self.version is None:
             yield "base"
-        train = ("--config", "configs/real_images.yaml", "--version", base, "--dataset_dir", data)
+        train = ("--config", "configs/runs/real_images.yaml", "--version", base, "--dataset_dir", data)
         few = ("--max_steps", str(self.steps)) if self.steps else ()
         yield from self.train_and_merge("enlarge the base and train it", *train, *few)
         ask = ("--version", str(self.model), "--max_new_tokens", str(LONGEST_ANSWER), "--dataset_dir", data)
@@ -121,7 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/real_images"), help="folder for everything it makes")
     parser.add_argument("--version", type=Path, help="tiny base to enlarge; else runs/demo/base, else random weights")
-    parser.add_argument("--steps", type=int, default=0, help="optimizer steps; 0: as configs/real_images.yaml says")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="optimizer steps; 0: as configs/runs/real_images.yaml says"
+    )
     parser.add_argument("--engine", choices=("deepspeed", "plain"), help="who trains; else DeepSpeed where it can run")
     args = parser.parse_args(argv)
     dataset, base = find_dataset(os.environ.get(REAL_DATA)), find_base(args.version)

@@ -17,7 +17,7 @@ from utils.cli.errors import UserError, run_script
 from utils.data.files import REAL_DATA
 from utils.evaluation.thresholds import Threshold
 
-CONFIG = "configs/real_images.yaml"
+CONFIG = "configs/runs/real_images.yaml"
 SCORES = ("giou", "ciou", "giou_teacher_forced", "giou_shuffled", "target_count_accuracy", "text_accuracy")
 
 
