@@ -1,6 +1,6 @@
 """Base + options -> a PixelLM ready to train: what is loaded, what is new, what trains, and LoRA in and out again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,14 +15,14 @@ from model.onednn_linear import quicken_frozen
 from model.processing_pixellm import PixelLMProcessor, check_groups, rows_needed
 from model.structures import FLASH_ATTENTION, LORA_ALPHA, LORA_DROPOUT, LORA_RANK, LORA_TARGET_MODULES, SDPA
 from model.vision_tower import resize_position_table
-from utils.checkpoints.bases import POSITION_TABLE, TOWER
+from utils.checkpoints.bases import LANGUAGE, POSITION_TABLE, TOWER, llava
 from utils.checkpoints.folders import BuildError, first_sentence, local_folder, read_config
 from utils.checkpoints.from_bases import from_language_model, from_llava
 from utils.checkpoints.from_released import build_training_state, is_released_training_state, released
 from utils.checkpoints.layouts import LLAVAS, OURS, PUBLISHED_PIXELLM, recognise
 from utils.checkpoints.load_report import LoadReport
 from utils.checkpoints.options import MASK_PARTS, BuiltModel, Manner, ModelOptions, finish, learn_fusion, token_ids
-from utils.checkpoints.published import PublishedRest, lora_alpha_in
+from utils.checkpoints.published import PublishedRest, lora_alpha_in, merged_lora, sort_published
 from utils.checkpoints.tensor_files import Stored, StoredTensor, stored_in
 from utils.checkpoints.trainable_token_rows import train_rows_from
 from utils.checkpoints.weight_loading import MISMATCH, Origin, Settle, load_weights_into
@@ -107,6 +107,23 @@ def _build(folder: Path, vision_tower: str | None, options: ModelOptions, manner
     if checkpoint.layout in LLAVAS:
         return from_llava(checkpoint, vision_tower, options, manner)
     return from_language_model(checkpoint, vision_tower, options, manner)
+
+
+def language_tensors(folder: Path) -> Stored:
+    """The language model's tensors in a folder that `build_model` takes, by their names in our model.
+
+    Raises:
+        BuildError: the folder holds no weights, or is of a model that this program does not run.
+    """
+    checkpoint = recognise(folder)
+    if checkpoint.layout is OURS:
+        return stored_in(folder)
+    if checkpoint.layout is PUBLISHED_PIXELLM:
+        return sort_published(str(folder), checkpoint.tensors, lora_alpha_in(folder)).model
+    tensors, _ = merged_lora(str(folder), checkpoint.tensors, lora_alpha_in(folder))
+    if checkpoint.layout in LLAVAS:
+        return llava(replace(checkpoint, tensors=tensors)).language.tensors
+    return {f"{LANGUAGE}{name}": stored for name, stored in tensors.items()}
 
 
 # --- a PixelLM that goes on ---------------------------------------------------------------------------------------

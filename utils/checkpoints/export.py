@@ -2,10 +2,8 @@
 
 import errno
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +21,9 @@ from utils.checkpoints.builder import (
     save_model,
 )
 from utils.checkpoints.published import REST_FOLDER, differences_from_release, published_config, published_state
-from utils.checkpoints.tensor_files import INDEX_NAMES, WHOLE_NAMES, as_dict, stored_in, weight_files
+from utils.checkpoints.tensor_files import INDEX_NAMES, WHOLE_NAMES, Stored, as_dict, stored_in, weight_files
+from utils.checkpoints.trainable_token_rows import whole_tables
+from utils.cli.atomic_files import open_atomic_folder
 
 LATEST = "latest"
 _LORA_A = re.compile(r"\.(?P<layer>[^.]+)\.lora_A\.")
@@ -77,22 +77,35 @@ def lora_of(weights: dict[str, torch.Tensor], source: str) -> tuple[int, str] | 
 
 
 def fill_and_merge(
-    built: BuiltModel, weights: dict[str, torch.Tensor], source: str, lora_alpha: int, held: tuple[str, ...] = ()
+    built: BuiltModel,
+    weights: dict[str, torch.Tensor],
+    source: str,
+    lora_alpha: int,
+    frozen: Stored | None = None,
 ) -> int:
-    """Put trained weights into a model strictly and merge the LoRA among them.
+    """Put trained weights into a model strictly and merge the LoRA among them, whose rank and layers they tell.
 
-    Its rank and layers are read off the weights. held: parts whose frozen layers were held in few bits and stay what
-    they are in the model; the whole numbers that stand for them are not taken. BuildError names a tensor that is
-    missing, superfluous or of another shape. Returns the number of layers merged.
+    Args:
+        frozen: the base's tensors, from which comes what the weights lack because training held it quantised; the whole
+            numbers that stand for such in the weights are not taken.
+
+    Returns:
+        The number of layers merged.
+
+    Raises:
+        BuildError: names a tensor that is missing, superfluous or of another shape.
     """
-    if held:
-        weights = {name: value for name, value in weights.items() if value.is_floating_point()}
     lora = lora_of(weights, source)
     if lora is not None:
         rank, layers = lora
         recipe = TrainingRecipe(lora_r=rank, lora_alpha=lora_alpha, lora_dropout=0.0, lora_target_modules=layers)
         inject_lora(built.model, recipe)
-    load_weights_into(built.model, weights, source, held)
+    if frozen:
+        weights = {name: value for name, value in weights.items() if value.is_floating_point()}
+        lacking = [name for name in built.model.state_dict() if name not in whole_tables(weights)]
+        base_names = {name: name.replace(".base_layer.", ".") for name in lacking}
+        weights |= {name: frozen[theirs].read() for name, theirs in base_names.items() if theirs in frozen}
+    load_weights_into(built.model, weights, source)
     return merge_lora(built.model)
 
 
@@ -170,30 +183,15 @@ def _write_whole(folder: str | Path, save: Callable[[Path], None]) -> None:
     if target.exists() and not target.is_dir():
         raise BuildError(f"--save_path {folder} is a file: give a folder")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            save(Path(scratch))
-            target.mkdir(exist_ok=True)
+        with open_atomic_folder(target) as scratch:
+            save(scratch)
             for pattern in _WEIGHT_FILES:
                 for old in target.glob(pattern):
                     old.unlink()
             if (target / REST_FOLDER).is_dir():
                 shutil.rmtree(target / REST_FOLDER)
-            # safetensors leaves files that only their owner may read; the folder says who else may.
-            readable = target.stat().st_mode & 0o666
-            for written in Path(scratch).rglob("*"):
-                if written.is_file():
-                    written.chmod(readable)
-            for written in Path(scratch).iterdir():
-                _replace(written, target / written.name)
     except (OSError, SafetensorError) as error:
         raise BuildError(_why_not_written(error, target)) from error
-
-
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    os.replace(source, target)
 
 
 def _why_not_written(error: Exception, target: Path) -> str:

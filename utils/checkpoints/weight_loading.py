@@ -5,7 +5,7 @@ file into the type that was asked for; what no file holds is initialised; what a
 error.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -123,26 +123,20 @@ def stored_dict(weights: Mapping[str, torch.Tensor], place: str) -> Stored:
     }
 
 
-def load_weights_into(
-    model: nn.Module, weights: dict[str, torch.Tensor], source: str, new_parts: Iterable[str] = ()
-) -> LoadReport:
+def load_weights_into(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> LoadReport:
     """Fill a model strictly.
-
-    Args:
-        new_parts: parts that may be missing as a whole and stay as initialised.
 
     Raises:
         BuildError: a tensor is missing, superfluous, of another shape, or not finite; the sentence names it.
     """
     weights = parted_tables(model, whole_tables(weights))
     own = model.state_dict()
-    optional = tuple(f"{part}." for part in new_parts)
     lacking = [name for name in own if name not in weights]
     tied = {name for name in lacking if _is_tied(own, name, weights)}
     refuse_mismatch(
         [Origin("", source, advice=MISMATCH)],
         {name: (value.shape, own[name].shape) for name, value in weights.items() if name in own},
-        [name for name in lacking if name not in tied and not (optional and name.startswith(optional))],
+        [name for name in lacking if name not in tied],
         [(name, name) for name in weights if name not in own],
     )
     for name, value in weights.items():
@@ -151,9 +145,7 @@ def load_weights_into(
                 f"{source}: tensor {name!r} holds values that are not finite: take a checkpoint from before that"
             )
     model.load_state_dict(weights, strict=False)
-    report = LoadReport(loaded=list(weights))
-    report.fresh = {name: f"not in {source}, initialised" for name in lacking if name not in tied}
-    return report
+    return LoadReport(loaded=list(weights))
 
 
 def _is_tied(own: dict[str, torch.Tensor], name: str, weights: dict[str, torch.Tensor]) -> bool:

@@ -1,9 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import contextlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -39,3 +41,27 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomic(path) as file:
         file.write(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def open_atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder whose files and folders are moved into `path` when the block ends without an error.
+
+    Files of the same names there are replaced; others stay. The files may be read by whoever may read the folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        yield Path(scratch)
+        target.mkdir(exist_ok=True)
+        for file in Path(scratch).rglob("*"):
+            if file.is_file():
+                file.chmod(target.stat().st_mode & 0o666)
+        for entry in Path(scratch).iterdir():
+            place = target / entry.name
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            os.replace(entry, place)

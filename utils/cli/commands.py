@@ -17,7 +17,6 @@ from utils.cli.config import (
     ModelConfig,
     TrainConfig,
 )
-from utils.cli.errors import UserError
 from utils.cli.parser import Ignored, Script, WithoutEffect, parse
 from utils.cli.run_card import RUN_CARD, find_run_card
 
@@ -149,17 +148,11 @@ def parse_evaluate(argv: list[str] | None = None) -> EvaluateConfig:
 
 
 def parse_merge(argv: list[str] | None = None) -> MergeConfig:
-    """The config of merge_lora_weights_and_save_hf_model.py: what is not given is as the run card near --weight says.
-
-    UserError when no base is known.
-    """
+    """The config of merge_lora_weights_and_save_hf_model.py; the run card near --weight says what is not given."""
     weight = parse(MERGE, argv).weight
     card = find_run_card(Path(weight)) or {}
     if not card:
         logger.warning(f"no {RUN_CARD} near --weight {weight}: what the flags leave out has its default")
     recorded = card.get("arguments", {})
     # LoRA's rank is that of the weights; one that was given is checked against it.
-    config = parse(MERGE, argv, {name: value for name, value in recorded.items() if name != "lora_r"})
-    if not config.model.version:
-        raise UserError("--version is missing, and no run card near --weight names the base: give the base's folder")
-    return config
+    return parse(MERGE, argv, {name: value for name, value in recorded.items() if name != "lora_r"})

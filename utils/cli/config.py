@@ -377,7 +377,9 @@ class MergeConfig:
     max_shard_size: str = option("5GB", "largest file of the saved model")
     precision: str = option("bf16", "fp32, bf16 or fp16", choices=tuple(DTYPES))
     lora_r: int | None = option(None, "rank of LoRA, where it is to be checked", low=0)
-    lora_alpha: int = option(LORA_ALPHA, "LoRA's scale is alpha / rank", above=0)
+    lora_alpha: int | None = option(
+        None, f"LoRA's scale is alpha / rank; default: training's, else {LORA_ALPHA}", above=0
+    )
     train_mask_decoder: bool = option(True, "off after training in words alone: parts for masks are left out")
     load_in_8bit: bool = option(False, "training held the language model's frozen layers in 8 bits")
     load_in_4bit: bool = option(False, "training held the language model's frozen layers in 4 bits")

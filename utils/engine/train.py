@@ -21,6 +21,7 @@ from utils.checkpoints.builder import (
 )
 from utils.checkpoints.export import read_trained_weights
 from utils.checkpoints.quantized_layers import hold_in_bits
+from utils.checkpoints.run_model import save_run_model
 from utils.cli.config import TrainConfig, model_options
 from utils.cli.parser import flatten
 from utils.cli.run_card import write_run_card
@@ -90,6 +91,8 @@ def train(config: TrainConfig, make_validator: Callable[[TrainConfig, Engine, Bu
         if runtime.rank == 0:
             facts = run_facts(runtime, batches, run.progress.step) | card_of(built, trained)
             write_run_card(config.run.folder, arguments=flatten(config), facts=facts)
+            recipe, bits = training_recipe(config), config.adapter.bits
+            save_run_model(config.run.folder, built, recipe, bits, config.model.version)
         run.fit(batches)
         batches.report_losses()
     engine.close()
@@ -113,14 +116,18 @@ def build_for_training(config: TrainConfig, settle: Settle | None = None) -> tup
         logger.warning(f"every conversation is a row of its own: {attention} attention takes no mask of ours")
     if config.adapter.bits:
         hold_in_bits(built.model, config.adapter.bits, DTYPES[config.engine.precision], device_here())
-    recipe = TrainingRecipe(**{entry.name: getattr(config.adapter, entry.name) for entry in fields(TrainingRecipe)})
-    trained = choose_trainable(built.model, recipe)
+    trained = choose_trainable(built.model, training_recipe(config))
     if config.run.weight:
         load_weights_into(built.model, read_trained_weights(config.run.weight), f"--weight {config.run.weight}")
     if config.engine.gradient_checkpointing:
         built.model.activation_checkpointing_enable({"use_reentrant": False})
     to_precision(built.model, config.engine.precision)
     return built, trained
+
+
+def training_recipe(config: TrainConfig) -> TrainingRecipe:
+    """What trains."""
+    return TrainingRecipe(**{entry.name: getattr(config.adapter, entry.name) for entry in fields(TrainingRecipe)})
 
 
 def probe(config: TrainConfig, runtime: Runtime, built: BuiltModel, trained: list[str], batches: StepBatches) -> float:
