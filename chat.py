@@ -103,7 +103,7 @@ def answer_batch(predictor: Predictor, config: ChatConfig) -> int:
     options = AnswerOptions(num_beams=config.num_beams)
     model = BatchModel(
         open=predictor.processor.open_image,
-        check=predictor.prompt,
+        check=predictor.processor.encode_question,
         answer=lambda images, asked, index: predictor.answer(images, asked, index, config.max_new_tokens, options),
         draw=draw_overlay,
     )

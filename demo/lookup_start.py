@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from demo.tiny import ROTARY_BASE, embeddings_of, without_marks, word_id
-from model.modeling_pixellm import ExpandedRows, PixelLMForCausalLM
+from model.modeling_base import MultimodalSequences
+from model.modeling_pixellm import PixelLMForCausalLM
 from utils.checkpoints.builder import BuildError, BuiltModel
 
 # What a query's agreement with a key is worth, before softmax: for a word of a name, for being where a shape's centre
@@ -294,16 +295,20 @@ def _read(states: torch.Tensor, facts: torch.Tensor, weights: torch.Tensor | Non
     return torch.linalg.solve(gram, states.T @ facts).T
 
 
-def _rows(model: PixelLMForCausalLM, examples: Mapping[str, Any]) -> ExpandedRows:
+def _rows(model: PixelLMForCausalLM, examples: Mapping[str, Any]) -> MultimodalSequences:
     images = model.encode_images(examples["pixel_values"], examples["resized_sizes"])
-    return model.expand_rows(examples["input_ids"], examples["attention_mask"], images, examples["image_index"])
+    return model.merge_multimodal_embeddings(
+        examples["input_ids"], examples["attention_mask"], images, examples["image_index"]
+    )
 
 
-def _in_image(model: PixelLMForCausalLM, rows: ExpandedRows) -> torch.Tensor:
+def _in_image(model: PixelLMForCausalLM, rows: MultimodalSequences) -> torch.Tensor:
     return rows.ids == model.config.image_token_id
 
 
-def _normed_states(model: PixelLMForCausalLM, rows: ExpandedRows, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _normed_states(
+    model: PixelLMForCausalLM, rows: MultimodalSequences, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, H) and (M, H): what a layer's attention is given of image tokens and of words."""
     decoder = model.language_model.get_decoder()
     layers, seen = decoder.layers, list[torch.Tensor]()
@@ -331,7 +336,7 @@ def _shown(words: Sequence[Sequence[str]], labels: torch.Tensor) -> Shown:
 
 
 def _said(
-    built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows: ExpandedRows, labels: torch.Tensor
+    built: BuiltModel, words: Sequence[Sequence[str]], meant: Meant, rows: MultimodalSequences, labels: torch.Tensor
 ) -> Said:
     colours, forms, *places = (kind[1:] for kind in (*words[:2], *words[-2:]))
     names = [*colours, *forms]

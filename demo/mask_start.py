@@ -62,7 +62,7 @@ def _group_states(model: PixelLMForCausalLM, arguments: dict[str, Any]) -> torch
     """(Q, S * K, H) states that predict the groups' tokens."""
     images = model.encode_images(arguments["pixel_values"], arguments["resized_sizes"])
     image_index = arguments["image_index"]
-    rows = model.expand_rows(arguments["input_ids"], arguments["attention_mask"], images, image_index)
+    rows = model.merge_multimodal_embeddings(arguments["input_ids"], arguments["attention_mask"], images, image_index)
     group_rows, group_columns = group_positions(rows.ids, model.config.seg_token_ids)
     return model.hidden_states(rows, image_index)[group_rows[:, None], group_columns - 1]
 

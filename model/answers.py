@@ -1,9 +1,10 @@
-"""What comes of a question: an answer in words with a mask for every thing named, and how it is written down.
+"""What comes of a question: an answer in words with a mask for every thing named, and the events of its making.
 
 Axes: Q targets of one answer, H W pixels of the image itself.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,24 @@ _EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
+class DecodedAnswer:
+    """An answer read back from ids.
+
+    text: the words alone. marked_text: every whole group written SEG_MARKER. phrases: the words that name each group.
+    num_groups: whole groups. num_broken: runs of seg tokens whose length is not a multiple of the group size; of such a
+    run the whole groups at its beginning count, as in the model.
+    """
+
+    text: str
+    marked_text: str
+    phrases: list[str]
+    num_groups: int
+    num_broken: int
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What the model said about an image, and a mask for every seg group in it.
+    """What the model answered about an image, and a mask for every seg group in it.
 
     text: without groups; marked_text: with "{seg}" where each group stood; phrases: the words each group belongs to.
     masks: bool (Q, H, W) in the image's own pixels. scores: mean probability inside each mask, 0 for an empty one.
@@ -50,6 +67,81 @@ class Answer:
     def to_json(self) -> str:
         """`to_dict` as one line of JSON."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """The next piece of an answer's text; all pieces together are the text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TargetStarted:
+    """A seg group has begun: its mask is to come, unless the model breaks the group off. number: counted from 0."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class MaskReady:
+    """The mask of a target, while the text goes on; fields as in `Answer`, logits: float32 (H, W)."""
+
+    number: int
+    phrase: str
+    mask: np.ndarray
+    score: float
+    box: Box
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The whole answer, equal to what `ask` gives."""
+
+    answer: Answer
+
+
+Event = TextPiece | TargetStarted | MaskReady | Finished
+
+
+def compose_answer(turns: Sequence[DecodedAnswer], mask_logits: torch.Tensor, *, release_groups: bool) -> Answer:
+    """An answer from its words and masks.
+
+    Args:
+        turns: one, or the answers of several turns, whose masks follow each other.
+        mask_logits: (Q, H, W) float32 in the image's own pixels.
+        release_groups: the config's `group_rule` is "release": groups of the question come first and have no words in
+            the answer, and a broken group costs all masks.
+
+    Raises:
+        RuntimeError: words and masks differ in their number of groups.
+    """
+    masks = (mask_logits > 0).cpu().numpy()
+    groups = sum(turn.num_groups for turn in turns)
+    phrases = [phrase for turn in turns for phrase in turn.phrases]
+    if release_groups:
+        phrases = align_phrases(phrases, len(masks))
+    elif groups != len(masks):
+        raise RuntimeError(
+            f"the model decoded {len(masks)} masks where the processor reads {groups} seg groups; "
+            "the processor's seg tokens are not those of the model's config"
+        )
+    return Answer(
+        text=" ".join(turn.text for turn in turns),
+        marked_text=" ".join(turn.marked_text for turn in turns),
+        phrases=phrases,
+        masks=masks,
+        scores=mask_scores(mask_logits),
+        boxes=[mask_box(mask) for mask in masks],
+        areas=[int(np.count_nonzero(mask)) for mask in masks],
+        num_broken=sum(turn.num_broken for turn in turns),
+    )
+
+
+def align_phrases(phrases: list[str], count: int) -> list[str]:
+    """The last `count` of phrases, with "" before them for groups that have no words in the answer."""
+    return ([""] * count + phrases)[len(phrases) :]
 
 
 def mask_scores(mask_logits: torch.Tensor) -> list[float]:

@@ -2,28 +2,26 @@
 
 What all prompts about an image begin with (system text, the image's positions) goes through the language model once;
 its keys and values are kept with the encoded image. Padded positions of the image are not fed at all: nothing may
-attend to them, and the positions of the others are given, so that every state is what it is with them (golden fact M7).
+attend to them, and the positions of the others are given, so that every state is what it is with them (docs/facts.md,
+M7).
 Once the first token of a seg group is chosen, the rest of the group is fed with it in one pass and every choice is
-checked afterwards, so that the answer is the same as token by token. Rows that are done leave the batch.
+checked afterwards, so that the answer is the same as token by token. Sequences that are done leave the batch.
 
-Axes: C prompts, R rows still being answered, P positions of a prompt, N tokens fed in one pass, Q targets, H language
-width, V vocabulary.
+Axes: C prompts, R sequences still being answered, P positions of a prompt, N tokens fed in one pass, Q targets, H
+language width, V vocabulary.
 """
 
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import Cache, DynamicCache, LogitsProcessorList, PretrainedConfig, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
-from .onednn_linear import quick_linear
+from .modeling_base import EncodedImages, PixelLMPreTrainedModel, Prefix, PrefixKey
+from .onednn_linear import onednn_linear
 from .seg_codebook import release_groups, whole_groups
-
-if TYPE_CHECKING:
-    from .modeling_pixellm import EncodedImages, PixelLMForCausalLM
 
 CHECKED, FORCED, STEPWISE = "checked", "forced", "stepwise"
 GROUP_DECODINGS = (CHECKED, FORCED, STEPWISE)
@@ -35,12 +33,12 @@ _HEADROOM = 64  # tokens a cache grows by beyond what it needs, so that few of i
 class Decoding:
     """How tokens are chosen: the most likely one, unless seeds are given.
 
-    processors, stopping: transformers' own. They are called for one row at a time, with the ids (1, T) of its prompt
-    and its answer so far (the placeholder standing for the whole image) and its logits (1, V), so that what a row
-    says does not depend on the rows beside it. An answer for which `stopping` holds ends there, its last token kept.
+    processors, stopping: transformers' own. They are called for one sequence at a time, with the ids (1, T) of its
+    prompt and its answer so far (the placeholder standing for the whole image) and its logits (1, V), so that an answer
+    does not depend on the prompts beside it. An answer for which `stopping` holds ends there, its last token kept.
     seeds: one per prompt; tokens are then drawn from the softmax of the processed logits.
-    groups: "checked" feeds a group in one pass and keeps what the model would have chosen itself. "forced" takes the
-    rest of a group as said once its first token is chosen, whatever the model thinks. "stepwise" goes token by token.
+    groups: "checked" feeds a group in one pass and keeps what the model would have chosen itself. "forced" appends
+    the rest of a group once its first token is chosen, whatever the model thinks. "stepwise" goes token by token.
     num_beams: above 1 that many answers of a prompt are followed at once, token by token, and the best is kept; see
     `beams.BeamLoop`.
     """
@@ -79,27 +77,6 @@ class GeneratedAnswer:
     finished: bool
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """What prompts about one image begin with, as the language model remembers it.
-
-    layers: keys and values of each layer, (heads, positions that may be attended to, channels). length: positions it
-    takes, padded ones included.
-    """
-
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    length: int
-
-    @property
-    def width(self) -> int:
-        """Positions that are remembered."""
-        return self.layers[0][0].shape[1]
-
-
-PrefixKey = tuple[int, tuple[int, ...]]
-"""An image's number and the ids of a prefix."""
-
-
 class GrowingLayer(DynamicLayer):
     """A cache layer with room for tokens to come: transformers' own copies all it holds at every step."""
 
@@ -117,8 +94,8 @@ class GrowingLayer(DynamicLayer):
         used = self.get_seq_length()
         end = used + key_states.shape[2]
         if self._key_room is None or self._key_room.shape[2] < end:
-            self._key_room = _roomier(self.keys if used else None, key_states, end + _HEADROOM)
-            self._value_room = _roomier(self.values if used else None, value_states, end + _HEADROOM)
+            self._key_room = _make_room(self.keys if used else None, key_states, end + _HEADROOM)
+            self._value_room = _make_room(self.values if used else None, value_states, end + _HEADROOM)
         assert self._value_room is not None
         self._key_room[:, :, used:end] = key_states
         self._value_room[:, :, used:end] = value_states
@@ -126,19 +103,19 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows only."""
+        """Keep these sequences only."""
         super().batch_select_indices(indices)
         self._key_room = self._value_room = None
 
 
-def _roomier(held: torch.Tensor | None, like: torch.Tensor, length: int) -> torch.Tensor:
+def _make_room(kept: torch.Tensor | None, like: torch.Tensor, length: int) -> torch.Tensor:
     room = like.new_empty((*like.shape[:2], length, like.shape[3]))
-    if held is not None:
-        room[:, :, : held.shape[2]] = held
+    if kept is not None:
+        room[:, :, : kept.shape[2]] = kept
     return room
 
 
-def remembers_everything(text_config: PretrainedConfig) -> bool:
+def keeps_all_positions(text_config: PretrainedConfig) -> bool:
     """Whether a language model's cache keeps every position, so that it may be shared and have gaps.
 
     Not where attention looks back over a limited window: it counts the cache's columns.
@@ -152,7 +129,7 @@ def cache_argument(decoder: torch.nn.Module) -> str:
 
 
 @dataclass
-class Row:
+class SequenceState:
     """One prompt while it is answered.
 
     answer: tokens chosen so far. states: the state that chose each seg token, by its place in the answer.
@@ -177,28 +154,28 @@ class Row:
 
 
 class DecodingLoop:
-    """One batch of prompts on its way; `passes` goes on, the rows say how far each is.
+    """A batch of prompts being answered: `decode_steps` goes on, `sequences` say how far each is.
 
-    settled: whether what a row has said stays said while the loop goes on.
+    is_final: whether a token once chosen stays chosen; with beams it may be dropped again.
     """
 
-    settled = True
+    is_final = True
 
     def __init__(
         self,
-        model: "PixelLMForCausalLM",
-        images: "EncodedImages",
+        model: PixelLMPreTrainedModel,
+        images: EncodedImages,
         prompts: list[torch.Tensor],
         image_index: torch.Tensor,
         end_token_id: int,
         max_new_tokens: int,
         decoding: Decoding | None = None,
     ) -> None:
-        """Answers to begin.
+        """Prepare to answer.
 
         Args:
-            images: encoded; prefixes met here are kept in it.
-            prompts: C rows of token ids, each with at most one image placeholder. image_index: (C,) their images.
+            images: encoded; prefixes met here are kept in them.
+            prompts: C sequences of token ids (T,), each with at most one placeholder. image_index: (C,) their images.
             max_new_tokens: an answer stops there if the end token has not come.
 
         Raises:
@@ -213,23 +190,21 @@ class DecodingLoop:
         self.image_index, self.end_token_id, self.max_new_tokens = image_index, end_token_id, max_new_tokens
         self.seg_token_ids: list[int] = model.config.seg_token_ids
         self._seg_set = set(self.seg_token_ids)
-        self._remembers = remembers_everything(model.config.text_config)
-        self.rows = [Row(number, prompt.tolist(), 0) for number, prompt in enumerate(prompts)]
+        self._keeps_all = keeps_all_positions(model.config.text_config)
+        self.sequences = [SequenceState(number, prompt.tolist(), 0) for number, prompt in enumerate(prompts)]
         self._prompts = prompts
-        self._live: list[Row] = list(self.rows)
+        self._live: list[SequenceState] = list(self.sequences)
         device = image_index.device
         if decoding.seeds is not None:
-            for row, seed in zip(self.rows, decoding.seeds, strict=True):
-                row.generator = torch.Generator(device).manual_seed(seed)
+            for sequence, seed in zip(self.sequences, decoding.seeds, strict=True):
+                sequence.generator = torch.Generator(device).manual_seed(seed)
         self._cache = (
             Cache(layer_class_to_replicate=GrowingLayer)
-            if self._remembers
+            if self._keeps_all
             else DynamicCache(config=model.config.text_config)
         )
         self._mask = torch.zeros((len(prompts), 0), dtype=torch.bool, device=device)
         self._gaps = False
-
-    # --- going on -------------------------------------------------------------------------------------------------
 
     def run(self) -> list[GeneratedAnswer]:
         """One answer per prompt, the same as if it had been asked alone.
@@ -237,13 +212,13 @@ class DecodingLoop:
         Which seg tokens get masks is the config's `group_rule`; by that of the release the groups of a prompt come
         first.
         """
-        for _ in self.passes():
+        for _ in self.decode_steps():
             pass
-        return self.answers() if self.rows else []
+        return self.answers() if self.sequences else []
 
-    def passes(self) -> Iterator[None]:
-        """Run the language model until every row is done, pausing after each pass."""
-        if not self.rows:
+    def decode_steps(self) -> Iterator[None]:
+        """Run the language model until every sequence is done, pausing after each step."""
+        if not self.sequences:
             return
         self._choose(self._read_prompts())
         yield
@@ -253,49 +228,49 @@ class DecodingLoop:
 
     def _read_prompts(self) -> torch.Tensor:
         """(C, 1, H): the state after each prompt."""
-        cuts = [self._prefix_end(row.prompt) for row in self.rows]
+        cuts = [self._prefix_end(sequence.prompt) for sequence in self.sequences]
         keys: list[PrefixKey | None] = [
-            (int(self.image_index[row.number]), tuple(row.prompt[:cut])) if cut else None
-            for row, cut in zip(self.rows, cuts, strict=True)
+            (int(self.image_index[sequence.number]), tuple(sequence.prompt[:cut])) if cut else None
+            for sequence, cut in zip(self.sequences, cuts, strict=True)
         ]
-        self._remember([key for key in dict.fromkeys(keys) if key and key not in self.images.prefixes])
-        self._start_from([self.images.prefixes[key] if key else None for key in keys])
+        self._compute_prefixes([key for key in dict.fromkeys(keys) if key and key not in self.images.prefixes])
+        self._fill_cache([self.images.prefixes[key] if key else None for key in keys])
         tails = []
-        for row, cut in zip(self.rows, cuts, strict=True):
-            tails.append(self._expanded(self._prompts[row.number][cut:], row.number))
+        for sequence, cut in zip(self.sequences, cuts, strict=True):
+            tails.append(self._embed(self._prompts[sequence.number][cut:], sequence.number))
         length = max(len(embeddings) for embeddings, _ in tails)
         first = tails[0][0]
         inputs = first.new_zeros((len(tails), length, first.shape[-1]))
         valid = torch.zeros((len(tails), length), dtype=torch.bool, device=first.device)
         positions = torch.zeros((len(tails), length), dtype=torch.long, device=first.device)
-        for row, (embeddings, mask) in zip(self.rows, tails, strict=True):
-            # The last tokens of all rows stand in one column.
+        for sequence, (embeddings, mask) in zip(self.sequences, tails, strict=True):
+            # The last tokens of all prompts stand in one column.
             start = length - len(embeddings)
-            inputs[row.number, start:], valid[row.number, start:] = embeddings, mask
-            positions[row.number, start:] = torch.arange(len(embeddings), device=first.device) + row.position
-            row.position += len(embeddings)
+            inputs[sequence.number, start:], valid[sequence.number, start:] = embeddings, mask
+            positions[sequence.number, start:] = torch.arange(len(embeddings), device=first.device) + sequence.position
+            sequence.position += len(embeddings)
         states = self._forward(inputs, valid, positions)
         if self.model.config.group_rule == "release":
-            for row, cut in zip(self.rows, cuts, strict=True):
-                self._keep_prompt_states(row, cut, states[row.number])
+            for sequence, cut in zip(self.sequences, cuts, strict=True):
+                self._keep_prompt_states(sequence, cut, states[sequence.number])
         return states[:, -1:]
 
     def _prefix_end(self, prompt: list[int]) -> int:
         """How many tokens of a prompt are its prefix: all up to the image, unless nothing can be gained from it."""
         placeholder = self.model.config.image_token_id
-        if not self._remembers or placeholder not in prompt:
+        if not self._keeps_all or placeholder not in prompt:
             return 0
         end = prompt.index(placeholder) + 1
         # Of what is in the prefix no states are kept, and a seg token needs that of the token before it.
         return 0 if end == len(prompt) or self._seg_set & set(prompt[: end + 1]) else end
 
-    def _expanded(self, ids: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, ids: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(P, H) embeddings and (P,) mask of tokens whose placeholder, if any, is the image of prompt `number`."""
         index = self.image_index[number : number + 1]
-        rows = self.model.expand_rows(ids[None], torch.ones_like(ids)[None], self.images, index)
-        return rows.embeddings[0], rows.attention_mask[0]
+        merged = self.model.merge_multimodal_embeddings(ids[None], torch.ones_like(ids)[None], self.images, index)
+        return merged.embeddings[0], merged.attention_mask[0]
 
-    def _remember(self, keys: list[PrefixKey]) -> None:
+    def _compute_prefixes(self, keys: list[PrefixKey]) -> None:
         """Run prefixes through the language model and keep their keys and values with the images."""
         if not keys:
             return
@@ -303,11 +278,11 @@ class DecodingLoop:
         embeddings, positions, lengths = [], [], []
         for image, ids in keys:
             tokens = torch.tensor(ids, device=device)
-            rows = self.model.expand_rows(
+            merged = self.model.merge_multimodal_embeddings(
                 tokens[None], torch.ones_like(tokens)[None], self.images, torch.tensor([image], device=device)
             )
-            valid = rows.attention_mask[0]
-            embeddings.append(rows.embeddings[0, valid])
+            valid = merged.attention_mask[0]
+            embeddings.append(merged.embeddings[0, valid])
             positions.append(valid.nonzero()[:, 0])
             lengths.append(len(valid))
         pad = torch.nn.utils.rnn.pad_sequence
@@ -319,44 +294,46 @@ class DecodingLoop:
             layers = [(x.keys[number, :, :width].clone(), x.values[number, :, :width].clone()) for x in cache.layers]
             self.images.prefixes[key] = Prefix(layers, length)
 
-    def _start_from(self, prefixes: list[Prefix | None]) -> None:
-        """Fill the cache with every row's prefix, their ends in one column."""
+    def _fill_cache(self, prefixes: list[Prefix | None]) -> None:
+        """Fill the cache with every prompt's prefix, their ends in one column."""
         known = [prefix for prefix in prefixes if prefix is not None]
         if not known:
             return
         length = max(prefix.width for prefix in known)
         count, device = len(prefixes), self._mask.device
         self._mask = torch.zeros((count, length), dtype=torch.bool, device=device)
-        for row, prefix in zip(self.rows, prefixes, strict=True):
+        for sequence, prefix in zip(self.sequences, prefixes, strict=True):
             if prefix is not None:
-                self._mask[row.number, length - prefix.width :] = True
-                row.position = prefix.length
+                self._mask[sequence.number, length - prefix.width :] = True
+                sequence.position = prefix.length
         self._gaps = any(prefix is None or prefix.width < length for prefix in prefixes)
         for number, parts in enumerate(known[0].layers):
             filled = [part.new_zeros((count, part.shape[0], length, part.shape[2])) for part in parts]
-            for row, prefix in zip(self.rows, prefixes, strict=True):
+            for sequence, prefix in zip(self.sequences, prefixes, strict=True):
                 if prefix is not None:
                     for target, source in zip(filled, prefix.layers[number], strict=True):
-                        target[row.number, :, length - prefix.width :] = source
+                        target[sequence.number, :, length - prefix.width :] = source
             self._cache.update(*filled, number)
 
-    def _keep_prompt_states(self, row: Row, cut: int, states: torch.Tensor) -> None:
+    def _keep_prompt_states(self, sequence: SequenceState, cut: int, states: torch.Tensor) -> None:
         """states: (P, H) of the prompt's last positions. A token's state is that of the position before it."""
-        tail = row.prompt[cut:]
+        tail = sequence.prompt[cut:]
         column = len(states)
         for place in range(len(tail) - 1, 0, -1):
             column -= self.model.config.num_image_tokens if tail[place] == self.model.config.image_token_id else 1
             if tail[place] in self._seg_set:
-                row.prompt_states[cut + place] = states[column - 1].clone()
+                sequence.prompt_states[cut + place] = states[column - 1].clone()
 
     def _feed_waiting(self) -> torch.Tensor:
-        """(R, N, H): the states after each row's waiting tokens, of which it may have fewer than N."""
-        length = max(len(row.waiting) for row in self._live)
+        """(R, N, H): the states after each sequence's waiting tokens, of which it may have fewer than N."""
+        length = max(len(sequence.waiting) for sequence in self._live)
         device = self._mask.device
-        ids = torch.tensor([row.waiting + [0] * (length - len(row.waiting)) for row in self._live], device=device)
-        counts = torch.tensor([len(row.waiting) for row in self._live], device=device)
+        ids = torch.tensor(
+            [sequence.waiting + [0] * (length - len(sequence.waiting)) for sequence in self._live], device=device
+        )
+        counts = torch.tensor([len(sequence.waiting) for sequence in self._live], device=device)
         steps = torch.arange(length, device=device)
-        starts = torch.tensor([row.position for row in self._live], device=device)
+        starts = torch.tensor([sequence.position for sequence in self._live], device=device)
         # Filling has a position too, one that exists in any table of positions.
         positions = starts[:, None] + torch.minimum(steps[None], counts[:, None] - 1)
         return self._forward(self.model.get_input_embeddings()(ids), steps[None] < counts[:, None], positions)
@@ -371,7 +348,7 @@ class DecodingLoop:
         self, inputs: torch.Tensor, positions: torch.Tensor, cache: Cache, mask: torch.Tensor | None
     ) -> torch.Tensor:
         decoder = self.model.language_model.get_decoder()
-        with quick_linear(inputs.device, self.model.row_kernel):
+        with onednn_linear(inputs.device, self.model.vector_kernel):
             return decoder(
                 inputs_embeds=inputs,
                 attention_mask=mask,
@@ -380,169 +357,167 @@ class DecodingLoop:
                 **{cache_argument(decoder): cache},
             ).last_hidden_state
 
-    # --- choosing -------------------------------------------------------------------------------------------------
-
     def _choose(self, states: torch.Tensor) -> None:
-        """Take the tokens that (R, N, H) states choose, then let rows that are done leave."""
-        rows = self._live
-        wanted = [(index, column) for index, row in enumerate(rows) for column in self._columns(row)]
-        chooser = _Chooser(self, states, wanted)
+        """Take the tokens that (R, N, H) states choose, then let sequences that are done leave."""
+        live = self._live
+        wanted = [(index, column) for index, sequence in enumerate(live) for column in self._columns(sequence)]
+        chooser = _TokenChooser(self, states, wanted)
         rejected: list[tuple[int, int]] = []
-        for index, row in enumerate(rows):
-            guesses = row.waiting[1:]
-            fed = max(1, len(row.waiting))
+        for index, sequence in enumerate(live):
+            guesses = sequence.waiting[1:]
+            fed = max(1, len(sequence.waiting))
             for column in range(fed):
-                taken_on_trust = self.decoding.groups == FORCED and column < len(guesses)
-                token = guesses[column] if taken_on_trust else chooser.token(index, column)
-                self._take(row, token, states[index, column])
-                if row.done or column == len(guesses) or token != guesses[column]:
+                unchecked = self.decoding.groups == FORCED and column < len(guesses)
+                token = guesses[column] if unchecked else chooser.token(index, column)
+                self._append(sequence, token, states[index, column])
+                if sequence.done or column == len(guesses) or token != guesses[column]:
                     break
             rejected += [(index, late) for late in range(column + 1, fed)]
-            row.position += column + 1 if row.waiting else 0
-            row.waiting = [row.answer[-1], *self._guess(row)]
-        self._forget(rejected, states.shape[1])
-        self._leave()
+            sequence.position += column + 1 if sequence.waiting else 0
+            sequence.waiting = [sequence.answer[-1], *self._guess(sequence)]
+        self._mask_rejected(rejected, states.shape[1])
+        self._drop_finished()
 
-    def _columns(self, row: Row) -> range:
-        """Columns of a row's states that need logits."""
-        fed = max(1, len(row.waiting))
+    def _columns(self, sequence: SequenceState) -> range:
+        """Columns of a sequence's states that need logits."""
+        fed = max(1, len(sequence.waiting))
         return range(fed - 1, fed) if self.decoding.groups == FORCED else range(fed)
 
-    def _take(self, row: Row, token: int, state: torch.Tensor) -> None:
+    def _append(self, sequence: SequenceState, token: int, state: torch.Tensor) -> None:
         if token in self._seg_set:
-            row.states[len(row.answer)] = state.clone()  # the pass's other states are not kept
-            row.run += 1
+            sequence.states[len(sequence.answer)] = state.clone()  # the pass's other states are not kept
+            sequence.run += 1
         else:
-            row.run = 0
-        row.answer.append(token)
-        row.finished = token == self.end_token_id
-        row.done = row.finished or len(row.answer) == self.max_new_tokens or self._stops(row)
+            sequence.run = 0
+        sequence.answer.append(token)
+        sequence.finished = token == self.end_token_id
+        sequence.done = sequence.finished or len(sequence.answer) == self.max_new_tokens or self._should_stop(sequence)
 
-    def _stops(self, row: Row) -> bool:
+    def _should_stop(self, sequence: SequenceState) -> bool:
         if not self.decoding.stopping:
             return False
-        ids = torch.tensor([row.prompt + row.answer], device=self._mask.device)
+        ids = torch.tensor([sequence.prompt + sequence.answer], device=self._mask.device)
         # Criteria that look at scores are rare; transformers itself hands None where none are kept.
         return bool(self.decoding.stopping(ids, None)[0])
 
-    def _guess(self, row: Row) -> list[int]:
+    def _guess(self, sequence: SequenceState) -> list[int]:
         """What will follow a group's first token, as far as the answer may go on."""
-        opened = row.run % len(self.seg_token_ids) == 1
-        if self.decoding.groups == STEPWISE or not self._remembers or not opened:
+        opened = sequence.run % len(self.seg_token_ids) == 1
+        if self.decoding.groups == STEPWISE or not self._keeps_all or not opened:
             return []
-        left = self.max_new_tokens - len(row.answer)
+        left = self.max_new_tokens - len(sequence.answer)
         # The last guess that is checked chooses one token more.
         return self.seg_token_ids[1:][: left if self.decoding.groups == FORCED else left - 1]
 
-    def _forget(self, rejected: list[tuple[int, int]], length: int) -> None:
+    def _mask_rejected(self, rejected: list[tuple[int, int]], length: int) -> None:
         """Mask guesses that did not come true; columns count from the first of the last pass."""
         for index, column in rejected:
             self._mask[index, column - length] = False
             self._gaps = True
 
-    def _leave(self) -> None:
-        staying = [index for index, row in enumerate(self._live) if not row.done]
+    def _drop_finished(self) -> None:
+        staying = [index for index, sequence in enumerate(self._live) if not sequence.done]
         if len(staying) == len(self._live):
             return
         self._live = [self._live[index] for index in staying]
-        self._keep(staying)
+        self._select(staying)
 
-    def _keep(self, indices: list[int]) -> None:
-        """Let the cache hold these of its rows, in this order; one may be named more than once."""
+    def _select(self, indices: list[int]) -> None:
+        """Let the cache hold these of its sequences, in this order; one may be named more than once."""
         if indices and indices != list(range(len(self._mask))):
             kept = torch.tensor(indices, device=self._mask.device)
             self._cache.batch_select_indices(kept)
             self._mask = self._mask[kept]
             self._gaps = not bool(self._mask.all())
 
-    # --- masks ----------------------------------------------------------------------------------------------------
-
-    def group_states(self, row: Row) -> tuple[list[torch.Tensor], int]:
-        """The (S * K, H) states of each of a row's whole groups so far, and how many groups are broken."""
+    def group_states(self, sequence: SequenceState) -> tuple[list[torch.Tensor], int]:
+        """The (S * K, H) states of each whole group of a sequence so far, and how many groups are broken."""
         size = len(self.seg_token_ids)
         if self.model.config.group_rule == "release":
-            groups, broken = release_groups(row.prompt + row.answer, self.seg_token_ids)
-            first = len(row.prompt)
+            groups, broken = release_groups(sequence.prompt + sequence.answer, self.seg_token_ids)
+            first = len(sequence.prompt)
             found = [
-                [row.states[place - first] if place >= first else row.prompt_states[place] for place in group]
+                [sequence.states[place - first] if place >= first else sequence.prompt_states[place] for place in group]
                 for group in groups
             ]
         else:
-            starts, broken = whole_groups(row.answer, self.seg_token_ids)
-            found = [[row.states[place] for place in range(start, start + size)] for start in starts]
+            starts, broken = whole_groups(sequence.answer, self.seg_token_ids)
+            found = [[sequence.states[place] for place in range(start, start + size)] for start in starts]
         return [torch.stack(states) for states in found], broken
 
     def decode_groups(self, groups: list[torch.Tensor], owners: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(Q, S, D) embeddings and (Q, h, w) mask logits of groups of the prompts `owners`."""
-        owner_rows = torch.tensor(owners, dtype=torch.long, device=self.image_index.device)
+        owner_index = torch.tensor(owners, dtype=torch.long, device=self.image_index.device)
         if groups:
-            with quick_linear(owner_rows.device):
-                return self.model.decode_masks(torch.stack(groups), self.images, self.image_index[owner_rows])
+            with onednn_linear(owner_index.device):
+                return self.model.decode_masks(torch.stack(groups), self.images, self.image_index[owner_index])
         config, table = self.model.config, self.model.get_input_embeddings().weight
         side = config.grid_size * 2**config.num_scales
         return table.new_zeros((0, config.num_scales, config.embedding_dim)), table.new_zeros((0, side, side))
 
     def answers(self) -> list[GeneratedAnswer]:
-        """What all rows said, the masks of all of them decoded together."""
+        """The answers of all sequences, their masks decoded together."""
         groups: list[torch.Tensor] = []
         counts, broken = [], []
-        for row in self.rows:
-            found, num_broken = self.group_states(row)
+        for sequence in self.sequences:
+            found, num_broken = self.group_states(sequence)
             groups += found
             counts.append(len(found))
             broken.append(num_broken)
-        owners = [row.number for row, count in zip(self.rows, counts, strict=True) for _ in range(count)]
+        owners = [sequence.number for sequence, count in zip(self.sequences, counts, strict=True) for _ in range(count)]
         embeddings, logits = self.decode_groups(groups, owners)
-        parts = zip(self.rows, logits.split(counts), embeddings.split(counts), broken, strict=True)
+        parts = zip(self.sequences, logits.split(counts), embeddings.split(counts), broken, strict=True)
         return [
-            GeneratedAnswer(self.answer_ids(row), row_logits, row_embeddings, num_broken, row.finished)
-            for row, row_logits, row_embeddings, num_broken in parts
+            GeneratedAnswer(self.answer_ids(sequence), mask_logits, embeddings_QSD, num_broken, sequence.finished)
+            for sequence, mask_logits, embeddings_QSD, num_broken in parts
         ]
 
-    def answer_ids(self, row: Row) -> torch.Tensor:
-        """(n,) the tokens a row has said."""
-        return torch.tensor(row.answer, dtype=torch.long, device=self._mask.device)
+    def answer_ids(self, sequence: SequenceState) -> torch.Tensor:
+        """(n,) the tokens of an answer so far."""
+        return torch.tensor(sequence.answer, dtype=torch.long, device=self._mask.device)
 
 
-class _Chooser:
+class _TokenChooser:
     """The tokens that the states of one pass choose: all at once where they are simply the most likely ones.
 
-    wanted: (row among the live ones, column) of the states to choose by.
+    wanted: (sequence among the live ones, column) of the states to choose by.
     """
 
     def __init__(self, loop: DecodingLoop, states: torch.Tensor, wanted: list[tuple[int, int]]) -> None:
         self._loop = loop
-        rows, columns = (torch.tensor(part, device=states.device) for part in zip(*wanted, strict=True))
+        live_index, columns = (torch.tensor(part, device=states.device) for part in zip(*wanted, strict=True))
         live = [loop._live[index] for index, _ in wanted]
-        places = [(row.number, len(row.answer) + column) for row, (_, column) in zip(live, wanted, strict=True)]
-        self._logits = next_logits(loop.model, states[rows, columns], places)
+        places = [
+            (sequence.number, len(sequence.answer) + column) for sequence, (_, column) in zip(live, wanted, strict=True)
+        ]
+        self._logits = compute_logits(loop.model, states[live_index, columns], places)
         self._number = {place: number for number, place in enumerate(wanted)}
         simple = not loop.decoding.processors and loop.decoding.seeds is None
         self._best = self._logits.argmax(dim=-1).tolist() if simple else None
 
     def token(self, index: int, column: int) -> int:
-        """The choice of one state; with processors and seeds, of a row's states in order."""
+        """The choice of one state; with processors and seeds, of a sequence's states in order."""
         number = self._number[index, column]
         if self._best is not None:
             return self._best[number]
-        row = self._loop._live[index]
-        logits = processed(self._loop.decoding.processors, row, self._logits[number : number + 1])
-        if row.generator is None:
+        sequence = self._loop._live[index]
+        logits = process_logits(self._loop.decoding.processors, sequence, self._logits[number : number + 1])
+        if sequence.generator is None:
             return int(logits.argmax(dim=-1))
-        return int(torch.multinomial(logits.float().softmax(dim=-1), 1, generator=row.generator))
+        return int(torch.multinomial(logits.float().softmax(dim=-1), 1, generator=sequence.generator))
 
 
-def processed(processors: LogitsProcessorList, row: Row, logits: torch.Tensor) -> torch.Tensor:
-    """(1, V) logits of a row's next token after `processors`, float32 where there are any."""
+def process_logits(processors: LogitsProcessorList, sequence: SequenceState, logits: torch.Tensor) -> torch.Tensor:
+    """(1, V) logits of a sequence's next token after `processors`, float32 where there are any."""
     if not processors:
         return logits
-    ids = torch.tensor([row.prompt + row.answer], device=logits.device)
+    ids = torch.tensor([sequence.prompt + sequence.answer], device=logits.device)
     return processors(ids, logits.float())
 
 
-def next_logits(model: "PixelLMForCausalLM", states: torch.Tensor, places: list[tuple[int, int]]) -> torch.Tensor:
+def compute_logits(model: PixelLMPreTrainedModel, states: torch.Tensor, places: list[tuple[int, int]]) -> torch.Tensor:
     """(K, H) states -> (K, V) logits of the next tokens. places: for each the prompt's number and the place in the
     answer that its token would take.
     """
-    with quick_linear(states.device, model.row_kernel):
+    with onednn_linear(states.device, model.vector_kernel):
         return model.get_output_embeddings()(states)

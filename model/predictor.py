@@ -7,14 +7,14 @@
     predictor.ask_many([...])       several questions together, each answered as if it were asked alone
     predictor.stream("...")         the answer while it is made
     predictor.chat()                a conversation about the image
-    predictor.session(image)      the same for an image of its own, beside others
+    predictor.session(image)        the same for an image of its own, beside others
 
 Axes: B images, C conversations, T tokens, Q targets of one answer, H W pixels of the image itself.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
@@ -24,16 +24,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from .answers import Answer, mask_box, mask_scores
+from .answers import Answer, Event, compose_answer, mask_box, mask_scores
 from .compiling import compile_for_answers
 from .configuration_pixellm import PixelLMConfig
-from .generation import GeneratedAnswer
 from .geometry import restore_masks
 from .modeling_pixellm import PixelLMForCausalLM
-from .processing_pixellm import EncodedConversation, EncodedImage, PixelLMProcessor, PromptError
-from .quantization import bits_config
-from .session import MAX_NEW_TOKENS, AnswerOptions, Asked, MaskReady, Session
-from .structures import IGNORE_TOKEN, TOWER_KEY, Box, PixelLMError, Question
+from .processing_pixellm import EncodedConversation, EncodedImage, PixelLMProcessor
+from .quantization import quantization_config
+from .session import MAX_NEW_TOKENS, AnswerOptions, Chat, Session, inference
+from .structures import IGNORE_TOKEN, Box, PixelLMError, Question
 
 __all__ = ["Answer", "AnswerOptions", "Box", "ModelFolderError", "Predictor", "mask_box", "mask_scores"]
 
@@ -42,7 +41,7 @@ class ModelFolderError(PixelLMError):
     """A folder is not a model that can be loaded."""
 
 
-def _model_type(config: Path) -> str | None:
+def _read_model_type(config: Path) -> str | None:
     """What a config.json says the model is; None where it says nothing that can be read."""
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
@@ -51,20 +50,20 @@ def _model_type(config: Path) -> str | None:
     return content.get("model_type") if isinstance(content, dict) else None
 
 
-class Predictor(Asked):
+class Predictor:
     """A model and its processor, asked in words.
 
     Safe to share between threads, which take turns at the model; but `set_image` chooses one image for all of them,
     so threads with images of their own take a `session` each. Errors of the processor pass through: ImageError,
-    PromptError and ConversationTooLong, all ValueErrors of one sentence.
+    PromptError and ConversationTooLong, all of them PixelLMErrors.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        """model: a PixelLMForCausalLM, put into eval mode here while it answers. processor: its PixelLMProcessor."""
+    def __init__(self, model: PixelLMForCausalLM, processor: PixelLMProcessor) -> None:
+        """model: is in eval mode while it answers."""
         self.model = model
         self.processor = processor
         self._session: Session | None = None
-        self._turn = RLock()
+        self._lock = RLock()
 
     @classmethod
     def from_pretrained(
@@ -80,7 +79,7 @@ class Predictor(Asked):
         device: "auto" is CUDA where there is one, else Apple's GPU, else the CPU. dtype: None keeps the precision it
             was saved in.
         attn_implementation: None leaves the choice to transformers.
-        bits: 8 or 4 hold the language model's linear layers in so many (see `low_bits`); None in `dtype`.
+        bits: 8 or 4 quantise the language model's linear layers (see `quantization`); None does not.
         Raises ModelFolderError when `folder` does not hold a whole PixelLM, or `device` is not there.
         """
         if not (Path(folder) / "config.json").is_file():
@@ -88,7 +87,7 @@ class Predictor(Asked):
                 f"{folder} holds no config.json, so it is no saved model; give the folder that "
                 "merge_lora_weights_and_save_hf_model.py wrote"
             )
-        kind = _model_type(Path(folder) / "config.json")
+        kind = _read_model_type(Path(folder) / "config.json")
         if kind not in (None, PixelLMConfig.model_type):
             raise ModelFolderError(
                 f"{folder} holds a model of type {kind!r}, not a PixelLM saved by this project; convert a published "
@@ -99,24 +98,26 @@ class Predictor(Asked):
             device = next(name for name, there in found if there)
         try:
             processor = PixelLMProcessor.from_pretrained(str(folder))
-            how = {} if bits is None else {"quantization_config": bits_config(bits, dtype), "device_map": {"": device}}
+            quantized = (
+                {"quantization_config": quantization_config(bits, dtype), "device_map": {"": device}} if bits else {}
+            )
             model, report = PixelLMForCausalLM.from_pretrained(
                 str(folder),
                 dtype="auto" if dtype is None else dtype,
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
-                **how,
+                **quantized,
             )
-            model = model.to(device) if bits is None else model
+            model = model if bits else model.to(device)
         except (OSError, ValueError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
             # AssertionError is what torch raises for a device it was not compiled for.
             reason = " ".join(str(error).split())
             raise ModelFolderError(f"cannot load the model in {folder} on {device}: {reason}") from error
-        lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-        if lost:
+        missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+        if missing:
             raise ModelFolderError(
-                f"{folder} lacks {len(lost)} of the model's tensors or holds them in another shape, first {lost[0]}; "
-                "export the model again"
+                f"{folder} lacks {len(missing)} of the model's tensors or has them in another shape, first "
+                f"{missing[0]}; export the model again"
             )
         return cls(model, processor)
 
@@ -125,11 +126,9 @@ class Predictor(Asked):
         with self.inference():
             return compile_for_answers(self.model)
 
-    # --- one image ----------------------------------------------------------------------------------------------
-
     def session(self, image: Any) -> Session:
         """Questions about `image` (path, bytes, PIL image, array (H, W, 3) uint8 or tensor), beside any others."""
-        return Session(self, image)
+        return Session(self.model, self.processor, image, self._lock)
 
     def set_image(self, image: Any) -> None:
         """Choose the image that `ask`, `ask_many`, `stream` and `chat` are about; as `session` takes it."""
@@ -147,7 +146,30 @@ class Predictor(Asked):
             raise RuntimeError("No image is set; call set_image(image) before asking about it.")
         return self._session
 
-    # --- many images --------------------------------------------------------------------------------------------
+    def ask(
+        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
+    ) -> Answer:
+        """See `Session.ask`, as for the next three; RuntimeError when no image was set."""
+        return self.current.ask(question, max_new_tokens, options)
+
+    def ask_many(
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        options: AnswerOptions | None = None,
+    ) -> list[Answer]:
+        """See `Session.ask_many`."""
+        return self.current.ask_many(questions, max_new_tokens, options)
+
+    def stream(
+        self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
+    ) -> Iterator[Event]:
+        """See `Session.stream`."""
+        return self.current.stream(question, max_new_tokens, options)
+
+    def chat(self, options: AnswerOptions | None = None) -> Chat:
+        """See `Session.chat`."""
+        return self.current.chat(options)
 
     def answer(
         self,
@@ -157,30 +179,32 @@ class Predictor(Asked):
         max_new_tokens: int = MAX_NEW_TOKENS,
         options: AnswerOptions | None = None,
     ) -> list[Answer]:
-        """Answer a batch of questions, the model saying its seg groups itself.
+        """Answer a batch of questions.
 
         images: B, each as `set_image` takes it. questions: C, each one question, or turns (question, answer) of
         which the last has the answer None. image_index: for each question which image it is about.
         """
-        encoded = self._encode(images)
-        order = _by_image(image_index, len(questions), len(encoded))
+        encoded = self.encode_images(images)
+        order = sort_by_image(image_index, len(questions), len(encoded))
         if not order:
             return []
-        decoding = (options or AnswerOptions()).decoding(self.processor.tokenizer, len(order))
-        seeds = decoding.seeds and [decoding.seeds[row] for row in order]
+        decoding = (options or AnswerOptions()).make_decoding(self.processor.tokenizer, len(order))
+        seeds = decoding.seeds and [decoding.seeds[number] for number in order]
         with self.inference():
             generated = self.model.generate_answers(
-                prompts=[self.prompt(questions[row]) for row in order],
-                image_index=torch.tensor([image_index[row] for row in order], device=self.model.device),
+                prompts=[self.processor.encode_question(questions[number]).to(self.model.device) for number in order],
+                image_index=torch.tensor([image_index[number] for number in order], device=self.model.device),
                 end_token_id=self.processor.end_token_id,
                 max_new_tokens=max_new_tokens,
                 decoding=replace(decoding, seeds=seeds),
-                **self.image_inputs(encoded),
+                **self.processor.stack_images(encoded, self.model.device, self.model.dtype),
             )
-            answers = {
-                row: self.finish(one, encoded[image_index[row]]) for row, one in zip(order, generated, strict=True)
-            }
-        return [answers[row] for row in range(len(questions))]
+            answers: dict[int, Answer] = {}
+            for number, one in zip(order, generated, strict=True):
+                image = encoded[image_index[number]]
+                logits_QHW = restore_masks(one.low_res_mask_logits, image.resized_size, image.original_size)
+                answers[number] = self._compose([one.ids.tolist()], logits_QHW)
+        return [answers[number] for number in range(len(questions))]
 
     def segment(
         self,
@@ -194,37 +218,37 @@ class Predictor(Asked):
         of all turns in order; its words are the given ones. ValueError when a conversation exceeds the processor's
         model_max_length: the masks of its lost turns would be missing unnoticed.
         """
-        encoded = self._encode(images)
-        order = _by_image(image_index, len(conversations), len(encoded))
-        tokens = [self.processor.encode_conversation(list(conversations[row])) for row in order]
-        for row, conversation in zip(order, tokens, strict=True):
+        encoded = self.encode_images(images)
+        order = sort_by_image(image_index, len(conversations), len(encoded))
+        tokens = [self.processor.encode_conversation(list(conversations[number])) for number in order]
+        for number, conversation in zip(order, tokens, strict=True):
             if conversation.dropped_turns:
                 raise ValueError(
-                    f"conversation {row} is too long: {conversation.dropped_turns} of its "
-                    f"{len(conversations[row])} turns do not fit into model_max_length; give fewer turns"
+                    f"conversation {number} is too long: {conversation.dropped_turns} of its "
+                    f"{len(conversations[number])} turns do not fit into model_max_length; give fewer turns"
                 )
         if not order:
             return []
-        input_ids, attention_mask = _pad_right([one.input_ids for one in tokens], self.processor.end_token_id)
+        input_ids, attention_mask = pad_right([one.input_ids for one in tokens], self.processor.end_token_id)
         device = self.model.device
         with self.inference():
             output = self.model(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 original_sizes=torch.tensor([image.original_size for image in encoded], device=device),
-                image_index=torch.tensor([image_index[row] for row in order], device=device),
-                **self.image_inputs(encoded),
+                image_index=torch.tensor([image_index[number] for number in order], device=device),
+                **self.processor.stack_images(encoded, device, self.model.dtype),
             )
-        logits = _split_rows(
-            output.mask_logits, [(image_index[row], len(t.group_turns)) for row, t in zip(order, tokens, strict=True)]
-        )
-        answers = {
-            row: self._to_answer(self._given_answers(conversation), logits_QHW)
-            for row, conversation, logits_QHW in zip(order, tokens, logits, strict=True)
-        }
-        return [answers[row] for row in range(len(conversations))]
+        # Masks of an image follow each other in the order of its conversations.
+        rest = list(output.mask_logits)
+        answers: dict[int, Answer] = {}
+        for number, conversation in zip(order, tokens, strict=True):
+            image, count = image_index[number], len(conversation.group_turns)
+            logits_QHW, rest[image] = rest[image].tensor_split([count])
+            answers[number] = self._compose(self._answers_in(conversation), logits_QHW)
+        return [answers[number] for number in range(len(conversations))]
 
-    def _given_answers(self, conversation: EncodedConversation) -> list[list[int]]:
+    def _answers_in(self, conversation: EncodedConversation) -> list[list[int]]:
         """The tokens of every answer of an encoded conversation, without their end tokens."""
         answers: list[list[int]] = [[]]
         for token in conversation.input_ids[conversation.labels != IGNORE_TOKEN].tolist():
@@ -234,107 +258,32 @@ class Predictor(Asked):
                 answers[-1].append(token)
         return answers[:-1]
 
-    def _encode(self, images: Sequence[Any]) -> list[Any]:
+    def encode_images(self, images: Sequence[Any]) -> list[EncodedImage]:
+        """Images, each as `set_image` takes it, as the vision tower takes them."""
         return [self.processor.encode_image(self.processor.open_image(image)) for image in images]
 
-    # --- what sessions are made of --------------------------------------------------------------------------------
+    def inference(self) -> AbstractContextManager[None]:
+        """This thread's turn at the model; see `session.inference`."""
+        return inference(self.model, self._lock)
 
-    @contextmanager
-    def inference(self) -> Iterator[None]:
-        """A thread's turn at the model: eval mode and no gradients inside; the mode found is put back, so that training
-        can ask in between.
-        """
-        with self._turn:
-            was_training = self.model.training
-            if was_training:
-                self.model.eval()
-            try:
-                with torch.inference_mode():
-                    yield
-            finally:
-                if was_training:
-                    self.model.train()
-
-    def image_inputs(self, encoded: Sequence[EncodedImage]) -> dict[str, Any]:
-        """What the model is told about images."""
-        device = self.model.device
-        pixels = torch.stack([image.pixel_values for image in encoded])
-        return {
-            "pixel_values": {TOWER_KEY: pixels.to(device, self.model.dtype)},
-            "resized_sizes": torch.tensor([image.resized_size for image in encoded], device=device),
-        }
-
-    def prompt(self, question: Question) -> torch.Tensor:
-        """(T,) ids of a question, or of turns of which the last is to be answered."""
-        turns = [(question, None)] if isinstance(question, str) else list(question)
-        for asked, _ in turns:
-            self.processor.check_user_text(asked)
-            if any("\ud800" <= letter <= "\udfff" for letter in asked):
-                raise PromptError("the prompt holds half a letter (a lone surrogate): leave it out")
-        return self.processor.encode_prompt(turns).to(self.model.device)
-
-    def finish(self, one: GeneratedAnswer, image: EncodedImage) -> Answer:
-        """What was generated about an image, in words and in the image's own pixels."""
-        logits_QHW = restore_masks(one.low_res_mask_logits, image.resized_size, image.original_size)
-        return self._to_answer([one.ids.tolist()], logits_QHW)
-
-    def compose(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> Answer:
-        """An answer from the tokens of its turns and float32 mask logits in the image's own pixels."""
-        return self._to_answer(turns, logits_QHW)
-
-    def mask_ready(self, number: int, phrase: str, logits_HW: torch.Tensor) -> MaskReady:
-        """One mask of an answer that goes on."""
-        mask = (logits_HW > 0).cpu().numpy()
-        return MaskReady(number, phrase, mask, mask_scores(logits_HW[None])[0], mask_box(mask), logits_HW)
-
-    def _to_answer(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> Answer:
+    def _compose(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> Answer:
         """An answer from the tokens of its turns (one, unless several were given) and the masks of all of them."""
         decoded = [self.processor.decode_answer(ids) for ids in turns]
-        masks = (logits_QHW > 0).cpu().numpy()
-        groups = sum(turn.num_groups for turn in decoded)
-        phrases = [phrase for turn in decoded for phrase in turn.phrases]
-        if self.model.config.group_rule == "release":
-            # Groups of the question come first and have no words in the answer; a broken one costs all of them.
-            phrases = ([""] * len(masks) + phrases)[len(phrases) :]
-        elif groups != len(masks):
-            raise RuntimeError(
-                f"the model decoded {len(masks)} masks where the processor reads {groups} seg groups; "
-                "the processor's seg tokens are not those of the model's config"
-            )
-        return Answer(
-            text=" ".join(turn.text for turn in decoded),
-            marked_text=" ".join(turn.marked_text for turn in decoded),
-            phrases=phrases,
-            masks=masks,
-            scores=mask_scores(logits_QHW),
-            boxes=[mask_box(mask) for mask in masks],
-            areas=[int(np.count_nonzero(mask)) for mask in masks],
-            num_broken=sum(turn.num_broken for turn in decoded),
-        )
+        return compose_answer(decoded, logits_QHW, release_groups=self.model.config.group_rule == "release")
 
 
-def _by_image(image_index: Sequence[int], rows: int, images: int) -> list[int]:
-    """Row numbers ordered by image, as the model wants them; ValueError when the indices do not fit."""
-    if len(image_index) != rows or any(not 0 <= index < images for index in image_index):
+def sort_by_image(image_index: Sequence[int], count: int, images: int) -> list[int]:
+    """Numbers of `count` questions ordered by image, as the model takes them; ValueError when indices do not fit."""
+    if len(image_index) != count or any(not 0 <= index < images for index in image_index):
         raise ValueError(
-            f"image_index {list(image_index)[:8]} does not fit {rows} questions about {images} images; "
+            f"image_index {list(image_index)[:8]} does not fit {count} questions about {images} images; "
             "give for every question the number of its image, from 0"
         )
-    return sorted(range(rows), key=lambda row: image_index[row])
+    return sorted(range(count), key=lambda number: image_index[number])
 
 
-def _pad_right(rows: Sequence[torch.Tensor], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of token ids -> (C, T) ids and (C, T) bool, False where `filler` stands."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=filler)
+def pad_right(sequences: Sequence[torch.Tensor], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """C sequences of token ids -> (C, T) ids and (C, T) bool, False where `filler` stands."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=filler)
     return ids, torch.arange(ids.shape[1])[None] < lengths[:, None]
-
-
-def _split_rows(logits: Sequence[torch.Tensor], rows: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Per image (Q, H, W) -> per conversation, given each one's (image, number of groups) in the model's order."""
-    used = [0] * len(logits)
-    parts = []
-    for image, count in rows:
-        parts.append(logits[image][used[image] : used[image] + count])
-        used[image] += count
-    return parts

@@ -1,10 +1,10 @@
-"""Conversations about images in one packed row: what those of an image begin with once, then the rest of each.
+"""Conversations about images in one packed sequence: what those of an image begin with once, then the rest of each.
 
 The common beginning (system text, the image's positions, equal words) is computed once per image, and padding not
 at all. Each conversation sees its image's beginning and itself, and its positions go on from the beginning's end, so
-that every state is what it would be in a row of its own.
+that every state is what it would be in a sequence of its own.
 
-Axes: C conversations, P positions of a row of its own, T places of the packed row, N heads, D channels of a head.
+Axes: C conversations, P positions of a sequence of its own, T places of the packed one, N heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Attention implementations that can be told which places see which.
-PACKING_ATTENTION = ("eager", "sdpa")
+from .structures import EAGER, SDPA
+
+# Attention implementations that take a mask of which places see which.
+PACKING_ATTENTION = (EAGER, SDPA)
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What conversations about an image share, and what follows it in the packed row.
+    """What conversations about an image share, and what follows it in the packed sequence.
 
-    places: how many it has. rests: places of each conversation that says more, in the row's order.
+    places: how many it has. rests: places of each conversation that says more, in order.
     """
 
     places: int
@@ -32,15 +34,15 @@ class Beginning:
 
 
 @dataclass(frozen=True)
-class PackedRow:
-    """How rows of their own map into the packed one and back.
+class PackedSequence:
+    """How sequences of their own map into the packed one and back.
 
-    rows, columns: (T,) the place each packed place is taken from; columns are the position ids too. home: (C, P) where
-    each place has its state; for padding, anywhere. beginnings: in the row's order, one per image. owners: (T,) the
+    sequences, columns: (T,) the place each packed place is taken from; columns are the position ids too. home: (C, P)
+    where each place has its state; for padding, anywhere. beginnings: in order, one per image. owners: (T,) the
     conversation's number, -1 in a beginning. images: (T,) numbers of the images.
     """
 
-    rows: torch.Tensor
+    sequences: torch.Tensor
     columns: torch.Tensor
     home: torch.Tensor
     beginnings: tuple[Beginning, ...]
@@ -49,21 +51,21 @@ class PackedRow:
 
     def allowed(self) -> torch.Tensor:
         """(1, 1, T, T) bool: which places (the last axis) each place may see."""
-        slots = torch.arange(len(self.rows), device=self.rows.device)
+        slots = torch.arange(len(self.sequences), device=self.sequences.device)
         visible = (self.owners == -1)[None] | (self.owners[None] == self.owners[:, None])
         same_image = self.images[None] == self.images[:, None]
         return (visible & same_image & (slots[None] <= slots[:, None]))[None, None]
 
     def mask(self, attention: str, dtype: torch.dtype) -> torch.Tensor:
         """What an implementation of PACKING_ATTENTION is to be given as its mask, for states of `dtype`."""
-        if attention == "sdpa":
-            return BlockMask.of(self.beginnings, len(self.rows), self.rows.device)
+        if attention == SDPA:
+            return BlockMask.of(self.beginnings, len(self.sequences), self.sequences.device)
         forbidden = ~self.allowed()
         return torch.zeros_like(forbidden, dtype=dtype).masked_fill(forbidden, torch.finfo(dtype).min)
 
 
-def pack_rows(ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor) -> PackedRow:
-    """Plan a packed row.
+def pack_sequences(ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor) -> PackedSequence:
+    """Plan a packed sequence.
 
     Args:
         ids: (C, P) token ids, right-padded. mask: (C, P) bool, True where a position may be attended to; the others
@@ -71,40 +73,40 @@ def pack_rows(ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor) 
     """
     device = ids.device
     ids, mask, image_index = ids.cpu(), mask.cpu(), image_index.cpu()
-    _, image_of_row = torch.unique_consecutive(image_index, return_inverse=True)
-    first = torch.searchsorted(image_of_row, image_of_row)
+    _, image_of_sequence = torch.unique_consecutive(image_index, return_inverse=True)
+    first = torch.searchsorted(image_of_sequence, image_of_sequence)
     equal = ((ids == ids[first]) & (mask == mask[first])).long().cumprod(dim=1).sum(dim=1)
-    shared = equal.new_zeros(int(image_of_row[-1]) + 1).scatter_reduce(
-        0, image_of_row, equal, "amin", include_self=False
+    shared = equal.new_zeros(int(image_of_sequence[-1]) + 1).scatter_reduce(
+        0, image_of_sequence, equal, "amin", include_self=False
     )
-    begins = torch.arange(ids.shape[1])[None] < shared[image_of_row][:, None]
+    begins = torch.arange(ids.shape[1])[None] < shared[image_of_sequence][:, None]
     is_first = (torch.arange(len(ids)) == first)[:, None]
     kept = mask & (is_first | ~begins)
-    rows, columns = kept.nonzero(as_tuple=True)
+    sequences, columns = kept.nonzero(as_tuple=True)
     slots = (kept.flatten().cumsum(dim=0) - 1).clamp(min=0).view_as(kept)
     rests = (kept & ~begins).sum(dim=1).tolist()
     beginnings = [
-        Beginning(int(places), tuple(rests[row] for row in range(start, stop) if rests[row]))
+        Beginning(int(places), tuple(rests[one] for one in range(start, stop) if rests[one]))
         for places, start, stop in _stretches((kept & begins).sum(dim=1), is_first[:, 0])
     ]
-    return PackedRow(
-        rows.to(device),
+    return PackedSequence(
+        sequences.to(device),
         columns.to(device),
         torch.where(begins, slots[first], slots).to(device),
         tuple(beginnings),
-        torch.where(begins[rows, columns], -1, rows).to(device),
-        image_of_row[rows].to(device),
+        torch.where(begins[sequences, columns], -1, sequences).to(device),
+        image_of_sequence[sequences].to(device),
     )
 
 
 def _stretches(places: torch.Tensor, is_first: torch.Tensor) -> list[tuple[int, int, int]]:
-    """(places of the beginning, first row, row after the last) for each image."""
+    """(places of the beginning, first sequence, sequence after the last) for each image."""
     starts = is_first.nonzero()[:, 0].tolist()
     return [(int(places[a]), a, b) for a, b in zip(starts, [*starts[1:], len(is_first)], strict=True)]
 
 
 class BlockMask(torch.Tensor):
-    """The mask of a packed row, for `scaled_dot_product_attention` alone: it never looks at pairs that do not meet.
+    """The mask of a packed sequence for `scaled_dot_product_attention`, which then skips pairs that do not meet.
 
     It has the shape (1, 1, T, T) of the mask that it stands for, and no memory to match.
     """
@@ -114,7 +116,7 @@ class BlockMask(torch.Tensor):
 
     @classmethod
     def of(cls, beginnings: Sequence[Beginning], length: int, device: torch.device) -> BlockMask:
-        """For a row of `length` places, of which `beginnings` tell all."""
+        """For a sequence of `length` places, of which `beginnings` tell all."""
         mask = torch.zeros((), dtype=torch.bool, device=device).expand(1, 1, length, length).as_subclass(cls)
         mask.beginnings = beginnings
         sizes = {(rest, begin.places) for begin in beginnings for rest in begin.rests}
@@ -155,8 +157,8 @@ def _attend_in_blocks(
             )
         for rest in begin.rests:
             place += 1
-            seen = torch.cat([begin_key, keys[place]], dim=2), torch.cat([begin_value, values[place]], dim=2)
+            both = torch.cat([begin_key, keys[place]], dim=2), torch.cat([begin_value, values[place]], dim=2)
             own = attn_mask.rest_masks[rest, begin.places]
-            found.append(F.scaled_dot_product_attention(queries[place], *seen, attn_mask=own, **options))
+            found.append(F.scaled_dot_product_attention(queries[place], *both, attn_mask=own, **options))
         place += 1
     return torch.cat(found, dim=2)

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AddedToken, ProcessorMixin
+from transformers import AddedToken, PreTrainedTokenizerFast, ProcessorMixin
 
 from .answer_text import phrases_before_groups, tidy, without_groups
+from .answers import DecodedAnswer
 from .conversation_formats import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
@@ -34,10 +35,9 @@ from .image_processing_pixellm import (
     open_image,
     prepare_image,
 )
-from .piece_encoder import PieceEncoder
 from .release_text import LegacyTokenizer, encode_rows, separator_of, with_image_markers
 from .seg_codebook import whole_groups
-from .structures import IGNORE_TOKEN, LLAVA_V1, SEG_MARKER, PixelLMError
+from .structures import IGNORE_TOKEN, LLAVA_V1, SEG_MARKER, TOWER_KEY, PixelLMError, Question
 
 __all__ = [
     "SEG_MARKER",
@@ -94,22 +94,6 @@ class EncodedConversation:
     dropped_turns: int
 
 
-@dataclass(frozen=True)
-class DecodedAnswer:
-    """An answer read back from ids.
-
-    text: the words alone. marked_text: every whole group written SEG_MARKER. phrases: the words that name each group.
-    num_groups: whole groups. num_broken: runs of seg tokens whose length is not a multiple of the group size; of such a
-    run the whole groups at its beginning count, as in the model.
-    """
-
-    text: str
-    marked_text: str
-    phrases: list[str]
-    num_groups: int
-    num_broken: int
-
-
 def _reserved_names(num_scales: int, tokens_per_scale: int) -> list[str]:
     return [*seg_token_names(num_scales, tokens_per_scale), IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN]
 
@@ -125,14 +109,53 @@ def rows_needed(tokenizer: Any) -> int:
     return 1 + max(number for name, number in ids.items() if name != IMAGE_TOKEN)
 
 
-class _Row:
+class TextEncoder:
+    """Texts to token ids as the tokenizer itself encodes them, without beginning and end tokens.
+
+    Args:
+        tokenizer: as `PixelLMProcessor` has it. One with a core in Rust is asked there, without the bookkeeping that
+            `encode` does around every text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._scaffolds: dict[str, list[int]] = {}
+
+    def encode_words(self, text: str) -> list[int]:
+        """Ids of words that people wrote: names of special tokens in them are words like any other."""
+        return self._encode(text, split_special_tokens=True)
+
+    def encode_scaffold(self, text: str) -> list[int]:
+        """Ids of a text that the conversation format puts around words; it may hold special tokens."""
+        if text not in self._scaffolds:  # there are only a few
+            self._scaffolds[text] = self._encode(text, split_special_tokens=False)
+        return list(self._scaffolds[text])
+
+    def _encode(self, text: str, split_special_tokens: bool) -> list[int]:
+        tokenizer = self._tokenizer
+        is_fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+        if not is_fast or type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
+            return tokenizer.encode(
+                text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
+            )
+        core = tokenizer._tokenizer
+        # What the tokenizer's own `encode` sets before every call, too.
+        core.encode_special_tokens = split_special_tokens
+        if core.truncation is not None:
+            core.no_truncation()
+        if core.padding is not None:
+            core.no_padding()
+        return core.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+class _Writer:
     """Token ids and labels of one conversation while it is written.
 
     Texts and ready ids are appended in order. A space between two pieces belongs to the text after it, because
     tokenizers glue a space to the word it precedes; before ready ids it is dropped.
     """
 
-    def __init__(self, encoder: PieceEncoder, implies_space: bool, reserved_ids: set[int]) -> None:
+    def __init__(self, encoder: TextEncoder, implies_space: bool, reserved_ids: set[int]) -> None:
         self.ids: list[int] = []
         self.labels: list[int] = []
         self._encoder = encoder
@@ -149,10 +172,11 @@ class _Row:
         if self._implies_space:
             kept = kept.removeprefix(" ")
         if kept and scaffold:
-            self._append(self._encoder.scaffold(kept), labelled)
+            self._append(self._encoder.encode_scaffold(kept), labelled)
         elif kept:
             # Tokenizers of the unigram kind find their special tokens in plain text whatever they are told.
-            self._append([token for token in self._encoder.words(kept) if token not in self._reserved_ids], labelled)
+            words = self._encoder.encode_words(kept)
+            self._append([token for token in words if token not in self._reserved_ids], labelled)
 
     def add_ids(self, ids: list[int], *, labelled: bool = False) -> None:
         """Append ready ids."""
@@ -217,7 +241,7 @@ class PixelLMProcessor(ProcessorMixin):
         self._check_numbers()
         self._check_tokens()
         self._format: ConversationFormat = build_format(conversation_format, tokenizer)
-        self._encoder = PieceEncoder(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
         # A tokenizer looks them up by their names every time, which takes as long as a piece of text.
         self._bos_token_id, self._end_token_id = tokenizer.bos_token_id, int(tokenizer.eos_token_id)
         word = tokenizer.encode("x", add_special_tokens=False)
@@ -315,6 +339,16 @@ class PixelLMProcessor(ProcessorMixin):
         """
         return prepare_image(source, self.image_size, fast=fast)
 
+    def stack_images(self, images: Sequence[EncodedImage], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """B encoded images as the model takes them: pixel_values (B, 3, P, P) of `dtype` under TOWER_KEY, and
+        resized_sizes (B, 2).
+        """
+        pixels = torch.stack([image.pixel_values for image in images])
+        return {
+            "pixel_values": {TOWER_KEY: pixels.to(device, dtype)},
+            "resized_sizes": torch.tensor([image.resized_size for image in images], device=device),
+        }
+
     @property
     def pixel_statistics(self) -> PixelStatistics:
         """From prepared images to pixel_values."""
@@ -328,7 +362,7 @@ class PixelLMProcessor(ProcessorMixin):
         Args:
             turns: (question, answer) pairs; in answers every target is written SEG_MARKER.
             with_image: False for a conversation in words alone. It has no placeholder, so that the model sees nothing
-                of the image its row belongs to in a batch.
+                of the image its sequence belongs to in a batch.
 
         Returns:
             As many whole turns from the beginning as fit: ids of the text, less the placeholder, plus num_image_tokens
@@ -342,23 +376,23 @@ class PixelLMProcessor(ProcessorMixin):
         _check_turns(turns)
         if self.text_rules == RELEASE_RULES:
             return self._encode_as_release(turns, with_image)
-        row = self._new_row()
+        writer = self._new_writer()
         group_turns: list[int] = []
         for index, (question, answer) in enumerate(turns):
-            start = len(row.ids)
-            self._add_question(row, question, index, with_image)
-            self._add_answer(row, answer)
-            if self._positions(row) > self.model_max_length:
+            start = len(writer.ids)
+            self._add_question(writer, question, index, with_image)
+            self._add_answer(writer, answer)
+            if self._positions(writer) > self.model_max_length:
                 if index == 0:
-                    raise ConversationTooLong(self._too_long(row))
-                del row.ids[start:], row.labels[start:]
+                    raise ConversationTooLong(self._too_long(writer))
+                del writer.ids[start:], writer.labels[start:]
                 break
             group_turns.extend([index] * answer.count(SEG_MARKER))
         else:
             index = len(turns)
         return EncodedConversation(
-            torch.from_numpy(np.array(row.ids, dtype=np.int64)),  # several times as fast as torch.tensor
-            torch.from_numpy(np.array(row.labels, dtype=np.int64)),
+            torch.from_numpy(np.array(writer.ids, dtype=np.int64)),  # several times as fast as torch.tensor
+            torch.from_numpy(np.array(writer.labels, dtype=np.int64)),
             group_turns,
             kept_turns=index,
             dropped_turns=len(turns) - index,
@@ -377,14 +411,14 @@ class PixelLMProcessor(ProcessorMixin):
         _check_turns([*answered, (question, "answer to come")])
         if self.text_rules == RELEASE_RULES:
             return torch.tensor(self._legacy.ids_with_image(self._release_text(turns), self._image_token_id))
-        row = self._new_row()
+        writer = self._new_writer()
         for index, (earlier_question, earlier_answer) in enumerate(answered):
-            self._add_question(row, earlier_question, index)
-            self._add_answer(row, str(earlier_answer))
-        self._add_question(row, question, len(answered))
-        if self._positions(row) > self.model_max_length:
-            raise ConversationTooLong(self._too_long(row))
-        return torch.tensor(row.ids, dtype=torch.long)
+            self._add_question(writer, earlier_question, index)
+            self._add_answer(writer, str(earlier_answer))
+        self._add_question(writer, question, len(answered))
+        if self._positions(writer) > self.model_max_length:
+            raise ConversationTooLong(self._too_long(writer))
+        return torch.tensor(writer.ids, dtype=torch.long)
 
     def _release_text(self, turns: Sequence[tuple[str, str | None]], with_image: bool = True) -> str:
         """The conversation as the release writes it: the image before the first question, groups by their tokens'
@@ -426,10 +460,25 @@ class PixelLMProcessor(ProcessorMixin):
             )
         return EncodedConversation(ids, labels, group_turns, kept_turns=len(turns), dropped_turns=0)
 
+    def encode_question(self, question: Question) -> torch.Tensor:
+        """Ids (T,) of a user's question, or of turns of which the last is to be answered.
+
+        Raises:
+            PromptError: see `check_user_text`. ConversationError, ConversationTooLong: see `encode_prompt`.
+        """
+        turns: list[tuple[str, str | None]] = [(question, None)] if isinstance(question, str) else list(question)
+        for text, _ in turns:
+            self.check_user_text(text)
+        return self.encode_prompt(turns)
+
     def check_user_text(self, text: str) -> None:
-        """Raise PromptError when a user's text is empty or holds a token that only the processor may write."""
+        """Raise PromptError when a user's text is empty, no valid Unicode, or holds a token that only the processor
+        may write.
+        """
         if not text.strip():
             raise PromptError("the prompt is empty: write a question about the image")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise PromptError("the prompt holds half a letter (a lone surrogate): leave it out")
         special = self.tokenizer.all_special_tokens
         names = [SEG_MARKER, *_reserved_names(self.num_scales, self.tokens_per_scale), *special]
         found = [name for name in dict.fromkeys(names) if name.strip() and name in text]
@@ -465,37 +514,37 @@ class PixelLMProcessor(ProcessorMixin):
                 start = end
         return "".join(parts)
 
-    def _new_row(self) -> _Row:
-        return _Row(self._encoder, self._implies_space, self._reserved_ids)
+    def _new_writer(self) -> _Writer:
+        return _Writer(self._encoder, self._implies_space, self._reserved_ids)
 
-    def _add_question(self, row: _Row, question: str, index: int, with_image: bool = True) -> None:
+    def _add_question(self, writer: _Writer, question: str, index: int, with_image: bool = True) -> None:
         scaffold = self._format
         if scaffold.bos_at_turns or (index == 0 and scaffold.bos_at_start):
-            row.add_ids([self._bos_token_id])
-        row.add_text(scaffold.between if index else scaffold.opening, scaffold=True)
+            writer.add_ids([self._bos_token_id])
+        writer.add_text(scaffold.between if index else scaffold.opening, scaffold=True)
         if index == 0 and with_image:
             image = [self._image_token_id]
-            row.add_ids([self._image_start_id, *image, self._image_end_id] if self.use_mm_start_end else image)
-        row.add_text(question.strip())
-        row.add_text(scaffold.asking, scaffold=True)
+            writer.add_ids([self._image_start_id, *image, self._image_end_id] if self.use_mm_start_end else image)
+        writer.add_text(question.strip())
+        writer.add_text(scaffold.asking, scaffold=True)
 
-    def _add_answer(self, row: _Row, answer: str) -> None:
+    def _add_answer(self, writer: _Writer, answer: str) -> None:
         first, *others = answer.strip().split(SEG_MARKER)
         end = self._format.answer_end
-        row.add_text(first + (end if not others else ""), labelled=True, keep_end=bool(end and not others))
+        writer.add_text(first + (end if not others else ""), labelled=True, keep_end=bool(end and not others))
         for number, words in enumerate(others, start=1):
-            row.add_ids(self._seg_token_ids, labelled=True)
+            writer.add_ids(self._seg_token_ids, labelled=True)
             is_last = bool(end and words and number == len(others))
-            row.add_text(words + (end if is_last else ""), labelled=True, keep_end=is_last)
-        row.add_ids([self.end_token_id], labelled=True)
+            writer.add_text(words + (end if is_last else ""), labelled=True, keep_end=is_last)
+        writer.add_ids([self.end_token_id], labelled=True)
 
-    def _positions(self, row: _Row) -> int:
-        return len(row.ids) + (self.num_image_tokens - 1) * row.ids.count(self._image_token_id)
+    def _positions(self, writer: _Writer) -> int:
+        return len(writer.ids) + (self.num_image_tokens - 1) * writer.ids.count(self._image_token_id)
 
-    def _too_long(self, row: _Row) -> str:
-        shown = self.num_image_tokens * row.ids.count(self._image_token_id)
+    def _too_long(self, writer: _Writer) -> str:
+        shown = self.num_image_tokens * writer.ids.count(self._image_token_id)
         return (
-            f"the conversation takes {self._positions(row)} positions, {shown} of them for the image,"
+            f"the conversation takes {self._positions(writer)} positions, {shown} of them for the image,"
             f" and model_max_length is {self.model_max_length}: shorten the text or raise model_max_length"
         )
 
@@ -530,18 +579,18 @@ def check_groups(processor: PixelLMProcessor) -> None:
     """
     answer = "The red circle {seg}, the blue square {seg} and two more: {seg} {seg}.".replace("{seg}", SEG_MARKER)
     turns = [("Which shapes are there?", answer), ("And which of them is green?", answer)]
-    row = processor._new_row()
+    writer = processor._new_writer()
     answers = []
     for index, (question, text) in enumerate(turns):
-        processor._add_question(row, question, index)
-        start = len(row.ids)
-        processor._add_answer(row, text)
-        answers.append(row.ids[start:])
+        processor._add_question(writer, question, index)
+        start = len(writer.ids)
+        processor._add_answer(writer, text)
+        answers.append(writer.ids[start:])
     group, end = processor.seg_token_ids, processor.end_token_id
     if len({*group, processor.image_token_id, end}) != len(group) + 2:
         raise _broken("two of its tokens share an id")
-    if row.ids.count(processor.image_token_id) != 1:
-        raise _broken(f"a conversation holds {row.ids.count(processor.image_token_id)} image placeholders, not 1")
+    if writer.ids.count(processor.image_token_id) != 1:
+        raise _broken(f"a conversation holds {writer.ids.count(processor.image_token_id)} image placeholders, not 1")
     expected = answer.count(SEG_MARKER)
     for ids in answers:
         starts, broken = whole_groups(ids, group)

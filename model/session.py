@@ -5,8 +5,10 @@ Axes: Q targets of one answer, H W pixels of the image itself.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from threading import RLock
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +21,33 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .answers import Answer
+from .answers import (
+    Answer,
+    DecodedAnswer,
+    Event,
+    Finished,
+    MaskReady,
+    TargetStarted,
+    TextPiece,
+    align_phrases,
+    compose_answer,
+    mask_box,
+    mask_scores,
+)
 from .beams import loop_class
-from .generation import CHECKED, Decoding, DecodingLoop, Row
+from .generation import CHECKED, Decoding, DecodingLoop
 from .geometry import restore_masks
-from .processing_pixellm import ConversationTooLong
-from .structures import Box, Question
-
-if TYPE_CHECKING:
-    from .predictor import Predictor
+from .modeling_base import EncodedImages
+from .modeling_pixellm import PixelLMForCausalLM
+from .onednn_linear import onednn_linear
+from .processing_pixellm import ConversationTooLong, PixelLMProcessor
+from .structures import Question
 
 MAX_NEW_TOKENS = 256
 QUESTIONS_AT_ONCE = 16
 
 # The end of a text that is still growing: what comes next may take spaces and marks away, or complete a letter.
-_UNSETTLED = re.compile(r"(?:[^\w]|\ufffd)*\Z")
+_OPEN_END = re.compile(r"(?:[^\w]|\ufffd)*\Z")
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class AnswerOptions:
 
     temperature: above 0 tokens are drawn, the hotter the wilder. top_p: only from the likeliest tokens that together
     have this probability. seed: the same seed gives the same answer; question number n of several gets seed + n.
-    repetition_penalty: above 1 makes words said before less likely. stop: an answer ends after any of these texts.
+    repetition_penalty: above 1 makes words used before less likely. stop: an answer ends after any of these texts.
     groups, num_beams: see `generation.Decoding`.
     """
 
@@ -63,8 +77,8 @@ class AnswerOptions:
         if self.top_p < 1 and self.temperature == 0:
             raise ValueError(f"top_p is {self.top_p} but temperature 0 draws nothing: give a temperature above 0")
 
-    def decoding(self, tokenizer: Any, count: int) -> Decoding:
-        """For `count` prompts."""
+    def make_decoding(self, tokenizer: Any, count: int) -> Decoding:
+        """How the loop chooses tokens for `count` prompts."""
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1:
             processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
@@ -77,55 +91,49 @@ class AnswerOptions:
         return Decoding(processors, stopping, seeds, self.groups, self.num_beams)
 
 
-@dataclass(frozen=True)
-class TextPiece:
-    """The next piece of an answer's text; all pieces together are the text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class TargetStarted:
-    """A seg group has begun: its mask is to come, unless the model breaks the group off. number: counted from 0."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class MaskReady:
-    """The mask of a target, while the text goes on; fields as in `Answer`, logits: float32 (H, W)."""
-
-    number: int
-    phrase: str
-    mask: np.ndarray
-    score: float
-    box: Box
-    logits: torch.Tensor
+@contextmanager
+def inference(model: PixelLMForCausalLM, lock: AbstractContextManager[Any]) -> Iterator[None]:
+    """A thread's turn at the model: eval mode and no gradients inside; the mode found is put back, so that training
+    can ask in between. lock: a reentrant one.
+    """
+    with lock:
+        was_training = model.training
+        if was_training:
+            model.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            if was_training:
+                model.train()
 
 
-@dataclass(frozen=True)
-class Finished:
-    """The whole answer, equal to what `ask` gives."""
+class Session:
+    """Questions about one image, which goes through the models once, at the first question.
 
-    answer: Answer
+    image: uint8 RGB (H, W, 3), turned the way it is viewed. Sessions that share a lock may be used from different
+    threads; they take turns, a stream after each of its steps.
+    """
 
-
-Event = TextPiece | TargetStarted | MaskReady | Finished
-
-
-class Asked:
-    """What can be asked about an image."""
-
-    @property
-    def current(self) -> "Session":
-        """The session whose image is asked about."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        model: PixelLMForCausalLM,
+        processor: PixelLMProcessor,
+        image: Any,
+        lock: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        """image: path, bytes, PIL image, array (H, W, 3) uint8 or tensor; ImageError when it is none."""
+        self.model, self.processor = model, processor
+        self.image: np.ndarray = processor.open_image(image)
+        self.encoded = processor.encode_image(self.image)
+        self._lock = lock or RLock()
+        self._model_images: EncodedImages | None = None
 
     def ask(
         self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
     ) -> Answer:
         """Answer one question, or turns (question, answer) of which the last has the answer None."""
-        return self.current.answers([question], max_new_tokens, options)[0]
+        return self.ask_many([question], max_new_tokens, options)[0]
 
     def ask_many(
         self,
@@ -134,7 +142,27 @@ class Asked:
         options: AnswerOptions | None = None,
     ) -> list[Answer]:
         """Answer questions together, each as if it were asked alone; `QUESTIONS_AT_ONCE` share a pass."""
-        return self.current.answers(questions, max_new_tokens, options)
+        decoding = (options or AnswerOptions()).make_decoding(self.processor.tokenizer, len(questions))
+        answers: list[Answer] = []
+        for start in range(0, len(questions), QUESTIONS_AT_ONCE):
+            some = questions[start : start + QUESTIONS_AT_ONCE]
+            seeds = decoding.seeds and decoding.seeds[start : start + len(some)]
+            with self._inference():
+                generated = self.model.generate_answers(
+                    prompts=[self._encode_question(question) for question in some],
+                    image_index=self._image_index(len(some)),
+                    end_token_id=self.processor.end_token_id,
+                    max_new_tokens=max_new_tokens,
+                    pixel_values=None,
+                    resized_sizes=None,
+                    images=self._encode_image(),
+                    decoding=replace(decoding, seeds=seeds),
+                )
+                answers += [
+                    self._compose(self.processor.decode_answer(one.ids), self._restore(one.low_res_mask_logits))
+                    for one in generated
+                ]
+        return answers
 
     def stream(
         self, question: Question, max_new_tokens: int = MAX_NEW_TOKENS, options: AnswerOptions | None = None
@@ -143,147 +171,117 @@ class Asked:
 
         With beams everything comes at the end, when it is known which answer is the best.
         """
-        return self.current.events(question, max_new_tokens, options)
+        yield from self._stream_prompt(self._encode_question(question), max_new_tokens, options)
 
     def chat(self, options: AnswerOptions | None = None) -> "Chat":
         """A conversation about the image."""
-        return Chat(self.current, options)
+        return Chat(self, options)
 
-
-class Session(Asked):
-    """Questions about one image, which goes through the models once, at the first question.
-
-    image: uint8 RGB (H, W, 3), turned the way it is viewed. Sessions of one predictor may be used from different
-    threads; they take turns, a stream after each of its passes.
-    """
-
-    def __init__(self, predictor: "Predictor", image: Any) -> None:
-        """image: path, bytes, PIL image, array (H, W, 3) uint8 or tensor; ImageError when it is none."""
-        self.predictor = predictor
-        self.image: np.ndarray = predictor.processor.open_image(image)
-        self.encoded = predictor.processor.encode_image(self.image)
-        self._seen: Any = None
-
-    @property
-    def current(self) -> "Session":
-        return self
-
-    def answers(
-        self, questions: Sequence[Question], max_new_tokens: int, options: AnswerOptions | None
-    ) -> list[Answer]:
-        """What `ask_many` gives."""
-        decoding = (options or AnswerOptions()).decoding(self.predictor.processor.tokenizer, len(questions))
-        answers: list[Answer] = []
-        for start in range(0, len(questions), QUESTIONS_AT_ONCE):
-            some = questions[start : start + QUESTIONS_AT_ONCE]
-            seeds = decoding.seeds and decoding.seeds[start : start + len(some)]
-            with self.predictor.inference():
-                generated = self.predictor.model.generate_answers(
-                    prompts=[self.predictor.prompt(question) for question in some],
-                    image_index=self._index(len(some)),
-                    end_token_id=self.predictor.processor.end_token_id,
-                    max_new_tokens=max_new_tokens,
-                    pixel_values=None,
-                    resized_sizes=None,
-                    images=self._images(),
-                    decoding=replace(decoding, seeds=seeds),
-                )
-                answers += [self.predictor.finish(one, self.encoded) for one in generated]
-        return answers
-
-    def events(self, question: Question, max_new_tokens: int, options: AnswerOptions | None) -> Iterator[Event]:
-        """What `stream` gives."""
-        decoding = (options or AnswerOptions()).decoding(self.predictor.processor.tokenizer, 1)
-        with self.predictor.inference():
+    def _stream_prompt(
+        self, prompt: torch.Tensor, max_new_tokens: int, options: AnswerOptions | None
+    ) -> Iterator[Event]:
+        decoding = (options or AnswerOptions()).make_decoding(self.processor.tokenizer, 1)
+        with self._inference():
             loop = loop_class(decoding)(
-                self.predictor.model,
-                self._images(),
-                [self.predictor.prompt(question)],
-                self._index(1),
-                self.predictor.processor.end_token_id,
+                self.model,
+                self._encode_image(),
+                [prompt],
+                self._image_index(1),
+                self.processor.end_token_id,
                 max_new_tokens,
                 decoding,
             )
         yield from _Stream(self, loop).events()
 
-    def _images(self) -> Any:
-        """The image as the model sees it; inside `inference` only."""
-        if self._seen is None:
-            inputs = self.predictor.image_inputs([self.encoded])
-            self._seen = self.predictor.model.see(**inputs)
-        return self._seen
+    def _inference(self) -> AbstractContextManager[None]:
+        return inference(self.model, self._lock)
 
-    def _index(self, count: int) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.long, device=self.predictor.model.device)
+    def _encode_question(self, question: Question) -> torch.Tensor:
+        with self._lock:  # a tokenizer serves one thread at a time
+            return self.processor.encode_question(question).to(self.model.device)
+
+    def _encode_image(self) -> EncodedImages:
+        """What the model computes of the image, once; inside `_inference` only."""
+        if self._model_images is None:
+            inputs = self.processor.stack_images([self.encoded], self.model.device, self.model.dtype)
+            with onednn_linear(self.model.device):
+                self._model_images = self.model.encode_images(**inputs)
+        return self._model_images
+
+    def _image_index(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.long, device=self.model.device)
+
+    def _restore(self, low_res_mask_logits: torch.Tensor) -> torch.Tensor:
+        return restore_masks(low_res_mask_logits, self.encoded.resized_size, self.encoded.original_size)
+
+    def _compose(self, decoded: DecodedAnswer, logits_QHW: torch.Tensor) -> Answer:
+        return compose_answer([decoded], logits_QHW, release_groups=self.model.config.group_rule == "release")
 
 
 class _Stream:
     """One answer while it is made."""
 
     def __init__(self, session: Session, loop: DecodingLoop) -> None:
-        self.session, self.predictor, self.loop = session, session.predictor, loop
-        self.said = ""
-        self.started = 0
+        self.session, self.loop = session, loop
+        self.text = ""
+        self.num_started = 0
         self.logits: list[torch.Tensor] = []
 
-    @property
-    def row(self) -> Row:
-        """The answer; another one at the end of a loop that is not settled before."""
-        return self.loop.rows[0]
-
     def events(self) -> Iterator[Event]:
-        passes = self.loop.passes()
-        while not self.row.done:
-            with self.predictor.inference():
-                next(passes)
-                found = self._news() if self.loop.settled else []
+        steps = self.loop.decode_steps()
+        # With beams this is another sequence once the best is known.
+        while not self.loop.sequences[0].done:
+            with self.session._inference():
+                next(steps)
+                found = self._new_events() if self.loop.is_final else []
             yield from found
-        with self.predictor.inference():
-            found = [*self._masks(), *self._text(final=True), Finished(self._answer())]
+        with self.session._inference():
+            decoded = self._decode()
+            found = [*self._new_masks(decoded), *self._new_text(decoded.text)]
+            no_logits = self.loop.decode_groups([], [])[1].new_zeros((0, *self.session.encoded.original_size))
+            logits_QHW = torch.stack(self.logits) if self.logits else no_logits
+            found.append(Finished(self.session._compose(decoded, logits_QHW)))
         yield from found
 
-    def _news(self) -> list[Event]:
-        if self.predictor.model.config.group_rule == "release":
-            return self._text(final=False)  # which tokens make groups is known at the end only
-        found = self._masks()
-        if self.row.run % len(self.loop.seg_token_ids):
-            found += self._starts(len(self.logits) + 1)
-        return found + self._text(final=False)
+    def _decode(self) -> DecodedAnswer:
+        return self.session.processor.decode_answer(self.loop.sequences[0].answer)
 
-    def _starts(self, begun: int) -> list[Event]:
+    def _new_events(self) -> list[Event]:
+        decoded = self._decode()
+        text = _OPEN_END.sub("", decoded.text)
+        if self.session.model.config.group_rule == "release":
+            return self._new_text(text)  # which tokens make groups is known at the end only
+        found = self._new_masks(decoded)
+        if self.loop.sequences[0].run % len(self.loop.seg_token_ids):
+            found += self._new_starts(len(self.logits) + 1)
+        return found + self._new_text(text)
+
+    def _new_starts(self, count: int) -> list[Event]:
         """A group that was broken off and one that begins after it are the same target, announced once."""
-        first, self.started = self.started, max(self.started, begun)
-        return [TargetStarted(number) for number in range(first, begun)]
+        first, self.num_started = self.num_started, max(self.num_started, count)
+        return [TargetStarted(number) for number in range(first, count)]
 
-    def _text(self, final: bool) -> list[Event]:
-        text = self.predictor.processor.decode_answer(self.row.answer).text
-        settled = text if final else _UNSETTLED.sub("", text)
-        if len(settled) <= len(self.said):
+    def _new_text(self, text: str) -> list[Event]:
+        if len(text) <= len(self.text):
             return []
-        piece, self.said = settled[len(self.said) :], settled
+        piece, self.text = text[len(self.text) :], text
         return [TextPiece(piece)]
 
-    def _masks(self) -> list[Event]:
-        groups, _ = self.loop.group_states(self.row)
-        fresh = groups[len(self.logits) :]
-        if not fresh:
+    def _new_masks(self, decoded: DecodedAnswer) -> list[Event]:
+        groups, _ = self.loop.group_states(self.loop.sequences[0])
+        new_groups = groups[len(self.logits) :]
+        if not new_groups:
             return []
-        phrases = self.predictor.processor.decode_answer(self.row.answer).phrases
-        phrases = ([""] * len(groups) + phrases)[len(phrases) :]
-        _, low_res = self.loop.decode_groups(fresh, [0] * len(fresh))
-        encoded = self.session.encoded
+        phrases = align_phrases(decoded.phrases, len(groups))
+        _, low_res = self.loop.decode_groups(new_groups, [0] * len(new_groups))
         found: list[Event] = []
-        for logits in restore_masks(low_res, encoded.resized_size, encoded.original_size):
-            number = len(self.logits)
-            self.logits.append(logits)
-            found += self._starts(number + 1)
-            found.append(self.predictor.mask_ready(number, phrases[number], logits))
+        for logits_HW in self.session._restore(low_res):
+            number, mask = len(self.logits), (logits_HW > 0).cpu().numpy()
+            self.logits.append(logits_HW)
+            found += self._new_starts(number + 1)
+            score = mask_scores(logits_HW[None])[0]
+            found.append(MaskReady(number, phrases[number], mask, score, mask_box(mask), logits_HW))
         return found
-
-    def _answer(self) -> Answer:
-        whole = self.loop.decode_groups([], [])[1].new_zeros((0, *self.session.encoded.original_size))
-        logits = torch.stack(self.logits) if self.logits else whole
-        return self.predictor.compose([self.row.answer], logits)
 
 
 class Chat:
@@ -301,16 +299,13 @@ class Chat:
 
     def ask(self, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
         """Answer a question and remember it; an answer without any words or masks is not remembered."""
-        answer: Answer | None = None
-        for event in self.stream(question, max_new_tokens):
-            if isinstance(event, Finished):
-                answer = event.answer
-        assert answer is not None
-        return answer
+        *_, last = self.stream(question, max_new_tokens)
+        assert isinstance(last, Finished)
+        return last.answer
 
     def stream(self, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[Event]:
         """The same as events; the turn counts once the last of them is taken."""
-        for event in self.session.stream(self._fitting(question), max_new_tokens, self.options):
+        for event in self.session._stream_prompt(self._encode_prompt(question), max_new_tokens, self.options):
             if isinstance(event, Finished) and event.answer.marked_text.strip():
                 self.turns.append((question, event.answer))
             yield event
@@ -324,16 +319,14 @@ class Chat:
         self.turns.clear()
         self.num_forgotten = 0
 
-    def _fitting(self, question: str) -> list[tuple[str, str | None]]:
-        """The turns to ask with, the oldest left out until the prompt is short enough."""
+    def _encode_prompt(self, question: str) -> torch.Tensor:
+        """(T,) ids of the question with the turns before it, the oldest left out until the prompt is short enough."""
         while True:
-            turns: list[tuple[str, str | None]] = [(asked, answer.marked_text) for asked, answer in self.turns]
+            turns: list[tuple[str, str | None]] = [(earlier, answer.marked_text) for earlier, answer in self.turns]
             try:
-                self.session.predictor.prompt([*turns, (question, None)])
+                return self.session._encode_question([*turns, (question, None)])
             except ConversationTooLong:
                 if not turns:
                     raise
-            else:
-                return [*turns, (question, None)]
             del self.turns[0]
             self.num_forgotten += 1

@@ -41,5 +41,5 @@ if __name__ == "__main__":
     told = json.loads(sys.argv[1])
     if sys.stdin.isatty():
         own_terminal()
-    with patch("model.generation.next_logits", Wording(told["answers"], told["pause"])):
+    with patch("model.generation.compute_logits", Wording(told["answers"], told["pause"])):
         sys.exit(run_script(chat.main, sys.argv[2:]))

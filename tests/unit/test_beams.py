@@ -76,7 +76,9 @@ def log_probability(built: BuiltModel, number: int, ids: Sequence[int]) -> float
     """Of an answer to a question, in one pass without a cache, among the allowed tokens."""
     asked, index = prompts(built)[number], torch.tensor([number])
     row = torch.cat([asked, torch.tensor(list(ids))])[None]
-    rows = built.model.expand_rows(row, torch.ones_like(row), built.model.encode_images(**images(built)), index)
+    rows = built.model.merge_multimodal_embeddings(
+        row, torch.ones_like(row), built.model.encode_images(**images(built)), index
+    )
     states = built.model.hidden_states(rows, index)[0, -len(ids) - 1 : -1]
     logits = built.model.get_output_embeddings()(states)[:, allowed(built)].log_softmax(dim=-1)
     return sum(float(logits[place, allowed(built).index(token)]) for place, token in enumerate(ids))

@@ -31,7 +31,7 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert Predictor(built.model, built.processor).compile() == (
         "answering uncompiled, because this machine cannot compile the model: no C++ compiler was found"
     )
-    assert built.model.row_kernel is None and built.model.pixel_decoder.decode_scale == before
+    assert built.model.vector_kernel is None and built.model.pixel_decoder.decode_scale == before
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.long), True])
@@ -92,7 +92,7 @@ def compare_kernel() -> None:
 
     plain = answers()
     print(predictor.compile())
-    assert len(plain[0].masks) == 3 and built.model.row_kernel is not None
+    assert len(plain[0].masks) == 3 and built.model.vector_kernel is not None
     assert all(same(one, other) for one, other in zip(answers(), plain, strict=True))
 
 

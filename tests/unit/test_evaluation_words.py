@@ -201,7 +201,7 @@ def test_likelihood_is_what_the_logits_say(predictor: ScoredPredictor) -> None:
                 attention_mask=torch.ones_like(whole[None]),
                 original_sizes=torch.tensor([encoded.original_size]),
                 image_index=torch.tensor([0]),
-                **predictor.image_inputs([encoded]),
+                **predictor.processor.stack_images([encoded], predictor.model.device, predictor.model.dtype),
             )
             hidden = output.last_hidden_state[0, -len(wanted) - 1 : -1]
             logp = torch.log_softmax(model.get_output_embeddings()(hidden).float(), dim=-1)

@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TopKLogitsWarper
 
 from model import PixelLMForCausalLM
-from model.generation import CHECKED, FORCED, STEPWISE, Decoding, GeneratedAnswer, GrowingLayer, remembers_everything
+from model.generation import CHECKED, FORCED, STEPWISE, Decoding, GeneratedAnswer, GrowingLayer, keeps_all_positions
 from model.predictor import Predictor
 from model.session import Finished, MaskReady, TextPiece
 from tests.unit.tiny_bases import options, write_language_model, write_tower
@@ -81,7 +81,7 @@ def without_cache(built: BuiltModel, prompt: torch.Tensor, image: int) -> list[i
     while len(said) < LENGTH and built.processor.end_token_id not in said:
         ids = torch.cat([prompt, torch.tensor(said, dtype=torch.long)])[None]
         seen = model.encode_images(**pixels(built))
-        rows = model.expand_rows(ids, torch.ones_like(ids), seen, torch.tensor([image]))
+        rows = model.merge_multimodal_embeddings(ids, torch.ones_like(ids), seen, torch.tensor([image]))
         state = model.hidden_states(rows, torch.tensor([image]))[:, -1]
         said.append(int(model.get_output_embeddings()(state).argmax()))
     return said
@@ -311,7 +311,7 @@ def test_a_cache_with_room_is_the_same_cache() -> None:
 def test_a_limited_window_is_not_shared(tmp_path: Any) -> None:
     base = write_language_model(tmp_path / "base", "mistral", sliding_window=12)
     made = build_model(str(base), str(write_tower(tmp_path / "tower", "siglip")), options())
-    assert isinstance(made.model, PixelLMForCausalLM) and not remembers_everything(made.model.config.text_config)
+    assert isinstance(made.model, PixelLMForCausalLM) and not keeps_all_positions(made.model.config.text_config)
     with torch.no_grad():
         images = made.model.encode_images(**pixels(made))
     with saying(made, ["a {seg} b {seg}"]):

@@ -23,7 +23,7 @@ from demo.lookup_start import (
     start_looking_up,
 )
 from demo.tiny import MARK, embeddings_of, make_tiny, without_marks, word_id
-from model.modeling_pixellm import EncodedImages, ExpandedRows
+from model.modeling_base import EncodedImages, MultimodalSequences
 from tests.unit.tiny_pixellm import SHAPE
 from utils.checkpoints.builder import BuildError
 
@@ -85,9 +85,9 @@ class World:
         with patch.object(self.built.model, "encode_images", lambda *_: self.seen):
             return start_looking_up(self.built, WORDS, MEANT, self.arguments, self.labels)
 
-    def rows(self) -> ExpandedRows:
+    def rows(self) -> MultimodalSequences:
         ids, mask = self.arguments["input_ids"], self.arguments["attention_mask"]
-        return self.built.model.expand_rows(ids, mask, self.seen, self.arguments["image_index"])
+        return self.built.model.merge_multimodal_embeddings(ids, mask, self.seen, self.arguments["image_index"])
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def test_any_number_of_scales_tokens_and_pools(scales: int, tokens: int, pool: i
 def test_positions_of_a_image_are_pooled_patches_and_hold_no_label(built: BuiltModel) -> None:
     """An image twice as wide as high leaves the lower half of its square empty, and masked."""
     batch = make_batch(built.processor, [(0, ONE)], [(20, 40)])
-    rows = built.model.expand_rows(
+    rows = built.model.merge_multimodal_embeddings(
         batch["input_ids"],
         batch["attention_mask"],
         built.model.encode_images(batch["pixel_values"], batch["resized_sizes"]),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import onednn_linear as module
-from model.onednn_linear import AVAILABLE, FrozenLinear, quick_linear, quicken_frozen
+from model.onednn_linear import AVAILABLE, FrozenLinear, onednn_linear, use_onednn
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def test_the_same_numbers(shape: tuple[int, ...], bias: bool, through: list[tupl
     with torch.no_grad():
         expected = layer(inputs)
         for given in (inputs, turned):
-            with quick_linear(CPU):
+            with onednn_linear(CPU):
                 found = layer(given)
             assert found.shape == expected.shape
             assert torch.allclose(found, expected, atol=1e-5)
@@ -49,16 +49,16 @@ def test_the_same_numbers(shape: tuple[int, ...], bias: bool, through: list[tupl
 @needs_one_dnn
 def test_what_does_not_suit_goes_its_own_way(through: list[tuple[int, ...]]) -> None:
     weight = torch.randn(40, 48)
-    with torch.no_grad(), quick_linear(CPU):
+    with torch.no_grad(), onednn_linear(CPU):
         F.linear(torch.randn(48), weight)
         F.linear(torch.randn(3, 40), weight.t())
         F.linear(torch.randn(3, 48).double(), weight.double())
         F.linear(torch.randn(3, 48).bfloat16(), weight.bfloat16())
         assert F.linear(torch.randn(0, 48), weight).shape == (0, 40)
     assert through == []
-    with quick_linear(CPU):  # gradients are wanted
+    with onednn_linear(CPU):  # gradients are wanted
         F.linear(torch.randn(3, 48), weight)
-    with torch.no_grad(), quick_linear(torch.device("meta")):
+    with torch.no_grad(), onednn_linear(torch.device("meta")):
         F.linear(torch.randn(3, 48), weight)
     with torch.no_grad():
         F.linear(torch.randn(3, 48), weight)
@@ -69,7 +69,7 @@ def frozen(monkeypatch: pytest.MonkeyPatch, bias: bool = True) -> nn.Linear:
     monkeypatch.setattr(module, "SMALLEST_WEIGHT", 48 * 40)
     torch.manual_seed(0)
     layer = nn.Linear(48, 40, bias=bias).requires_grad_(False)
-    assert quicken_frozen(nn.Sequential(layer, nn.Linear(40, 40).requires_grad_(False), nn.Linear(48, 40))) == 1
+    assert use_onednn(nn.Sequential(layer, nn.Linear(40, 40).requires_grad_(False), nn.Linear(48, 40))) == 1
     assert isinstance(layer, FrozenLinear)
     return layer
 

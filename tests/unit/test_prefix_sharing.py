@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from demo.tiny import TinyShape, make_tiny
 from model.modeling_pixellm import PixelLMForCausalLM
-from model.prefix_sharing import Beginning, pack_rows
+from model.prefix_sharing import Beginning, pack_sequences
 from tests.unit.engine_real import write_real
 from tests.unit.sharing_ranks import step_of
 from utils.engine.runtime import Runtime
@@ -24,8 +24,8 @@ def test_a_plan_by_hand() -> None:
     second is padding."""
     ids = torch.tensor([[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [5, 6, 0, 0, 0]])
     mask = torch.tensor([[1, 0, 1, 1, 1], [1, 0, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
-    plan = pack_rows(ids, mask, torch.tensor([0, 0, 3]))
-    assert ids[plan.rows, plan.columns].tolist() == [7, 9, 1, 2, 3, 5, 6]
+    plan = pack_sequences(ids, mask, torch.tensor([0, 0, 3]))
+    assert ids[plan.sequences, plan.columns].tolist() == [7, 9, 1, 2, 3, 5, 6]
     assert plan.columns.tolist() == [0, 2, 3, 4, 3, 0, 1]
     assert plan.beginnings == (Beginning(2, (2, 1)), Beginning(2, ()))
     assert plan.allowed()[0, 0].int().tolist() == [
@@ -44,9 +44,9 @@ def test_a_plan_by_hand() -> None:
 def test_equal_conversations_are_one_and_unequal_ones_share_nothing() -> None:
     twice = torch.tensor([[1, 2, 3], [1, 2, 3]])
     everywhere = torch.ones_like(twice).bool()
-    plan = pack_rows(twice, everywhere, torch.tensor([0, 0]))
+    plan = pack_sequences(twice, everywhere, torch.tensor([0, 0]))
     assert plan.beginnings == (Beginning(3, ()),) and plan.home.tolist() == [[0, 1, 2], [0, 1, 2]]
-    apart = pack_rows(torch.tensor([[1, 2, 3], [4, 2, 3]]), everywhere, torch.tensor([0, 0]))
+    apart = pack_sequences(torch.tensor([[1, 2, 3], [4, 2, 3]]), everywhere, torch.tensor([0, 0]))
     assert apart.beginnings == (Beginning(0, (3, 3)),) and apart.home.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -57,8 +57,8 @@ def test_attention_in_blocks_is_attention_under_the_dense_mask(heads_of_keys: in
     ids = torch.randint(0, 2, (6, 12), generator=generator)
     ids[:, 0] = torch.tensor([0, 0, 0, 1, 1, 2])
     mask = torch.arange(12)[None] < torch.tensor([12, 9, 3, 7, 1, 5])[:, None]
-    plan = pack_rows(ids, mask, torch.tensor([0, 0, 0, 1, 1, 2]))
-    length = len(plan.rows)
+    plan = pack_sequences(ids, mask, torch.tensor([0, 0, 0, 1, 1, 2]))
+    length = len(plan.sequences)
     shapes = [(1, heads, length, 8) for heads in (4, heads_of_keys, heads_of_keys)]
     states = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     weights = torch.randn(shapes[0], generator=generator)

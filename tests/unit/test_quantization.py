@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.predictor import ModelFolderError, Predictor
-from model.quantization import bits_config
+from model.quantization import quantization_config
 from tests.unit.tiny_bases import options, write_language_model, write_tower
 from tests.unit.tiny_pixellm import noise
 from utils.checkpoints.builder import BuiltModel, build_model, save_model
@@ -37,7 +37,7 @@ def test_without_the_library_it_is_said(bits: int, folder: Path, monkeypatch: py
 
 def test_other_numbers_of_bits_are_refused() -> None:
     with pytest.raises(ValueError, match="8 or 4 bits, found 3"):
-        bits_config(3, None)
+        quantization_config(3, None)
 
 
 @needs_library
@@ -60,12 +60,12 @@ def test_masks_are_close_to_those_of_whole_weights(bits: int, off: float, folder
 def logits_of(predictor: Predictor, asked: tuple[Any, ...]) -> torch.Tensor:
     """(Q, H, W) of answers that are given."""
     kept: list[torch.Tensor] = []
-    compose = predictor._to_answer
+    compose = predictor._compose
 
     def keep(turns: Any, logits: torch.Tensor) -> Any:
         kept.append(logits)
         return compose(turns, logits)
 
-    predictor._to_answer = keep  # type: ignore[method-assign]
+    predictor._compose = keep  # type: ignore[method-assign]
     predictor.segment(*asked)
     return kept[0]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import chat
 import merge_lora_weights_and_save_hf_model as merge
 import train_ds
-from model.modeling_pixellm import ExpandedRows
+from model.modeling_base import MultimodalSequences
 from model.processing_pixellm import PixelLMProcessor, check_groups, seg_token_names
 from tests.unit.real_weights import tokenizer_cases, write_stories
 from tests.unit.tiny_bases import options, write_tower
@@ -39,10 +39,10 @@ def recorded(realdata: Path) -> dict:
 
 
 @torch.no_grad()
-def next_logits(built: BuiltModel, ids: list[int]) -> torch.Tensor:
+def compute_logits(built: BuiltModel, ids: list[int]) -> torch.Tensor:
     """Logits of what follows, computed as the model computes them in training."""
     model, row = built.model, torch.tensor([ids])
-    rows = ExpandedRows(row, model.get_input_embeddings()(row), torch.ones_like(row).bool(), None)
+    rows = MultimodalSequences(row, model.get_input_embeddings()(row), torch.ones_like(row).bool(), None)
     states = model.hidden_states(rows, image_index=torch.zeros(1, dtype=torch.long))
     return model.get_output_embeddings()(states)[0]
 
@@ -64,7 +64,7 @@ def test_stories_are_told_as_recorded(stories: Path, eye: Path, recorded: dict) 
     assert [*expected[:1], *told] == expected
     assert built.processor.tokenizer.decode(told).strip() == recorded["expected_stdout"].strip()
     # And the path of training.
-    logits = next_logits(built, expected)
+    logits = compute_logits(built, expected)
     assert logits[:-1, :].argmax(dim=-1).tolist() == expected[1:]
     first = recorded["logits_pos15_first16"]
     torch.testing.assert_close(logits[15, : len(first)], torch.tensor(first), atol=1e-4, rtol=1e-4)

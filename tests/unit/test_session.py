@@ -154,14 +154,20 @@ def test_nothing_can_be_asked_without_a_image(predictor: Predictor) -> None:
 
 def test_a_conversation_sees_its_own_groups(predictor: Predictor, built: BuiltModel, monkeypatch: Any) -> None:
     prompts: list[list[int]] = []
-    prompt = predictor.prompt
-    monkeypatch.setattr(predictor, "prompt", lambda turns: prompts.append(prompt(turns).tolist()) or prompt(turns))
+    encode = built.processor.encode_question
+
+    def keep(turns: Any) -> torch.Tensor:
+        prompts.append(encode(turns).tolist())
+        return encode(turns)
+
+    monkeypatch.setattr(built.processor, "encode_question", keep)
     predictor.set_image(noise(20, 30))
     chat = predictor.chat()
     with saying(built, ["the red circle {seg}."]):
         first, second = chat.ask("Where?"), chat.ask("And what is beside it?")
     assert [question for question, _ in chat.turns] == ["Where?", "And what is beside it?"]
-    assert prompts[-1] == prompt([("Where?", "the red circle {seg}."), ("And what is beside it?", None)]).tolist()
+    assert prompts[-1] == encode([("Where?", "the red circle {seg}."), ("And what is beside it?", None)]).tolist()
+    assert len(prompts) == 2, "a prompt is encoded once"
     assert len(first.masks) == len(second.masks) == 1
     undone = chat.undo()
     assert undone is not None and undone[0] == "And what is beside it?" and len(chat.turns) == 1

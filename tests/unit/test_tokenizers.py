@@ -5,8 +5,13 @@ import pickle
 
 import pytest
 
-from model.piece_encoder import PieceEncoder
-from model.processing_pixellm import ConversationFormatError, PixelLMProcessor, ProcessorError, check_groups
+from model.processing_pixellm import (
+    ConversationFormatError,
+    PixelLMProcessor,
+    ProcessorError,
+    TextEncoder,
+    check_groups,
+)
 from tests.unit.tokenizer_kinds import CHAT_TEMPLATE, FIXTURES, KINDS, make_processor, make_tokenizer
 
 RECORDED = json.loads((FIXTURES / "recorded_ids.json").read_text(encoding="utf-8"))
@@ -39,17 +44,17 @@ PIECES = (
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_get_the_ids_that_the_tokenizer_gives(kind):
     tokenizer = make_processor(kind).tokenizer
-    encoder = PieceEncoder(tokenizer)
+    encoder = TextEncoder(tokenizer)
     for _ in range(2):
         for text in PIECES:
             plain = {"add_special_tokens": False, "verbose": False}
-            assert encoder.words(text) == tokenizer.encode(text, split_special_tokens=True, **plain), text
-            assert encoder.scaffold(text) == tokenizer.encode(text, split_special_tokens=False, **plain), text
+            assert encoder.encode_words(text) == tokenizer.encode(text, split_special_tokens=True, **plain), text
+            assert encoder.encode_scaffold(text) == tokenizer.encode(text, split_special_tokens=False, **plain), text
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         tokenizer(["one", "two and more"], truncation=True, max_length=2, padding="max_length")  # leaves its marks
-        encoder.scaffold("x").append(0)  # what is remembered must not be changed by who got it
+        encoder.encode_scaffold("x").append(0)  # what is remembered must not be changed by who got it
     revived = pickle.loads(pickle.dumps(encoder))
-    assert revived.words("the red circle") == encoder.words("the red circle")
+    assert revived.encode_words("the red circle") == encoder.encode_words("the red circle")
 
 
 @pytest.mark.parametrize("kind", KINDS)

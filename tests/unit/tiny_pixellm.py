@@ -73,7 +73,7 @@ def saying_ids(rows: Sequence[Sequence[int]]) -> Iterator[None]:
             logits[number, rows[prompt][min(place, len(rows[prompt]) - 1)]] = 1.0
         return logits
 
-    with patch("model.generation.next_logits", choose):
+    with patch("model.generation.compute_logits", choose):
         yield
 
 

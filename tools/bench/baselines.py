@@ -24,7 +24,8 @@ from model.compiling import compile_for_answers
 from model.configuration_pixellm import PixelLMConfig
 from model.generation import Decoding, GeneratedAnswer, cache_argument
 from model.losses import LossTerm, text_loss
-from model.modeling_pixellm import EncodedImages, PixelLMForCausalLM
+from model.modeling_base import EncodedImages
+from model.modeling_pixellm import PixelLMForCausalLM
 from model.onednn_linear import FrozenLinear
 from model.seg_codebook import whole_groups
 from model.structures import IGNORE_TOKEN, TOWER_KEY
@@ -245,7 +246,7 @@ def release_without_cache(model: PixelLMForCausalLM, asked: Questions) -> list[G
         while not asked.ends(answer):
             ids = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])[None]
             images = asked.images(model)
-            rows = model.expand_rows(ids, torch.ones_like(ids), images, index)
+            rows = model.merge_multimodal_embeddings(ids, torch.ones_like(ids), images, index)
             hidden = model.language_model.get_decoder()(
                 inputs_embeds=rows.embeddings,
                 attention_mask=rows.attention_mask.long(),
@@ -264,7 +265,7 @@ def plain_cache(model: PixelLMForCausalLM, asked: Questions) -> list[GeneratedAn
     said: list[tuple[list[int], torch.Tensor]] = []
     for prompt in asked.prompts:
         images = asked.images(model)
-        rows = model.expand_rows(prompt[None], torch.ones_like(prompt)[None], images, index)
+        rows = model.merge_multimodal_embeddings(prompt[None], torch.ones_like(prompt)[None], images, index)
         inputs, mask = rows.embeddings, rows.attention_mask.long()
         positions = torch.arange(mask.shape[1])[None]
         cache, answer, states = DynamicCache(config=model.config.text_config), list[int](), []

@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from model.configuration_pixellm import PixelLMConfig
 from model.modeling_pixellm import PixelLMForCausalLM
-from model.onednn_linear import quicken_frozen
+from model.onednn_linear import use_onednn
 from model.processing_pixellm import PixelLMProcessor, check_groups, rows_needed
 from model.structures import FLASH_ATTENTION, LORA_ALPHA, LORA_DROPOUT, LORA_RANK, LORA_TARGET_MODULES, SDPA
 from model.vision_tower import resize_position_table
@@ -253,7 +253,7 @@ def choose_trainable(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> list[
         part.requires_grad_(False)
     if recipe.train_new_tokens_only:
         train_rows_from([model.get_input_embeddings(), model.get_output_embeddings()], min(model.config.seg_token_ids))
-    quicken_frozen(model)
+    use_onednn(model)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from model.configuration_pixellm import PixelLMConfig
-from model.modeling_pixellm import ExpandedRows, PixelLMForCausalLM
+from model.modeling_base import MultimodalSequences
+from model.modeling_pixellm import PixelLMForCausalLM
 from model.processing_pixellm import PixelLMProcessor
 from utils.checkpoints.bases import (
     LANGUAGE,
@@ -252,7 +253,7 @@ def _probe_difference(model: PixelLMForCausalLM) -> float:
     second = first.clone()
     second[len(first) // 2 :] = first[len(first) // 2 :].flip(0)
     ids = torch.stack([first, second])
-    rows = ExpandedRows(ids, model.get_input_embeddings()(ids), torch.ones_like(ids).bool(), None)
+    rows = MultimodalSequences(ids, model.get_input_embeddings()(ids), torch.ones_like(ids).bool(), None)
     states = model.hidden_states(rows, image_index=torch.zeros(2, dtype=torch.long))
     gain = PROBE_LOGIT / head(states).abs().max()
     louder = head.register_forward_hook(lambda _module, _inputs, logits: logits * gain)

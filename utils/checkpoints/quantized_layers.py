@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from model.modeling_pixellm import PixelLMForCausalLM
-from model.quantization import require_library
+from model.quantization import require_bitsandbytes
 from utils.checkpoints.folders import BuildError
 
 LAYERS = "language_model.model.layers"
@@ -33,7 +33,7 @@ def hold_in_bits(model: PixelLMForCausalLM, bits: int, dtype: torch.dtype, devic
         BuildError: bitsandbytes is not installed.
     """
     try:
-        require_library(bits)
+        require_bitsandbytes(bits)
     except ImportError as error:
         raise BuildError(str(error)) from error
     decoder = model.language_model.get_decoder()

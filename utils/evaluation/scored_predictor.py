@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from model.losses import text_loss
-from model.predictor import Answer, Predictor, _by_image, _pad_right
+from model.predictor import Answer, Predictor, pad_right, sort_by_image
 from model.processing_pixellm import ConversationTooLong, EncodedConversation
 from model.structures import IGNORE_TOKEN
 
@@ -42,11 +42,11 @@ class ScoredPredictor(Predictor):
         found: list[Likelihood | None] = [None] * len(conversations)
         if not kept:
             return found
-        encoded = self._encode(images)
-        order = [kept[place] for place in _by_image([image_index[row] for row in kept], len(kept), len(encoded))]
+        encoded = self.encode_images(images)
+        order = [kept[place] for place in sort_by_image([image_index[row] for row in kept], len(kept), len(encoded))]
         tokens = [one for row in order if (one := read[row]) is not None]
-        input_ids, attention_mask = _pad_right([one.input_ids for one in tokens], self.processor.end_token_id)
-        labels, _ = _pad_right([_last_answer(one.labels) for one in tokens], IGNORE_TOKEN)
+        input_ids, attention_mask = pad_right([one.input_ids for one in tokens], self.processor.end_token_id)
+        labels, _ = pad_right([_last_answer(one.labels) for one in tokens], IGNORE_TOKEN)
         device = self.model.device
         with self.inference():
             output = self.model(
@@ -55,7 +55,7 @@ class ScoredPredictor(Predictor):
                 labels=labels.to(device),
                 original_sizes=torch.tensor([image.original_size for image in encoded], device=device),
                 image_index=torch.tensor([image_index[row] for row in order], device=device),
-                **self.image_inputs(encoded),
+                **self.processor.stack_images(encoded, device, self.model.dtype),
             )
             head = self.model.get_output_embeddings()
             for row, labels_P, hidden_PH in zip(order, output.labels, output.last_hidden_state, strict=True):
@@ -93,5 +93,5 @@ class AnswerWithLogits(Answer):
 class LogitPredictor(ScoredPredictor):
     """Answers keep the logits of their masks, which the release's loops count and MUSE's matching compares."""
 
-    def _to_answer(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> AnswerWithLogits:
-        return AnswerWithLogits(**vars(super()._to_answer(turns, logits_QHW)), logits=logits_QHW.float().cpu().numpy())
+    def _compose(self, turns: Sequence[list[int]], logits_QHW: torch.Tensor) -> AnswerWithLogits:
+        return AnswerWithLogits(**vars(super()._compose(turns, logits_QHW)), logits=logits_QHW.float().cpu().numpy())
