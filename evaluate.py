@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from model.answer_text import without_groups
+from model.answer_text import remove_seg_markers
 from model.image_processing_pixellm import open_image
 from model.overlay import GalleryItem, draw_gallery, draw_overlay
 from model.structures import DTYPES
@@ -76,7 +76,7 @@ def card(line: Mapping[str, Any]) -> GalleryItem:
         image=open_image(line["image_path"]),
         true_masks=decoded(line["true_masks"], line["size"]),
         true_names=line["names"],
-        answer=without_groups(line["answer"]),
+        answer=remove_seg_markers(line["answer"]),
         masks=decoded(line["masks"], line["size"]),
         phrases=line["phrases"],
         note=f"{line['kind']}, {line['protocol']}, IoU {iou_of(line):.2f}",

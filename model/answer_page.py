@@ -7,9 +7,9 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from .answer_text import tidy
+from .answer_text import tidy_text
 from .answers import Answer
-from .overlay import draw_overlay, printable, target_colour, text_colour
+from .overlay import draw_overlay, target_colour, text_colour, to_printable
 from .structures import SEG_MARKER
 
 _STYLE = """
@@ -66,7 +66,7 @@ def answer_page(image: np.ndarray, answer: Answer, question: str = "") -> str:
 
 def _text(text: str) -> str:
     spaced = ("&#32;" if text[:1].isspace() else "", "&#32;" if text[-1:].isspace() else "")
-    return spaced[0] + escape(printable(tidy(text))) + spaced[1]
+    return spaced[0] + escape(to_printable(tidy_text(text))) + spaced[1]
 
 
 def _coloured(text: str, number: int | None) -> str:

@@ -28,16 +28,16 @@ _TRAIL = re.compile(r"\s+(?:is|are)$", re.IGNORECASE)
 _WRAPPING = " \t\"'“”‘’([{"
 
 
-def tidy(text: str) -> str:
+def tidy_text(text: str) -> str:
     """Join the pieces of a decoded text the way it would have been written."""
     text = _SPACES.sub(" ", text)
     text = _SPACE_BEFORE_CLOSING.sub("", text)
     return _SPACE_AFTER_OPENING.sub("", text).strip()
 
 
-def without_groups(marked_text: str) -> str:
+def remove_seg_markers(marked_text: str) -> str:
     """The words of a marked text alone."""
-    words = tidy(marked_text.replace(SEG_MARKER, " "))
+    words = tidy_text(marked_text.replace(SEG_MARKER, " "))
     return _COMMA_BEFORE_FULL_STOP.sub("", words)
 
 

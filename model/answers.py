@@ -145,7 +145,7 @@ def align_phrases(phrases: list[str], count: int) -> list[str]:
 
 
 def mask_scores(mask_logits: torch.Tensor) -> list[float]:
-    """(Q, H, W) logits -> mean probability over each mask's pixels, those with logit > 0 (golden fact M12)."""
+    """(Q, H, W) logits -> mean probability over each mask's pixels, those with logit > 0 (docs/facts.md, M12)."""
     inside = mask_logits > 0
     summed = (mask_logits.sigmoid() * inside).sum((1, 2))
     return (summed / (inside.sum((1, 2)) + _EPSILON)).tolist()

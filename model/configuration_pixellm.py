@@ -35,9 +35,9 @@ class PixelLMConfig(PretrainedConfig):
         token_fusion: "learned" (paper) or "constant" (release) weights over the K tokens of a scale, starting at or
             being `token_fusion_value` (default 1 / K; release: 1 / 6).
         scale_fusion, scale_fusion_value: the same for the S masks of a target (default 1 / S).
-        position_resize: how the tower's position table was enlarged: "standard" or "release" (golden fact M6).
+        position_resize: how the tower's position table was enlarged: "standard" or "release" (docs/facts.md, M6).
         group_rule: which seg tokens make a group. "adjacent": S * K that stand side by side; what is broken in an
-            answer is left out alone. "release" (golden facts M3, E3): any S * K of a text in order, those of a prompt
+            answer is left out alone. "release" (docs/facts.md, M3, E3): any S * K of a text in order, those of a prompt
             included when an answer is generated; a number that is no multiple costs all masks of that answer.
 
     Losses:

@@ -23,7 +23,7 @@ def resized_shape(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def valid_cells(resized_sizes: torch.Tensor, grid: int, cell: int) -> torch.Tensor:
-    """Which cells of a grid over the square hold any of the image (golden fact M7).
+    """Which cells of a grid over the square hold any of the image (docs/facts.md, M7).
 
     Args:
         resized_sizes: (B, 2) sizes of the images inside the square.
@@ -41,7 +41,7 @@ def valid_cells(resized_sizes: torch.Tensor, grid: int, cell: int) -> torch.Tens
 def restore_masks(
     mask_logits: torch.Tensor, resized_size: tuple[int, int], original_size: tuple[int, int]
 ) -> torch.Tensor:
-    """Bring mask logits from the decoder's square to the image's own pixels (golden fact M11).
+    """Bring mask logits from the decoder's square to the image's own pixels (docs/facts.md, M11).
 
     Args:
         mask_logits: (Q, h, w), any float type.

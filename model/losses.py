@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .structures import IGNORE_LABEL
 
-# The release's DICE divides both factors by 1000 and adds 1e-6 (golden fact L1), which together smooth by 1e-3 pixels.
+# The release divides both factors by 1000 and adds 1e-6 (docs/facts.md, L1), which together smooths by 1e-3 pixels.
 DICE_SCALE, DICE_EPS = 1000.0, 1e-6
 
 

@@ -300,8 +300,8 @@ class PixelLMPreTrainedModel(PreTrainedModel):
         embeddings = sequences.embeddings[packed.sequences, packed.columns][None]
         states = decoder(
             inputs_embeds=embeddings,
-            attention_mask=packed.mask(self.config.text_config._attn_implementation, embeddings.dtype),
+            attention_mask=packed.make_mask(self.config.text_config._attn_implementation, embeddings.dtype),
             position_ids=packed.columns[None],
             use_cache=False,
         ).last_hidden_state
-        return states[0, packed.home]
+        return states[0, packed.state_index]

@@ -49,7 +49,7 @@ def text_colour(background: Colour) -> Colour:
     return _BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > sum(_WHITE) / 6 else _WHITE
 
 
-def printable(text: str) -> str:
+def to_printable(text: str) -> str:
     """One line without control characters, for labels and terminals."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
@@ -64,7 +64,7 @@ def draw_overlay(
     ellipsis if they must, and avoid each other and what they would hide while there is room; a line leads from a label
     that had to go elsewhere to its mask. Returns uint8 RGB (h, w, 3).
     """
-    _check(image, masks)
+    _check_inputs(image, masks)
     factor = max(1, -(-min_side // max(image.shape[:2])))
     large = _enlarge(image, factor)
     large_masks = [_enlarge(mask, factor) for mask in masks]
@@ -78,7 +78,7 @@ def draw_overlay(
         # A white line under the coloured one keeps it apart from a thing that has the target's colour itself.
         large = cv2.drawContours(np.ascontiguousarray(large), contours, -1, _WHITE, 3 * thickness)
         large = cv2.drawContours(large, contours, -1, target_colour(index), thickness)
-    return _draw_labels(_with_margin(large), large_masks, phrases)
+    return _draw_labels(_add_margin(large), large_masks, phrases)
 
 
 def draw_side_by_side(image: np.ndarray, masks: np.ndarray, phrases: Sequence[str] = ()) -> np.ndarray:
@@ -129,7 +129,7 @@ def draw_gallery(items: Sequence[GalleryItem], *, columns: int = 2, tile: int = 
     return sheet
 
 
-def _check(image: np.ndarray, masks: np.ndarray) -> None:
+def _check_inputs(image: np.ndarray, masks: np.ndarray) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image to draw on is {image.dtype} {image.shape}; expected uint8 (height, width, 3)")
     if masks.dtype != np.bool_ or masks.ndim != 3 or (len(masks) and masks.shape[1:] != image.shape[:2]):
@@ -144,7 +144,7 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
     return array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _with_margin(image: np.ndarray) -> np.ndarray:
+def _add_margin(image: np.ndarray) -> np.ndarray:
     """At least _MIN_CANVAS large, white where nothing was."""
     height, width = max(image.shape[0], _MIN_CANVAS[0]), max(image.shape[1], _MIN_CANVAS[1])
     canvas = np.full((height, width, 3), _WHITE, dtype=np.uint8)
@@ -157,7 +157,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _shorten_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """`text`, or as much of its beginning as fits into `width` pixels with an ellipsis."""
     if font.getlength(text) <= width:
         return text
@@ -175,20 +175,20 @@ def _draw_labels(image: np.ndarray, masks: Sequence[np.ndarray], phrases: Sequen
     font = _font(size)
     taken: list[Rectangle] = []
     for index, (mask, phrase) in enumerate(zip(masks, phrases, strict=False)):
-        label = _fitting(printable(phrase), font, canvas.width - 2 * _PADDING)
+        label = _shorten_text(to_printable(phrase), font, canvas.width - 2 * _PADDING)
         if not label or not mask.any():
             continue
         width, height = int(np.ceil(font.getlength(label))) + 2 * _PADDING, size + 2 * _PADDING
-        left, top = _free_place(mask, (width, height), canvas.size, taken, masks)
+        left, top = _find_place(mask, (width, height), canvas.size, taken, masks)
         taken.append((left, top, left + width, top + height))
         background = target_colour(index)
-        _lead(draw, mask, taken[-1], background)
+        _draw_leader(draw, mask, taken[-1], background)
         draw.rectangle((left, top, left + width - 1, top + height - 1), fill=background)
         draw.text((left + _PADDING, top + height / 2), label, fill=text_colour(background), font=font, anchor="lm")
     return np.asarray(canvas)
 
 
-def _lead(draw: ImageDraw.ImageDraw, mask: np.ndarray, label: Rectangle, colour: Colour) -> None:
+def _draw_leader(draw: ImageDraw.ImageDraw, mask: np.ndarray, label: Rectangle, colour: Colour) -> None:
     """A line from a label to its mask's nearest pixel, where they are further apart than the label is high."""
     rows, columns = np.nonzero(mask)
     x0, y0, x1, y1 = label
@@ -200,7 +200,7 @@ def _lead(draw: ImageDraw.ImageDraw, mask: np.ndarray, label: Rectangle, colour:
         draw.line(((x0 + x1) // 2, (y0 + y1) // 2, *end), fill=colour, width=2)
 
 
-def _free_place(
+def _find_place(
     mask: np.ndarray,
     label: tuple[int, int],
     canvas: tuple[int, int],
@@ -278,8 +278,8 @@ def _draw_card(item: GalleryItem, tile: int) -> np.ndarray:
     font, line = _font(size), size + 4
     width = 3 * tile + 4 * gap
     letters = max(8, int((width - 2 * gap) / font.getlength("n")))
-    above = textwrap.wrap(f"Q: {printable(item.question)}", letters) or [""]
-    answered = f"A: {printable(item.answer)}" + (f"   [{printable(item.note)}]" if item.note else "")
+    above = textwrap.wrap(f"Q: {to_printable(item.question)}", letters) or [""]
+    answered = f"A: {to_printable(item.answer)}" + (f"   [{to_printable(item.note)}]" if item.note else "")
     below = textwrap.wrap(answered, letters) or [""]
     height = (len(above) + len(below) + 1) * line + tile + 5 * gap
     image = Image.new("RGB", (width, height), _WHITE)

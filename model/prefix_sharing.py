@@ -1,7 +1,7 @@
-"""Conversations about images in one packed sequence: what those of an image begin with once, then the rest of each.
+"""Conversations about images in one packed sequence: for each image the prefix they share, then the rest of each.
 
-The common beginning (system text, the image's positions, equal words) is computed once per image, and padding not
-at all. Each conversation sees its image's beginning and itself, and its positions go on from the beginning's end, so
+The prefix (system text, the image's positions, equal words) is computed once per image, and padding not
+at all. Each conversation sees its image's prefix and itself, and its positions go on from the prefix's end, so
 that every state is what it would be in a sequence of its own.
 
 Axes: C conversations, P positions of a sequence of its own, T places of the packed one, N heads, D channels of a head.
@@ -23,44 +23,44 @@ PACKING_ATTENTION = (EAGER, SDPA)
 
 
 @dataclass(frozen=True)
-class Beginning:
+class SharedPrefix:
     """What conversations about an image share, and what follows it in the packed sequence.
 
-    places: how many it has. rests: places of each conversation that says more, in order.
+    places: how many it has. suffixes: places of each conversation that says more, in order.
     """
 
     places: int
-    rests: tuple[int, ...]
+    suffixes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PackedSequence:
     """How sequences of their own map into the packed one and back.
 
-    sequences, columns: (T,) the place each packed place is taken from; columns are the position ids too. home: (C, P)
-    where each place has its state; for padding, anywhere. beginnings: in order, one per image. owners: (T,) the
-    conversation's number, -1 in a beginning. images: (T,) numbers of the images.
+    sequences, columns: (T,) the place each packed place is taken from; columns are the position ids too. state_index:
+    (C, P) where each place has its state; for padding, anywhere. prefixes: in order, one per image. owners: (T,) the
+    conversation's number, -1 in a prefix. images: (T,) numbers of the images.
     """
 
     sequences: torch.Tensor
     columns: torch.Tensor
-    home: torch.Tensor
-    beginnings: tuple[Beginning, ...]
+    state_index: torch.Tensor
+    prefixes: tuple[SharedPrefix, ...]
     owners: torch.Tensor
     images: torch.Tensor
 
-    def allowed(self) -> torch.Tensor:
+    def attention_mask(self) -> torch.Tensor:
         """(1, 1, T, T) bool: which places (the last axis) each place may see."""
         slots = torch.arange(len(self.sequences), device=self.sequences.device)
         visible = (self.owners == -1)[None] | (self.owners[None] == self.owners[:, None])
         same_image = self.images[None] == self.images[:, None]
         return (visible & same_image & (slots[None] <= slots[:, None]))[None, None]
 
-    def mask(self, attention: str, dtype: torch.dtype) -> torch.Tensor:
+    def make_mask(self, attention: str, dtype: torch.dtype) -> torch.Tensor:
         """What an implementation of PACKING_ATTENTION is to be given as its mask, for states of `dtype`."""
         if attention == SDPA:
-            return BlockMask.of(self.beginnings, len(self.sequences), self.sequences.device)
-        forbidden = ~self.allowed()
+            return BlockMask.from_prefixes(self.prefixes, len(self.sequences), self.sequences.device)
+        forbidden = ~self.attention_mask()
         return torch.zeros_like(forbidden, dtype=dtype).masked_fill(forbidden, torch.finfo(dtype).min)
 
 
@@ -79,28 +79,28 @@ def pack_sequences(ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Ten
     shared = equal.new_zeros(int(image_of_sequence[-1]) + 1).scatter_reduce(
         0, image_of_sequence, equal, "amin", include_self=False
     )
-    begins = torch.arange(ids.shape[1])[None] < shared[image_of_sequence][:, None]
+    in_prefix = torch.arange(ids.shape[1])[None] < shared[image_of_sequence][:, None]
     is_first = (torch.arange(len(ids)) == first)[:, None]
-    kept = mask & (is_first | ~begins)
+    kept = mask & (is_first | ~in_prefix)
     sequences, columns = kept.nonzero(as_tuple=True)
     slots = (kept.flatten().cumsum(dim=0) - 1).clamp(min=0).view_as(kept)
-    rests = (kept & ~begins).sum(dim=1).tolist()
-    beginnings = [
-        Beginning(int(places), tuple(rests[one] for one in range(start, stop) if rests[one]))
-        for places, start, stop in _stretches((kept & begins).sum(dim=1), is_first[:, 0])
+    suffixes = (kept & ~in_prefix).sum(dim=1).tolist()
+    prefixes = [
+        SharedPrefix(int(places), tuple(suffixes[one] for one in range(start, stop) if suffixes[one]))
+        for places, start, stop in _prefix_spans((kept & in_prefix).sum(dim=1), is_first[:, 0])
     ]
     return PackedSequence(
         sequences.to(device),
         columns.to(device),
-        torch.where(begins, slots[first], slots).to(device),
-        tuple(beginnings),
-        torch.where(begins[sequences, columns], -1, sequences).to(device),
+        torch.where(in_prefix, slots[first], slots).to(device),
+        tuple(prefixes),
+        torch.where(in_prefix[sequences, columns], -1, sequences).to(device),
         image_of_sequence[sequences].to(device),
     )
 
 
-def _stretches(places: torch.Tensor, is_first: torch.Tensor) -> list[tuple[int, int, int]]:
-    """(places of the beginning, first sequence, sequence after the last) for each image."""
+def _prefix_spans(places: torch.Tensor, is_first: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(places of the prefix, first sequence, sequence after the last) for each image."""
     starts = is_first.nonzero()[:, 0].tolist()
     return [(int(places[a]), a, b) for a, b in zip(starts, [*starts[1:], len(is_first)], strict=True)]
 
@@ -111,18 +111,18 @@ class BlockMask(torch.Tensor):
     It has the shape (1, 1, T, T) of the mask that it stands for, and no memory to match.
     """
 
-    beginnings: Sequence[Beginning]
-    rest_masks: Mapping[tuple[int, int], torch.Tensor]
+    prefixes: Sequence[SharedPrefix]
+    suffix_masks: Mapping[tuple[int, int], torch.Tensor]
 
     @classmethod
-    def of(cls, beginnings: Sequence[Beginning], length: int, device: torch.device) -> BlockMask:
-        """For a sequence of `length` places, of which `beginnings` tell all."""
+    def from_prefixes(cls, prefixes: Sequence[SharedPrefix], length: int, device: torch.device) -> BlockMask:
+        """For a sequence of `length` places, of which `prefixes` tell all."""
         mask = torch.zeros((), dtype=torch.bool, device=device).expand(1, 1, length, length).as_subclass(cls)
-        mask.beginnings = beginnings
-        sizes = {(rest, begin.places) for begin in beginnings for rest in begin.rests}
-        mask.rest_masks = {
-            (rest, places): torch.ones(rest, places + rest, dtype=torch.bool, device=device).tril(places)
-            for rest, places in sizes
+        mask.prefixes = prefixes
+        sizes = {(suffix, prefix.places) for prefix in prefixes for suffix in prefix.suffixes}
+        mask.suffix_masks = {
+            (suffix, places): torch.ones(suffix, places + suffix, dtype=torch.bool, device=device).tril(places)
+            for suffix, places in sizes
         }
         return mask
 
@@ -146,19 +146,19 @@ def _attend_in_blocks(
     """`scaled_dot_product_attention` of (1, N, T, D) states under a `BlockMask`."""
     if is_causal:
         raise ValueError("a mask is given, and is_causal too: expected one of them")
-    sizes = [size for begin in attn_mask.beginnings for size in (begin.places, *begin.rests)]
+    sizes = [size for prefix in attn_mask.prefixes for size in (prefix.places, *prefix.suffixes)]
     queries, keys, values = (states.split(sizes, dim=2) for states in (query, key, value))
     found, place = [], 0
-    for begin in attn_mask.beginnings:
-        begin_key, begin_value = keys[place], values[place]
-        if begin.places:
+    for prefix in attn_mask.prefixes:
+        prefix_key, prefix_value = keys[place], values[place]
+        if prefix.places:
             found.append(
-                F.scaled_dot_product_attention(queries[place], begin_key, begin_value, is_causal=True, **options)
+                F.scaled_dot_product_attention(queries[place], prefix_key, prefix_value, is_causal=True, **options)
             )
-        for rest in begin.rests:
+        for suffix in prefix.suffixes:
             place += 1
-            both = torch.cat([begin_key, keys[place]], dim=2), torch.cat([begin_value, values[place]], dim=2)
-            own = attn_mask.rest_masks[rest, begin.places]
+            both = torch.cat([prefix_key, keys[place]], dim=2), torch.cat([prefix_value, values[place]], dim=2)
+            own = attn_mask.suffix_masks[suffix, prefix.places]
             found.append(F.scaled_dot_product_attention(queries[place], *both, attn_mask=own, **options))
         place += 1
     return torch.cat(found, dim=2)

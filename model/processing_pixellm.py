@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AddedToken, PreTrainedTokenizerFast, ProcessorMixin
 
-from .answer_text import phrases_before_groups, tidy, without_groups
+from .answer_text import phrases_before_groups, remove_seg_markers, tidy_text
 from .answers import DecodedAnswer
 from .conversation_formats import (
     IMAGE_END_TOKEN,
@@ -35,7 +35,7 @@ from .image_processing_pixellm import (
     open_image,
     prepare_image,
 )
-from .release_text import LegacyTokenizer, encode_rows, separator_of, with_image_markers
+from .release_text import LegacyTokenizer, answer_separator, encode_sequences, wrap_image_tokens
 from .seg_codebook import whole_groups
 from .structures import IGNORE_TOKEN, LLAVA_V1, SEG_MARKER, TOWER_KEY, PixelLMError, Question
 
@@ -103,7 +103,7 @@ def seg_token_names(num_scales: int, tokens_per_scale: int) -> list[str]:
     return [f"[SEG{index}]" for index in range(num_scales * tokens_per_scale)]
 
 
-def rows_needed(tokenizer: Any) -> int:
+def required_vocab_size(tokenizer: Any) -> int:
     """Rows for every token that is ever embedded or predicted: all but the image's placeholder, if that is last."""
     ids = tokenizer.get_vocab()
     return 1 + max(number for name, number in ids.items() if name != IMAGE_TOKEN)
@@ -197,14 +197,14 @@ class PixelLMProcessor(ProcessorMixin):
         patch_size: side of a patch of the vision tower, pixels.
         image_token_pool: side of the square of patches that is averaged into one image token.
         image_mean, image_std: three numbers each, in units of 0..255. CLIP's own by default; the release was trained
-            with SAM's (golden fact P1).
+            with SAM's (docs/facts.md, P1).
         pad_before_normalize: True pads with black pixels before normalisation, False (release) with zeros after it.
         num_scales, tokens_per_scale: a seg group is S * K tokens.
         conversation_format: "llava_v1", "llava_llama_2" or "chat_template" (the tokenizer's own).
         use_mm_start_end: wrap the image in <im_start> and <im_end>.
         model_max_length: the most positions a conversation may take, those of its image included.
         text_rules: "turns" writes a conversation piece by piece, under any tokenizer, and leaves whole turns out where
-            it is too long. "release" (golden facts C) writes one text for a Llama tokenizer, and cuts its tokens.
+            it is too long. "release" (docs/facts.md, C) writes one text for a Llama tokenizer, and cuts its tokens.
 
     Raises:
         ProcessorError: a number is impossible, or the tokenizer has no end token or was not prepared.
@@ -247,7 +247,7 @@ class PixelLMProcessor(ProcessorMixin):
         word = tokenizer.encode("x", add_special_tokens=False)
         self._implies_space = tokenizer.encode("x x", add_special_tokens=False) == word * 2
         if text_rules == RELEASE_RULES:
-            self._separator = separator_of(conversation_format)
+            self._separator = answer_separator(conversation_format)
             self._legacy = LegacyTokenizer(tokenizer, self._reserved[:-1])
 
     def settings(self) -> dict[str, Any]:
@@ -324,7 +324,7 @@ class PixelLMProcessor(ProcessorMixin):
     # -- images ------------------------------------------------------------------------------------------------------
 
     def open_image(self, source: Any) -> np.ndarray:
-        """See `images.open_image`: anything that holds an image -> (H, W, 3) uint8 RGB, or ImageError."""
+        """Anything that holds an image -> (H, W, 3) uint8 RGB, or ImageError."""
         return open_image(source)
 
     def encode_image(self, array: np.ndarray) -> EncodedImage:
@@ -333,11 +333,11 @@ class PixelLMProcessor(ProcessorMixin):
             array, self.image_size, self.image_mean, self.image_std, pad_before_normalize=self.pad_before_normalize
         )
 
-    def prepare_image(self, source: Any, fast: bool = False) -> PreparedImage:
-        """See `images.prepare_image`: anything that holds an image, in its square as bytes; what
-        `pixel_statistics` makes of it is what `encode_image` gives.
+    def prepare_image(self, source: Any) -> PreparedImage:
+        """Anything that holds an image, resized for its square as bytes; `pixel_statistics` makes of it what
+        `encode_image` gives. ImageError as `open_image`.
         """
-        return prepare_image(source, self.image_size, fast=fast)
+        return prepare_image(source, self.image_size)
 
     def stack_images(self, images: Sequence[EncodedImage], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """B encoded images as the model takes them: pixel_values (B, 3, P, P) of `dtype` under TOWER_KEY, and
@@ -433,7 +433,7 @@ class PixelLMProcessor(ProcessorMixin):
             first, answer = written[0]
             written[0] = (f"{IMAGE_TOKEN}\n{first}", answer)
         text = self._format.write(written, self.tokenizer.bos_token, self.tokenizer.eos_token)
-        return with_image_markers(text) if self.use_mm_start_end else text
+        return wrap_image_tokens(text) if self.use_mm_start_end else text
 
     def _words(self, text: str) -> str:
         for name in (*self._reserved, *self.tokenizer.all_special_tokens):
@@ -441,7 +441,7 @@ class PixelLMProcessor(ProcessorMixin):
         return text.strip()
 
     def _encode_as_release(self, turns: list[tuple[str, str]], with_image: bool) -> EncodedConversation:
-        rows = encode_rows(
+        rows = encode_sequences(
             [self._release_text(turns, with_image)],
             self._legacy,
             self._separator,
@@ -497,9 +497,9 @@ class PixelLMProcessor(ProcessorMixin):
             pieces += [self._decode_words(answer[position:start]), SEG_MARKER]
             position = start + len(self._seg_token_ids)
         pieces.append(self._decode_words(answer[position:]))
-        marked_text = tidy(" ".join(pieces))
+        marked_text = tidy_text(" ".join(pieces))
         return DecodedAnswer(
-            without_groups(marked_text), marked_text, phrases_before_groups(marked_text), len(starts), broken
+            remove_seg_markers(marked_text), marked_text, phrases_before_groups(marked_text), len(starts), broken
         )
 
     def render_conversation(self, encoded: EncodedConversation) -> str:

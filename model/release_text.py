@@ -1,4 +1,4 @@
-"""The release's way from a conversation's text to token ids and labels, id for id (golden facts C).
+"""The release's way from a conversation's text to token ids and labels, id for id (docs/facts.md, C).
 
 A processor goes it where its `text_rules` is "release". Our own way gives the same ids and labels wherever all of a
 conversation fits; the release cuts a long one anywhere, and it reads its image where the text has it.
@@ -30,7 +30,7 @@ class ReleaseTextError(PixelLMError):
     """A text cannot be treated as the release treats it."""
 
 
-def separator_of(conversation_format: str, *, as_written: bool = False) -> str:
+def answer_separator(conversation_format: str, *, as_written: bool = False) -> str:
     """The text after which a round is learned.
 
     Args:
@@ -46,7 +46,7 @@ def separator_of(conversation_format: str, *, as_written: bool = False) -> str:
     return table[conversation_format]
 
 
-def with_image_markers(text: str) -> str:
+def wrap_image_tokens(text: str) -> str:
     """Every image's placeholder between its start and end tokens (fact C5)."""
     return text.replace(IMAGE_TOKEN, f"{IMAGE_START_TOKEN}{IMAGE_TOKEN}{IMAGE_END_TOKEN}")
 
@@ -106,7 +106,7 @@ class LegacyTokenizer:
 
 
 @dataclass(frozen=True)
-class ReleaseRows:
+class ReleaseSequences:
     """input_ids (C, T) long, labels (C, T) long with -100 where nothing is learned, attention_mask (C, T) bool."""
 
     input_ids: torch.Tensor
@@ -114,7 +114,7 @@ class ReleaseRows:
     attention_mask: torch.Tensor
 
 
-def encode_rows(
+def encode_sequences(
     texts: Sequence[str],
     tokenizer: LegacyTokenizer,
     separator: str,
@@ -123,32 +123,32 @@ def encode_rows(
     image_id: int,
     padding_id: int = 0,
     longest: int | None = None,
-) -> ReleaseRows:
+) -> ReleaseSequences:
     """Conversations about any images as one batch.
 
-    From the first text without an end token on, every label is the row's own id, padding included (fact C2).
+    From the first text without an end token on, every label is the sequence's own id, padding included (fact C2).
 
     Args:
         texts: C conversations, written out whole, markers around their placeholders.
-        separator: see `separator_of`. end: the end token's name. image_id: stands for an image.
-        longest: rows are cut there (fact C4), answers, groups and all; None for never.
+        separator: see `answer_separator`. end: the end token's name. image_id: stands for an image.
+        longest: sequences are cut there (fact C4), answers, groups and all; None for never.
 
     Raises:
         ReleaseTextError: a round does not hold the separator once.
     """
-    rows = [tokenizer.ids_with_image(text, image_id) for text in texts]
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [padding_id] * (width - len(row)) for row in rows], dtype=torch.long)
+    sequences = [tokenizer.ids_with_image(text, image_id) for text in texts]
+    width = max(len(sequence) for sequence in sequences)
+    ids = torch.tensor([sequence + [padding_id] * (width - len(sequence)) for sequence in sequences], dtype=torch.long)
     labels = ids.clone()
-    for row, text in zip(labels, texts, strict=True):
+    for sequence, text in zip(labels, texts, strict=True):
         if end not in text:
             break
-        _hide_what_is_not_learned(row, text, tokenizer, separator, end, image_id)
+        _ignore_questions(sequence, text, tokenizer, separator, end, image_id)
     mask = ids != padding_id
-    return ReleaseRows(ids[:, :longest], labels[:, :longest], mask[:, :longest])
+    return ReleaseSequences(ids[:, :longest], labels[:, :longest], mask[:, :longest])
 
 
-def _hide_what_is_not_learned(
+def _ignore_questions(
     labels: torch.Tensor, text: str, tokenizer: LegacyTokenizer, separator: str, end: str, image_id: int
 ) -> None:
     """Walk over the rounds by the lengths they have alone (fact C3)."""

@@ -1,6 +1,6 @@
 """The seg codebook: from the hidden states of seg groups to one embedding per target and scale.
 
-Axes: C rows, T positions, Q targets, S scales, K tokens per scale, H language width, D embedding width.
+Axes: C sequences, T positions, Q targets, S scales, K tokens per scale, H language width, D embedding width.
 """
 
 import torch
@@ -51,31 +51,31 @@ class SegCodebook(nn.Module):
 def group_positions(
     ids: torch.Tensor, seg_token_ids: list[int], *, adjacent: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the seg groups of a batch of token rows are; only membership in the set of seg ids counts (golden fact M3).
+    """Where the seg groups of a batch are; only membership in the set of seg ids counts (docs/facts.md, M3).
 
     Args:
         ids: (C, T). adjacent: False (release) lets words stand between the tokens of a group.
 
     Returns:
-        rows (Q,), and columns (Q, S * K) of the tokens, in reading order.
+        sequences (Q,), and columns (Q, S * K) of the tokens, in reading order.
 
     Raises:
-        ValueError: a row holds seg tokens that do not form whole groups (of adjacent tokens, if asked for).
+        ValueError: a sequence holds seg tokens that do not form whole groups (of adjacent tokens, if asked for).
     """
     size = len(seg_token_ids)
     is_seg = torch.isin(ids, torch.tensor(seg_token_ids, device=ids.device))
-    rows, columns = is_seg.nonzero(as_tuple=True)
-    if rows.numel() % size == 0:
-        rows_QG, columns_QG = rows.view(-1, size), columns.view(-1, size)
-        whole = rows_QG == rows_QG[:, :1]
+    sequences, columns = is_seg.nonzero(as_tuple=True)
+    if sequences.numel() % size == 0:
+        sequences_QG, columns_QG = sequences.view(-1, size), columns.view(-1, size)
+        whole = sequences_QG == sequences_QG[:, :1]
         if adjacent:
             whole &= columns_QG == columns_QG[:, :1] + torch.arange(size, device=ids.device)
         if bool(whole.all()):
-            return rows_QG[:, 0], columns_QG
+            return sequences_QG[:, 0], columns_QG
     counts = is_seg.sum(dim=1).tolist()
     raise ValueError(
-        f"seg tokens per row are {counts}, not whole groups of {size}{' adjacent' if adjacent else ''} tokens: a group "
-        "was cut or broken before it reached the model"
+        f"seg tokens per sequence are {counts}, not whole groups of {size}{' adjacent' if adjacent else ''} tokens: a "
+        "group was cut or broken before it reached the model"
     )
 
 
@@ -103,7 +103,7 @@ def whole_groups(ids: list[int], seg_token_ids: list[int]) -> tuple[list[int], i
 
 
 def release_groups(ids: list[int], seg_token_ids: list[int]) -> tuple[list[list[int]], int]:
-    """The groups of a text as the release counts them when it generates (golden facts M3, E3).
+    """The groups of a text as the release counts them when it generates (docs/facts.md, M3, E3).
 
     Returns:
         The places of each group's tokens: any S * K seg tokens in order, whatever stands between them. No group at all

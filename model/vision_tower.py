@@ -116,7 +116,7 @@ def resize_position_table(table: torch.Tensor, grid: int, class_tokens: int, met
     Args:
         table: (class tokens + n * n, C), the class row first, as CLIP stores it.
         method: "standard" resizes the patch rows bicubically and keeps the class row. "release" reproduces the
-            published model (golden fact M6): it takes the last row for the class row, resizes the others bilinearly,
+            published model (docs/facts.md, M6): it takes the last row for the class row, resizes the others bilinearly,
             and puts the last row at the end.
 
     Returns:

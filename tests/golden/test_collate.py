@@ -32,11 +32,11 @@ from model.processing_pixellm import (
 )
 from model.release_text import (
     LegacyTokenizer,
-    ReleaseRows,
+    ReleaseSequences,
     ReleaseTextError,
-    encode_rows,
-    separator_of,
-    with_image_markers,
+    answer_separator,
+    encode_sequences,
+    wrap_image_tokens,
 )
 from model.structures import CONVERSATION_FORMATS, IGNORE_TOKEN, LLAVA_V1, SEG_MARKER
 from tests.golden import vectors
@@ -215,7 +215,7 @@ def test_template(case: str) -> None:
         golden.same("text", text, recorded["prompt"])
         golden.same("end", tokenizer.eos_token, recorded["sep2"])
         asks, answers = recorded["roles"]
-        golden.same("as written", separator_of(case, as_written=True), f"{recorded['sep']}{answers}: ")
+        golden.same("as written", answer_separator(case, as_written=True), f"{recorded['sep']}{answers}: ")
         golden.check(recorded["sep_style"] != "TWO" or f"{asks}: " in text, "the roles are not in the text")
 
 
@@ -230,8 +230,8 @@ def test_prompt(case: str) -> None:
         rounds = facts()["rounds"].get(name) or asked_only(recorded["prompt"])
         text = scaffold.write(rounds, tokenizer.bos_token, tokenizer.eos_token)
         golden.same("text", text, recorded["prompt"])
-        golden.same("text with ends", with_image_markers(text), recorded["prompt_with_image_markers"])
-        ids = legacy(conversation_format).ids_with_image(with_image_markers(text), placeholder())
+        golden.same("text with ends", wrap_image_tokens(text), recorded["prompt_with_image_markers"])
+        ids = legacy(conversation_format).ids_with_image(wrap_image_tokens(text), placeholder())
         golden.same("ids", ids, recorded["input_ids"])
         ours = our_ids(conversation_format, rounds)
         if ours is not None:
@@ -254,15 +254,15 @@ def test_batch(case: str) -> None:
         rounds = [[rounds_called(sample) for sample in conversations] for conversations in samples]
         texts = [[scaffold.write(r, tokenizer.bos_token, tokenizer.eos_token) for r in rows] for rows in rounds]
         golden.same("texts", texts, recorded["conversations"])
-        marked = [with_image_markers(text) for rows in texts for text in rows]
+        marked = [wrap_image_tokens(text) for rows in texts for text in rows]
         longest = recorded["model_max_length"]
         limit = None if recorded["inference"] else longest - ours.num_image_tokens + 1
 
-        def encode() -> ReleaseRows:
-            return encode_rows(
+        def encode() -> ReleaseSequences:
+            return encode_sequences(
                 marked,
                 legacy(conversation_format),
-                separator_of(conversation_format, as_written=not case.startswith(INTENDED)),
+                answer_separator(conversation_format, as_written=not case.startswith(INTENDED)),
                 end=tokenizer.eos_token,
                 image_id=placeholder(),
                 padding_id=facts()["tokenizer"]["pad_token_id"],
@@ -290,7 +290,7 @@ def test_batch(case: str) -> None:
                 compare_chosen(golden, processor(conversation_format, RELEASE_RULES, longest), rounds, rows)
 
 
-def our_batch(conversation_format: str, rounds: list[list[list[list[str]]]], rows: ReleaseRows) -> Batch:
+def our_batch(conversation_format: str, rounds: list[list[list[list[str]]]], rows: ReleaseSequences) -> Batch:
     """Our batch of the same conversations, uncut; one that does not begin with its image as the release writes it."""
     release, examples = iter(zip(rows.input_ids, rows.labels, strict=True)), []
     for conversations in rounds:
@@ -306,7 +306,7 @@ def our_batch(conversation_format: str, rounds: list[list[list[list[str]]]], row
 
 
 def compare_ours(
-    golden: vectors.Reading, batch: Batch, last_answers: list[str], rows: ReleaseRows, limit: int | None
+    golden: vectors.Reading, batch: Batch, last_answers: list[str], rows: ReleaseSequences, limit: int | None
 ) -> None:
     """Ids and mask are the same; labels too, down to the first row that waits for its answer: from there on the release
     learns everything (fact C2), and ours still learns answers only.
@@ -323,7 +323,7 @@ def compare_ours(
 
 
 def compare_chosen(
-    golden: vectors.Reading, chosen: PixelLMProcessor, rounds: list[list[list[list[str]]]], rows: ReleaseRows
+    golden: vectors.Reading, chosen: PixelLMProcessor, rounds: list[list[list[list[str]]]], rows: ReleaseSequences
 ) -> None:
     """A processor whose `text_rules` is the release's makes each of these rows, up to its padding; one that lost groups
     it refuses, as the release's own training then fails.

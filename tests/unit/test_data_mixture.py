@@ -171,9 +171,9 @@ class FakeProcessor:
     def open_image(self, source: Any) -> np.ndarray:
         return cv2.imread(source)
 
-    def prepare_image(self, source: Any, fast: bool) -> PreparedImage:
+    def prepare_image(self, source: Any) -> PreparedImage:
         array = self.open_image(source) if isinstance(source, str) else source
-        resized = np.full((5 if fast else 6, SIDE, 3), int(array.mean()), dtype=np.uint8)
+        resized = np.full((6, SIDE, 3), int(array.mean()), dtype=np.uint8)
         return PreparedImage(resized, SIDE, array.shape[:2])
 
     @staticmethod

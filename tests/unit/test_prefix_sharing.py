@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from demo.tiny import TinyShape, make_tiny
 from model.modeling_pixellm import PixelLMForCausalLM
-from model.prefix_sharing import Beginning, pack_sequences
+from model.prefix_sharing import SharedPrefix, pack_sequences
 from tests.unit.engine_real import write_real
 from tests.unit.sharing_ranks import step_of
 from utils.engine.runtime import Runtime
@@ -27,8 +27,8 @@ def test_a_plan_by_hand() -> None:
     plan = pack_sequences(ids, mask, torch.tensor([0, 0, 3]))
     assert ids[plan.sequences, plan.columns].tolist() == [7, 9, 1, 2, 3, 5, 6]
     assert plan.columns.tolist() == [0, 2, 3, 4, 3, 0, 1]
-    assert plan.beginnings == (Beginning(2, (2, 1)), Beginning(2, ()))
-    assert plan.allowed()[0, 0].int().tolist() == [
+    assert plan.prefixes == (SharedPrefix(2, (2, 1)), SharedPrefix(2, ()))
+    assert plan.attention_mask()[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],
@@ -37,7 +37,7 @@ def test_a_plan_by_hand() -> None:
         [0, 0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 0, 1, 1],
     ]
-    home = plan.home.masked_fill(~mask, -1)
+    home = plan.state_index.masked_fill(~mask, -1)
     assert home.tolist() == [[0, -1, 1, 2, 3], [0, -1, 1, 4, -1], [5, 6, -1, -1, -1]]
 
 
@@ -45,9 +45,9 @@ def test_equal_conversations_are_one_and_unequal_ones_share_nothing() -> None:
     twice = torch.tensor([[1, 2, 3], [1, 2, 3]])
     everywhere = torch.ones_like(twice).bool()
     plan = pack_sequences(twice, everywhere, torch.tensor([0, 0]))
-    assert plan.beginnings == (Beginning(3, ()),) and plan.home.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert plan.prefixes == (SharedPrefix(3, ()),) and plan.state_index.tolist() == [[0, 1, 2], [0, 1, 2]]
     apart = pack_sequences(torch.tensor([[1, 2, 3], [4, 2, 3]]), everywhere, torch.tensor([0, 0]))
-    assert apart.beginnings == (Beginning(0, (3, 3)),) and apart.home.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert apart.prefixes == (SharedPrefix(0, (3, 3)),) and apart.state_index.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("heads_of_keys", [4, 2])
@@ -67,7 +67,7 @@ def test_attention_in_blocks_is_attention_under_the_dense_mask(heads_of_keys: in
         found = F.scaled_dot_product_attention(*states, attn_mask=given, enable_gqa=heads_of_keys != 4)
         return [found, *torch.autograd.grad((found * weights).sum(), states)]
 
-    for block, dense in zip(run(plan.mask("sdpa", torch.float32)), run(plan.allowed()), strict=True):
+    for block, dense in zip(run(plan.make_mask("sdpa", torch.float32)), run(plan.attention_mask()), strict=True):
         torch.testing.assert_close(block, dense)
 
 

@@ -12,7 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 from model.configuration_pixellm import PixelLMConfig
 from model.modeling_pixellm import PixelLMForCausalLM
 from model.onednn_linear import use_onednn
-from model.processing_pixellm import PixelLMProcessor, check_groups, rows_needed
+from model.processing_pixellm import PixelLMProcessor, check_groups, required_vocab_size
 from model.structures import FLASH_ATTENTION, LORA_ALPHA, LORA_DROPOUT, LORA_RANK, LORA_TARGET_MODULES, SDPA
 from model.vision_tower import resize_position_table
 from utils.checkpoints.bases import LANGUAGE, POSITION_TABLE, TOWER, llava
@@ -133,7 +133,7 @@ def _continue_pixellm(folder: Path, saved: PixelLMConfig, options: ModelOptions,
     processor = _changed_processor(_saved_processor(folder, saved), options)
     rows = saved.text_config.vocab_size
     config = _changed_config(saved, processor, options)
-    config.text_config.vocab_size = max(rows, rows_needed(processor.tokenizer))
+    config.text_config.vocab_size = max(rows, required_vocab_size(processor.tokenizer))
     if manner.to_train:
         learn_fusion(config, options)
     tensors = stored_in(folder) if manner.load_weights else {}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model.configuration_pixellm import PixelLMConfig
 from model.modeling_pixellm import PixelLMForCausalLM
-from model.processing_pixellm import PixelLMProcessor, rows_needed
+from model.processing_pixellm import PixelLMProcessor, required_vocab_size
 from utils.checkpoints.bases import TOWER, TOWER_NAMES, sort_out
 from utils.checkpoints.folders import BuildError, first_sentence
 from utils.checkpoints.layouts import ADAPTER_CONFIG
@@ -206,7 +206,7 @@ def prepare_release_tokenizer(tokenizer: Any, rows: int, wanted: int | None, pla
             f"{wanted}: leave that out"
         )
     PixelLMProcessor.prepare_tokenizer(tokenizer, RELEASE_NUM_SCALES, per_scale)
-    needed = rows_needed(tokenizer)
+    needed = required_vocab_size(tokenizer)
     if needed > rows or (not count and needed != rows):
         raise BuildError(
             f"{place}: tensor {name_in_pixellm(TABLE)!r} has {rows} rows, but its tokenizer and the tokens of a "

@@ -22,7 +22,6 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "pillow",
-    "simplejpeg",
     "opencv-python-headless",
 )
 

@@ -16,6 +16,7 @@ from model.processing_pixellm import ConversationTooLong, EncodedConversation, P
 from utils.data.bad_samples import BAD_SAMPLES, BadSample, as_bad_sample
 from utils.data.collate import Batch, Example, collate
 from utils.data.errors import DataError
+from utils.data.fast_images import prepare_image_fast
 from utils.data.mixture import Mixture
 from utils.data.samples import NO_IMAGE, Conversation, Sample, Target
 
@@ -34,7 +35,8 @@ class TrainingDataset(Dataset):
     """Example i is a function of the mixture and i alone.
 
     processor: opens and encodes images and conversations. length: how many examples a run may ask for. strict: raise
-    DataError at the first sample that cannot be read. fast_resize: have images prepared faster, not quite by the book.
+    DataError at the first sample that cannot be read. fast_resize: prepare images faster, values off by 1
+    here and there; see `fast_images`.
 
     A sample of which no conversation fits into the processor's text length, or that cannot be read, is replaced by
     another, which follows from i as well. Example.info tells i as "number", and what was lost: the counts
@@ -120,7 +122,10 @@ class TrainingDataset(Dataset):
             lost["dropped_turns"] += len(conversation) - len(kept)
             lost["dropped_targets"] += sum(len(turn.targets) for turn in conversation[tokens.kept_turns :])
         source = _BLACK_PIXEL if sample.image_path == NO_IMAGE else sample.image_path
-        image = self.processor.prepare_image(source, fast=self.fast_resize)
+        if self.fast_resize:
+            image = prepare_image_fast(source, self.processor.image_size)
+        else:
+            image = self.processor.prepare_image(source)
         info = {
             "sample_id": sample.sample_id,
             "dataset": sample.dataset,

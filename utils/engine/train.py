@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.processing_pixellm import rows_needed
+from model.processing_pixellm import required_vocab_size
 from model.structures import DTYPES
 from utils.checkpoints.builder import (
     MASK_PARTS,
@@ -73,7 +73,7 @@ def train(config: TrainConfig, make_validator: Callable[[TrainConfig, Engine, Bu
     if not config.validation.eval_only:
         mixture = make_mixture(config.data, settings.seed)
         batches = StepBatches(config, runtime, mixture, built.processor)
-        tokens = rows_needed(built.processor.tokenizer)
+        tokens = required_vocab_size(built.processor.tokenizer)
         preflight(config, runtime, built.model, tokens, mixture, zero_stage(settings, runtime))
         flops = 0.0 if settle else probe(config, runtime, built, trained, batches)
     engine = make_engine(config, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
