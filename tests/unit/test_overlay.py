@@ -84,7 +84,7 @@ def test_labels_do_not_cover_each_other_while_there_is_room() -> None:
     masks = np.repeat(box(400, 400, 180, 220, 180, 220)[None], 4, axis=0)
     taken: list[tuple[int, int, int, int]] = []
     for mask in masks:
-        left, top = overlay._free_place(mask, (120, 21), (400, 400), taken)
+        left, top = overlay._find_place(mask, (120, 21), (400, 400), taken)
         taken.append((left, top, left + 120, top + 21))
     for number, (left, top, right, bottom) in enumerate(taken):
         assert min(left, top) >= 0 and max(right, bottom) <= 400
@@ -104,7 +104,7 @@ def test_odd_phrases_are_drawn_all_the_same(text: str) -> None:
 
 
 def test_printable_has_no_control_characters() -> None:
-    assert overlay.printable(" a\x1b[31m\n b\t\x07 ") == "a [31m b"
+    assert overlay.to_printable(" a\x1b[31m\n b\t\x07 ") == "a [31m b"
 
 
 def test_text_is_black_on_light_and_white_on_dark() -> None:
@@ -174,7 +174,7 @@ def test_thirty_four_labels_do_not_cover_each_other() -> None:
     masks = np.stack([box(900, 900, 20 + 24 * n, 40 + 24 * n, 440, 460) for n in range(34)])
     taken: list[overlay.Rectangle] = []
     for mask in masks:
-        left, top = overlay._free_place(mask, (120, 26), (900, 900), taken, list(masks))
+        left, top = overlay._find_place(mask, (120, 26), (900, 900), taken, list(masks))
         assert all(left >= x1 or x0 >= left + 120 or top >= y1 or y0 >= top + 26 for x0, y0, x1, y1 in taken)
         assert not (masks[:, top : top + 26, left : left + 120]).any()
         taken.append((left, top, left + 120, top + 26))
@@ -184,7 +184,7 @@ def test_a_line_leads_to_a_mask_whose_label_had_to_leave() -> None:
     mask = box(100, 200, 50, 60, 10, 20)
     for label, drawn in [((20, 45, 80, 65), False), ((20, 60, 80, 80), False), ((120, 45, 180, 65), True)]:
         image = Image.new("RGB", (200, 100), (GREY,) * 3)
-        overlay._lead(ImageDraw.Draw(image), mask, label, (1, 2, 3))
+        overlay._draw_leader(ImageDraw.Draw(image), mask, label, (1, 2, 3))
         line = (np.asarray(image) == (1, 2, 3)).all(axis=-1)
         assert line.any() == drawn
         # From the middle of the label, x = 150, to the mask's nearest column, 19, on its rows.
