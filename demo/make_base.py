@@ -17,6 +17,7 @@ import torch
 
 from demo.lookup_start import Meant, start_looking_up
 from demo.mask_start import start_masks_at_words
+from demo.muon import make_muon
 from demo.patch_reader import PatchBatch, PatchReader
 from demo.pipelines import ROOT
 from demo.scenes import (
@@ -40,10 +41,9 @@ from utils.cli.errors import UserError, run_script
 from utils.data.dataset import TrainingDataset
 from utils.engine.fit import Plan, Run, fit_in_one_go
 from utils.engine.plain_engine import PlainEngine
-from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime, open_runtime
-from utils.engine.setup import StepBatches, make_engine, make_mixture, make_plan
-from utils.engine.stepping import MUON, OptimizerSettings, Schedule
+from utils.engine.setup import StepBatches, make_mixture, make_plan, optimizer_settings
+from utils.engine.stepping import OptimizerSettings, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ SHAPE = {field.name: field.default for field in fields(TinyShape) if isinstance(
 def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: int, folder: Path) -> None:
     """Teach the tower and the projector which colour, form, size and place each patch shows."""
     torch.nn.ModuleList(built.model.vision_tower.requires_grad_(True).parts_without_loss()).requires_grad_(False)
-    engine = PlainEngine(PatchReader(built, **LESSONS), OptimizerSettings(name=MUON), "fp32", runtime.device)
+    reader, settings = PatchReader(built, **LESSONS), OptimizerSettings()
+    engine = PlainEngine(reader, settings, "fp32", runtime.device, make_muon(reader, settings))
     lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
 
     def batches(_: int) -> Iterator[list[PatchBatch]]:
@@ -78,7 +79,9 @@ def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     logger.info(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
 
 
-def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], fixed: Sequence[torch.nn.Module] = ()) -> Engine:
+def train_words(
+    built: BuiltModel, runtime: Runtime, flags: list[str], fixed: Sequence[torch.nn.Module] = ()
+) -> PlainEngine:
     """Talk about scenes, as WORDS_CONFIG and `flags` say; `fixed` parts stay as they are. Returns who trained."""
     config = parse_train(["--config", WORDS_CONFIG, "--version", ".", "--engine", "plain", *flags])
     choose_trainable(
@@ -87,7 +90,10 @@ def train_words(built: BuiltModel, runtime: Runtime, flags: list[str], fixed: Se
     torch.nn.ModuleList(fixed).requires_grad_(False)
     mixture = make_mixture(config.data, config.engine.seed)
     batches = StepBatches(config, runtime, mixture, built.processor)
-    engine = make_engine(config, runtime, built.model)
+    settings = optimizer_settings(config.optimizer)
+    engine = PlainEngine(
+        built.model, settings, config.engine.precision, runtime.device, make_muon(built.model, settings)
+    )
     fit_in_one_go(Run(engine, make_plan(config, engine.world_size), config.run.folder), batches)
     built.model.cpu().eval()
     batches.report_losses()

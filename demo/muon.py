@@ -5,12 +5,34 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+from utils.engine.stepping import OptimizerSettings, parameter_groups
 
 # The quintic of the Newton-Schulz iteration, chosen to be steep at 0: singular values end between about 0.7 and 1.2.
 QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5
 MOMENTUM = 0.95
 # An update's entries get the root mean square that AdamW's have in practice, so that both take one learning rate.
 ADAMW_RMS = 0.2
+
+
+def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Weights of linear layers between other layers: neither a table of words nor the head that scores them."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return {module.weight for module in linear if isinstance(module.weight, nn.Parameter)}
+
+
+def make_muon(model: nn.Module, settings: OptimizerSettings) -> "Muon":
+    """Muon over the trainable parameters of `model`, in groups as `parameter_groups` makes them."""
+    matrices = hidden_matrices(model)
+    groups = []
+    for group in parameter_groups(model, settings):
+        for muon in (False, True):
+            if members := [parameter for parameter in group["params"] if (parameter in matrices) == muon]:
+                groups.append({**group, "params": members, "muon": muon})
+    return Muon(groups, betas=settings.betas)
 
 
 class Muon(torch.optim.Optimizer):

@@ -12,7 +12,7 @@ from tests.golden import released_folder, training, vectors
 from utils.checkpoints.builder import MASK_PARTS, BuiltModel
 from utils.cli.commands import parse_train
 from utils.data.collate import Batch
-from utils.engine.protocol import Engine, StepReport
+from utils.engine.base import Engine, StepReport
 from utils.engine.runtime import Runtime
 from utils.engine.setup import make_engine
 from utils.engine.train import build_for_training

@@ -23,12 +23,12 @@ from tests.unit.engine_toys import ToyBatch, collate, cut, make_samples, make_to
 from utils.cli.errors import Stopped, UserError, run_script
 from utils.data.bad_samples import BAD_SAMPLES
 from utils.engine import checkpoints, fit
+from utils.engine.base import StepReport
 from utils.engine.checkpoints import latest_tag, tags
 from utils.engine.fit import CHECKPOINT, Plan, Run
 from utils.engine.lock import lock_folder
 from utils.engine.nan_guard import DUMPS, SPIKES, Guard
 from utils.engine.plain_engine import WEIGHTS, PlainEngine
-from utils.engine.protocol import StepReport
 from utils.engine.random_state import random_state, restore_random_state
 from utils.engine.sample_log import consumed, forget_after
 from utils.engine.stepping import OptimizerSettings, Schedule

@@ -25,9 +25,9 @@ from utils.cli.atomic_files import write_json
 from utils.cli.errors import run_script
 from utils.cli.run_card import versions
 from utils.data.collate import Batch
+from utils.engine.base import Engine
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.probe import probe_gradients
-from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.stepping import OptimizerSettings, to_precision
 from utils.engine.throughput import Costs, forget_peak_memory

@@ -230,9 +230,7 @@ class OptimizerConfig:
     mask_lr_multiplier: float = option(1.0, "times --lr for what predicts masks", low=0.0)
     lr_schedule: str = option("linear", "after warm-up", choices=("linear", "cosine", "constant"))
     warmup_steps: int = option(100, "optimizer steps of linear warm-up", low=0)
-    optimizer: str = option(
-        "adamw", "adamw, muon for hidden matrices (plain engine), or sgd", choices=("adamw", "muon", "sgd")
-    )
+    optimizer: str = option("adamw", "adamw, or sgd without momentum", choices=("adamw", "sgd"))
     beta1: float = option(ADAM_BETAS[0], "AdamW", low=0.0, high=1.0)
     beta2: float = option(ADAM_BETAS[1], "AdamW", low=0.0, high=1.0)
     weight_decay: float = option(WEIGHT_DECAY, "AdamW, on matrices only", low=0.0)

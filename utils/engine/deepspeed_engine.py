@@ -23,9 +23,10 @@ from torch import nn
 
 from model.structures import DTYPES
 from utils.cli.errors import UserError
+from utils.data.collate import Batch
+from utils.engine.base import Engine, StepReport
 from utils.engine.plain_engine import WEIGHTS
-from utils.engine.process_group import Peers, peers
-from utils.engine.protocol import StepReport, TrainingBatch
+from utils.engine.process_group import ProcessGroup, explain_lost_peer
 from utils.engine.resharding import layout_of, put_whole, read_whole
 from utils.engine.stepping import (
     LossSums,
@@ -138,7 +139,7 @@ def make_sharder(user_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     A model whose parameters go through it one by one is never whole in any process.
     """
     connect()
-    Peers(torch.device("cpu")).barrier()  # see DeepSpeedEngine: what follows makes groups
+    ProcessGroup(torch.device("cpu")).barrier()  # see DeepSpeedEngine: what follows makes groups
     config = user_config | {"zero_optimization": user_config.get("zero_optimization", {}) | {"stage": 3}}
     init = deepspeed.zero.Init(config_dict_or_path=config | {"train_micro_batch_size_per_gpu": 1})
 
@@ -149,8 +150,8 @@ def make_sharder(user_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     return keep_part
 
 
-class DeepSpeedEngine(Peers):
-    """A model under ZeRO. See `protocol.Engine`."""
+class DeepSpeedEngine(Engine):
+    """A model under ZeRO. See `Engine`."""
 
     name = "deepspeed"
 
@@ -194,10 +195,10 @@ class DeepSpeedEngine(Peers):
     def zero_stage(self) -> int:
         return self.deepspeed.zero_optimization_stage()
 
-    def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
-        """See `protocol.Engine.train_step`."""
+    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepReport:
+        """See `Engine.train_step`."""
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        with peers():
+        with explain_lost_peer():
             losses, counts, norm = self._rounds(micro_batches)
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
@@ -206,7 +207,7 @@ class DeepSpeedEngine(Peers):
         applied = self.deepspeed.was_step_applied() and math.isfinite(norm)
         return StepReport(losses, total, counts, learning_rate, norm, applied, self.clock.read())
 
-    def _rounds(self, micro_batches: list[TrainingBatch]) -> tuple[dict[str, float], dict[str, float], float | None]:
+    def _rounds(self, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, float], float | None]:
         """Every round of a step, the update included.
 
         Returns means and counts of the losses, and the gradient's norm where stage 0 leaves it to us.
@@ -247,7 +248,7 @@ class DeepSpeedEngine(Peers):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """See `protocol.Engine.inference`. Under stage 3 every rank has the whole weights inside."""
+        """See `Engine.inference`. Under stage 3 every rank has the whole weights inside."""
         with self._whole_weights(), evaluation_mode(self.model, self.device, self.precision):
             yield
 
@@ -259,7 +260,7 @@ class DeepSpeedEngine(Peers):
             yield
             return
         hooks = self.deepspeed.optimizer.parameter_offload
-        with peers(), deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+        with explain_lost_peer(), deepspeed.zero.GatheredParameters(list(self.model.parameters())):
             hooks._remove_module_hooks()
             hooks.forward_hooks, hooks.backward_hooks = [], []
             try:
@@ -268,9 +269,9 @@ class DeepSpeedEngine(Peers):
                 hooks.setup_zero_stage3_hooks()
 
     def save(self, place: Path, client_state: dict[str, Any]) -> None:
-        """See `protocol.Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
+        """See `Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
         state = {"client": client_state, GROUP_NAMES: self.group_names, **self._left_out()}
-        with peers():
+        with explain_lost_peer():
             # DeepSpeed would name the tag before it is sealed.
             self.deepspeed.save_checkpoint(str(place.parent), tag=place.name, client_state=state, save_latest=False)
         if self.zero_stage == 0 and self.rank == 0:
@@ -285,7 +286,7 @@ class DeepSpeedEngine(Peers):
         return {FROZEN_PARAM_SHAPES: {name: p.shape for name, p in frozen.items()}, FROZEN_PARAM_FRAGMENTS: frozen}
 
     def load(self, place: Path) -> dict[str, Any]:
-        """See `protocol.Engine.load`. Another stage or number of ranks takes its parts of the whole."""
+        """See `Engine.load`. Another stage or number of ranks takes its parts of the whole."""
         if not list(place.glob("*model_states.pt")):
             raise UserError(f"{place} was not written by DeepSpeed: go on with --engine plain, or leave --resume out")
         written = layout_of(place)
@@ -313,6 +314,6 @@ class DeepSpeedEngine(Peers):
         first = next(iter(sorted(place.glob("*model_states.pt"))))
         state = torch.load(first, map_location="cpu", weights_only=False)
         whole = read_whole(place, state[GROUP_NAMES])
-        with peers():
+        with explain_lost_peer():
             put_whole(self.deepspeed, whole, self.rank)
         return state

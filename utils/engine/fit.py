@@ -13,11 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.cli.errors import Stopped, UserError
+from utils.engine.base import Engine, StepReport
 from utils.engine.checkpoints import keep_as, latest_tag, write_safely
 from utils.engine.lock import require_shared
 from utils.engine.nan_guard import Guard
 from utils.engine.preflight import under_chance
-from utils.engine.protocol import Engine, StepReport
 from utils.engine.random_state import random_state, restore_random_state
 from utils.engine.sample_log import Journal, forget_after, sample_numbers
 from utils.engine.saving import load_checkpoint, newest, save_checkpoint

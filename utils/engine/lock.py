@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from utils.cli.errors import UserError
-from utils.engine.protocol import Engine
+from utils.engine.base import Engine
 
 LOCK, TOKEN = "run.lock", ".shared"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from utils.cli.errors import UserError
-from utils.engine.protocol import Engine, StepReport
+from utils.engine.base import Engine, StepReport
 
 DUMPS, SPIKES = "bad_batches", "spikes.jsonl"
 # A spike stands this many times the usual scatter above the median of the last steps.

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from utils.cli.errors import UserError
-from utils.engine.process_group import Peers
-from utils.engine.protocol import StepReport, TrainingBatch
+from utils.data.collate import Batch
+from utils.engine.base import Engine, StepReport
 from utils.engine.stepping import (
     LossSums,
     OptimizerSettings,
@@ -31,8 +32,8 @@ from utils.engine.throughput import StepClock
 WEIGHTS, STATE = "pytorch_model.bin", "training_state.pt"
 
 
-class PlainEngine(Peers):
-    """A whole model on every rank. See `protocol.Engine`.
+class PlainEngine(Engine):
+    """A whole model on every rank.
 
     Frozen matrices are kept in the run's precision; what trains is kept, and stepped, in float32. Ranks start from the
     weights of the first one; where torch.distributed was not initialised there is one.
@@ -40,27 +41,39 @@ class PlainEngine(Peers):
 
     name = "plain"
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        precision: str,
+        device: torch.device,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """
+        Args:
+            optimizer: one over the trainable parameters of `model`, in the groups of `parameter_groups`; by default the
+                one that `settings` name.
+        """
         super().__init__(device)
         to_precision(model, precision)
         self.model: Any = model.to(device)
         self.precision, self.settings, self.clock = precision, settings, StepClock(device)
-        self.optimizer = make_optimizer(model, settings)
+        self.optimizer = optimizer or make_optimizer(model, settings)
         self.parameters = list(trainable_parameters(model).values())
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         if self.world_size > 1:
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, src=0)
 
-    def train_step(self, micro_batches: list[TrainingBatch], learning_rate: float) -> StepReport:
-        """See `protocol.Engine.train_step`."""
+    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepReport:
+        """See `Engine.train_step`."""
         losses, counts = self.accumulate(micro_batches)
         with self.clock("optimizer"):
             norm, applied = self._apply(learning_rate)
         total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
         return StepReport(losses, total, counts, learning_rate, norm, applied, self.clock.read())
 
-    def accumulate(self, micro_batches: list[TrainingBatch]) -> tuple[dict[str, float], dict[str, float]]:
+    def accumulate(self, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, float]]:
         """Add the whole step's gradient to the parameters; returns the means and counts of the losses."""
         weights = self.model.loss_weights
         with self.clock("communication"):
@@ -87,9 +100,7 @@ class PlainEngine(Peers):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        summed = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
 
     def _apply(self, learning_rate: float) -> tuple[float, bool]:
         """Clip and step; returns the norm before clipping and whether the step was taken.
@@ -109,12 +120,12 @@ class PlainEngine(Peers):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """See `protocol.Engine.inference`."""
+        """See `Engine.inference`."""
         with evaluation_mode(self.model, self.device, self.precision):
             yield
 
     def save(self, place: Path, client_state: dict[str, Any]) -> None:
-        """See `protocol.Engine.save`. The weights, frozen ones included, are a file that merging reads as it is."""
+        """See `Engine.save`. The weights, frozen ones included, are a file that merging reads as it is."""
         if self.rank != 0:
             return
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "client": client_state}
@@ -122,7 +133,7 @@ class PlainEngine(Peers):
         torch.save(state, place / STATE)
 
     def load(self, place: Path) -> dict[str, Any]:
-        """See `protocol.Engine.load`."""
+        """See `Engine.load`."""
         if not (place / STATE).is_file():
             raise UserError(
                 f"{place} was not written by the plain engine: go on with --engine deepspeed, or leave --resume out"

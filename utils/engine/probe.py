@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils.cli.errors import UserError
-from utils.engine.protocol import B, TrainingBatch
+from utils.data.collate import Batch
 from utils.engine.stepping import autocast, weighted_loss
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class GradientError(UserError):
     """What gets a gradient is not what should train."""
 
 
-def find_probe_batch(model: Any, batches: Iterable[B], wanted: Sequence[str]) -> B:
+def find_probe_batch(model: Any, batches: Iterable[Batch], wanted: Sequence[str]) -> Batch:
     """The first batch in which every loss named in `wanted` has something to count; GradientError when none does."""
     seen: dict[str, float] = {}
     for batch in islice(batches, LONGEST_SEARCH):
@@ -39,7 +39,7 @@ def find_probe_batch(model: Any, batches: Iterable[B], wanted: Sequence[str]) ->
 
 
 def probe_gradients(
-    model: nn.Module, batch: TrainingBatch, expected: Iterable[str], precision: str, device: torch.device
+    model: nn.Module, batch: Batch, expected: Iterable[str], precision: str, device: torch.device
 ) -> int:
     """Run `batch` forward and backward once and compare who got a gradient with who should.
 
@@ -89,7 +89,7 @@ def _compare_flags(parameters: dict[str, nn.Parameter], expected: set[str]) -> N
     _refuse([n for n, p in parameters.items() if not p.requires_grad and n in expected], "should train but is frozen")
 
 
-def _check_counts_and_run(model: Any, batch: TrainingBatch, precision: str, device: torch.device) -> int:
+def _check_counts_and_run(model: Any, batch: Batch, precision: str, device: torch.device) -> int:
     """Forward and backward; the counts that the step is divided by must be those that forward reports.
 
     Returns the operations, without those that activations take to be computed again.

@@ -1,4 +1,4 @@
-"""Talk between the processes of a run, whoever set the connection up."""
+"""Collective calls between the processes of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ class PeerLost(UserError):
 
 
 @contextmanager
-def peers() -> Iterator[None]:
+def explain_lost_peer() -> Iterator[None]:
     """Around collective calls: a connection that breaks means that another rank ended; no mistake of this one."""
     try:
         yield
@@ -35,7 +35,7 @@ def peers() -> Iterator[None]:
         raise PeerLost("another process of this run ended, so this one ends too: its own message says why") from error
 
 
-class Peers:
+class ProcessGroup:
     """The processes of a run: this one's rank, how many there are, and what they do together.
 
     All ranks call every method together. Where torch.distributed was not initialised there is one process.
@@ -49,7 +49,7 @@ class Peers:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add up a tensor over all ranks, in place."""
         if self.world_size > 1:
-            with peers():
+            with explain_lost_peer():
                 dist.all_reduce(values)
         return values
 
@@ -63,14 +63,14 @@ class Peers:
         """The `value` of every rank, in rank order, on every rank."""
         gathered: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            with peers():
+            with explain_lost_peer():
                 dist.all_gather_object(gathered, value)
         return gathered
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
-            with peers():
+            with explain_lost_peer():
                 dist.barrier()
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from utils.engine.protocol import StepReport
+from utils.engine.base import StepReport
 
 JOURNAL = "samples"
 

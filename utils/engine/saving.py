@@ -11,8 +11,8 @@ import torch
 
 from utils.cli.errors import UserError
 from utils.engine import checkpoints
+from utils.engine.base import Engine
 from utils.engine.checkpoints import writing
-from utils.engine.protocol import Engine
 from utils.engine.random_state import random_file, random_state, restore_random_state
 from utils.engine.stepping import numbers_in
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.cli.config import DataConfig, EngineConfig, RunConfig, TrainConfig, ValidationConfig
+from utils.cli.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig, ValidationConfig
 from utils.cli.errors import UserError
 from utils.data.bad_samples import BadSamples
 from utils.data.collate import Batch
@@ -20,12 +20,12 @@ from utils.data.errors import DataError, without_traceback
 from utils.data.mixture import Mixture, build_mixture
 from utils.data.readers.base import ReaderOptions
 from utils.data.requested_sets import asked_for_evaluation, asked_for_training, refuse_absent
+from utils.engine.base import Engine
 from utils.engine.checkpoints import tags
 from utils.engine.fit import CHECKPOINT, Plan
 from utils.engine.plain_engine import PlainEngine
-from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime
-from utils.engine.stepping import MUON, OptimizerSettings, Schedule
+from utils.engine.stepping import OptimizerSettings, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -90,26 +90,25 @@ def zero_stage(engine: EngineConfig, runtime: Runtime) -> int:
     return deepspeed_settings(engine)[1] if runtime.engine == "deepspeed" else 0
 
 
-def make_engine(config: TrainConfig, runtime: Runtime, model: Any, mask_parts: tuple[str, ...] = ()) -> Engine:
-    """The engine that `runtime` chose, with the model in it.
-
-    Args:
-        mask_parts: prefixes of the parameter names that --mask_lr_multiplier is for.
-    """
-    settings = OptimizerSettings(
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        weight_decay=config.optimizer.weight_decay,
-        gradient_clip=config.optimizer.grad_clip,
-        multipliers=dict.fromkeys(mask_parts, config.optimizer.mask_lr_multiplier),
-        loss_normalisation=config.optimizer.loss_normalisation,
-        name=config.optimizer.optimizer,
+def optimizer_settings(config: OptimizerConfig, mask_parts: tuple[str, ...] = ()) -> OptimizerSettings:
+    """What the optimizer is given. mask_parts: prefixes of the parameter names that --mask_lr_multiplier is for."""
+    return OptimizerSettings(
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        gradient_clip=config.grad_clip,
+        multipliers=dict.fromkeys(mask_parts, config.mask_lr_multiplier),
+        loss_normalisation=config.loss_normalisation,
+        name=config.optimizer,
     )
+
+
+def make_engine(config: TrainConfig, runtime: Runtime, model: Any, mask_parts: tuple[str, ...] = ()) -> Engine:
+    """The engine that `runtime` chose, with the model in it. mask_parts: see `optimizer_settings`."""
+    settings = optimizer_settings(config.optimizer, mask_parts)
     if runtime.engine == "plain":
         if config.engine.compile:
             model.compile_layers()
         return PlainEngine(model, settings, config.engine.precision, runtime.device)
-    if config.optimizer.optimizer == MUON:
-        raise UserError("--optimizer muon needs whole matrices, which ZeRO cuts up: add --engine plain, or use adamw")
     from utils.engine.deepspeed_engine import DeepSpeedEngine  # not installed on every laptop
 
     user_config, stage = deepspeed_settings(config.engine)

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from demo.muon import Muon
 from model.structures import ADAM_BETAS, DTYPES, GRADIENT_CLIP, WEIGHT_DECAY
 from utils.cli.errors import UserError
-from utils.engine.protocol import TrainingBatch
+from utils.data.collate import Batch
 
 STEP, MICRO_BATCH = "step", "micro_batch"
 LOSS_NORMALISATIONS = (STEP, MICRO_BATCH)
-ADAMW, MUON, SGD = "adamw", "muon", "sgd"
+ADAMW, SGD = "adamw", "sgd"
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Schedule:
 class OptimizerSettings:
     """The optimizer, and what it is given.
 
-    name: ADAMW; MUON for the hidden matrices and AdamW for the rest; SGD without momentum. multipliers: prefix of
-    parameter names -> times the learning rate (the first that fits). loss_normalisation: losses are divided by the
+    name: ADAMW, or SGD without momentum. multipliers: prefix of parameter names -> times the learning rate (the first
+    that fits). loss_normalisation: losses are divided by the
     counts of the whole "step", or (release, golden fact L1) each micro-batch's by its own, and the micro-batches
     averaged: "micro_batch".
     """
@@ -74,36 +73,30 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """Weights of linear layers between other layers: neither a table of words nor the head that scores them."""
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    return {module.weight for module in linear if isinstance(module.weight, nn.Parameter)}
-
-
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimizer over exactly the trainable parameters, in groups of equal decay and multiplier.
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """The trainable parameters in groups of equal decay and multiplier, as optimizers take them.
 
     Only tensors of two or more axes decay. A group carries its `multiplier`; its `lr` is set before each step.
     """
-    matrices = hidden_matrices(model) if settings.name == MUON else set()
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable_parameters(model).items():
         fitting = (m for prefix, m in (settings.multipliers or {}).items() if name.startswith(prefix))
         decay = settings.weight_decay if len(shape_of(parameter)) >= 2 else 0.0
-        groups.setdefault((parameter in matrices, decay, next(fitting, 1.0)), []).append(parameter)
+        groups.setdefault((decay, next(fitting, 1.0)), []).append(parameter)
     if not groups:
         raise UserError("nothing is left to train: LoRA is off and every part is frozen")
-    listed = [
-        {"params": found, "weight_decay": decay, "multiplier": times, "muon": muon}
-        for (muon, decay, times), found in groups.items()
+    return [
+        {"params": found, "weight_decay": decay, "multiplier": multiplier}
+        for (decay, multiplier), found in groups.items()
     ]
-    if settings.name == MUON:
-        return Muon(listed, betas=settings.betas)
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer over exactly the trainable parameters."""
+    groups = parameter_groups(model, settings)
     if settings.name == SGD:
-        return torch.optim.SGD(listed, lr=0.0)
-    return torch.optim.AdamW(listed, lr=0.0, betas=settings.betas, fused=True)
+        return torch.optim.SGD(groups, lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
@@ -133,7 +126,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def count_step(
-    model: Any, micro_batches: Sequence[TrainingBatch], add: Callable[[list[float]], list[float]]
+    model: Any, micro_batches: Sequence[Batch], add: Callable[[list[float]], list[float]]
 ) -> dict[str, float]:
     """Counts of every loss over the whole step. `add` sums a list of numbers over all ranks, item by item.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.engine.protocol import StepReport
+from utils.engine.base import StepReport
 
 
 class Curves:

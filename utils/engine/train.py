@@ -25,11 +25,11 @@ from utils.checkpoints.run_model import save_run_model
 from utils.cli.config import TrainConfig, model_options
 from utils.cli.parser import flatten
 from utils.cli.run_card import write_run_card
+from utils.engine.base import Engine
 from utils.engine.fit import Run
 from utils.engine.lock import lock_folder
 from utils.engine.preflight import preflight
 from utils.engine.probe import find_probe_batch, probe_gradients, say_reached
-from utils.engine.protocol import Engine
 from utils.engine.runtime import Runtime, device_here, open_runtime
 from utils.engine.setup import (
     StepBatches,

@@ -11,7 +11,7 @@ from utils.checkpoints.builder import BuiltModel
 from utils.cli.config import TrainConfig
 from utils.data.readers.registry import build_eval_reader
 from utils.data.samples import Sample
-from utils.engine.protocol import Engine
+from utils.engine.base import Engine
 from utils.evaluation.ask import Asked, Figures, Scored, evaluate, summarise
 
 # Scores by kind that get a curve of their own.

@@ -5,17 +5,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from demo.muon import ADAMW_RMS, MOMENTUM, Muon, orthogonal, shared_out
-from tests.unit.engine_toys import collate, cut, make_samples, make_toy
-from utils.cli.commands import parse_train
-from utils.cli.errors import UserError
+from demo.muon import ADAMW_RMS, MOMENTUM, Muon, hidden_matrices, make_muon, orthogonal, shared_out
+from tests.unit.engine_toys import Toy, collate, cut, make_samples, make_toy
 from utils.engine.plain_engine import PlainEngine
-from utils.engine.runtime import Runtime
-from utils.engine.setup import make_engine
-from utils.engine.stepping import MUON, OptimizerSettings, hidden_matrices, make_optimizer, set_learning_rate
+from utils.engine.stepping import OptimizerSettings, make_optimizer, set_learning_rate
 
 CPU = torch.device("cpu")
 RATE = 1e-2
+
+
+def plain_engine(model: Toy) -> PlainEngine:
+    """The plain engine, handed Muon."""
+    settings = OptimizerSettings()
+    return PlainEngine(model, settings, "fp32", CPU, make_muon(model, settings))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 16), (16, 6)])
@@ -35,7 +37,7 @@ def test_one_update_by_hand() -> None:
     """A diagonal gradient keeps its axes; its update has the size that AdamW's have."""
     layer = nn.Linear(4, 4, bias=False)
     nn.init.zeros_(layer.weight)
-    optimizer = make_optimizer(layer, OptimizerSettings(name=MUON))
+    optimizer = make_muon(layer, OptimizerSettings())
     set_learning_rate(optimizer, RATE)
     layer.weight.grad = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
     optimizer.step()
@@ -51,7 +53,7 @@ def test_one_update_by_hand() -> None:
 def test_what_is_no_hidden_matrix_is_adamws() -> None:
     """Biases step as AdamW steps them; frozen parameters and the head that scores words are no hidden matrices."""
     toy, twin = make_toy(warm=True), make_toy(warm=True)
-    ours, adamw = make_optimizer(toy, OptimizerSettings(name=MUON)), make_optimizer(twin, OptimizerSettings())
+    ours, adamw = make_muon(toy, OptimizerSettings()), make_optimizer(twin, OptimizerSettings())
     batch = collate(make_samples(8))
     for model, optimizer in ((toy, ours), (twin, adamw)):
         set_learning_rate(optimizer, RATE)
@@ -77,13 +79,11 @@ def test_what_is_no_hidden_matrix_is_adamws() -> None:
 
 def test_a_saved_state_goes_on_as_if_nothing_had_been() -> None:
     steps = [cut(make_samples(4, seed), 1, 1, 0) for seed in range(4)]
-    settings = OptimizerSettings(name=MUON)
-    straight, first = (PlainEngine(make_toy(warm=True), settings, "fp32", CPU) for _ in range(2))
+    straight, first, second = map(plain_engine, [make_toy(warm=True) for _ in range(3)])
     for step in steps:
         straight.train_step(step, RATE)
     for step in steps[:2]:
         first.train_step(step, RATE)
-    second = PlainEngine(make_toy(warm=True), settings, "fp32", CPU)
     second.model.load_state_dict(first.model.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     for step in steps[2:]:
@@ -91,12 +91,6 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been() -> None:
     assert isinstance(second.optimizer, Muon)
     for one, other in zip(straight.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-def test_zero_refuses_it() -> None:
-    args = parse_train(["--version=v", "--dataset=vqa", "--sample_rates=1", "--optimizer=muon", "--engine=deepspeed"])
-    with pytest.raises(UserError, match="--optimizer muon needs whole matrices, which ZeRO cuts up"):
-        make_engine(args, Runtime("deepspeed", 0, 0, 1, CPU), make_toy())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
