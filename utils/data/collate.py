@@ -3,15 +3,17 @@
 Axes: B images, C conversations, T tokens, Q targets, P side of the square image, H W pixels.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from model.processing_pixellm import EncodedConversation
-from model.structures import IGNORE_TOKEN, TOWER_KEY
+from model.structures import IGNORE_LABEL, IGNORE_TOKEN, TOWER_KEY
 
 Normalise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(images (B, 3, P, P) uint8, their sizes in the square (B, 2)) -> (B, 3, P, P) float32, on the same device."""
@@ -82,6 +84,13 @@ class Batch:
         """The arguments of forward that losses are counted from; images stay as they are."""
         return {"labels": self.labels, "masks": self.masks}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What workers send: a shared file for every tensor takes longer than a message with the bytes of all."""
+        arguments = self._map(_to_array)._arguments()
+        arguments["pixel_values"] = {key: _to_array(value.movedim(1, -1)) for key, value in self.pixel_values.items()}
+        arguments["masks"] = [_pack_masks(masks.numpy()) for masks in self.masks]
+        return _unpack_batch, (arguments, self.info, self.normalise)
+
     def _arguments(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _ARGUMENTS}
 
@@ -104,6 +113,34 @@ class Batch:
 
 
 _ARGUMENTS = tuple(entry.name for entry in fields(Batch) if entry.name not in ("info", "normalise"))
+
+
+def _unpack_batch(arguments: dict[str, Any], info: list[dict[str, Any]], normalise: Normalise | None) -> Batch:
+    pixels = {key: _to_tensor(value).movedim(-1, 1) for key, value in arguments.pop("pixel_values").items()}
+    masks = [_unpack_masks(*packed) for packed in arguments.pop("masks")]
+    tensors = {name: _to_tensor(value) for name, value in arguments.items()}
+    return Batch(**tensors, pixel_values=pixels, masks=masks, info=info, normalise=normalise)
+
+
+def _to_array(tensor: torch.Tensor) -> np.ndarray | torch.Tensor:
+    return tensor if tensor.dtype == torch.bfloat16 else tensor.numpy()  # numpy has no such type
+
+
+def _to_tensor(value: np.ndarray | torch.Tensor) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(value)
+
+
+def _pack_masks(masks: np.ndarray) -> tuple[tuple[int, ...], np.ndarray, np.ndarray | None]:
+    """Shape of masks of 0, 1 and 255, a bit per pixel for what is not 0, and one for what is 255, if anything is."""
+    has_ignored = masks.size > 0 and masks.max() == IGNORE_LABEL
+    return masks.shape, np.packbits(masks), np.packbits(masks == IGNORE_LABEL) if has_ignored else None
+
+
+def _unpack_masks(shape: tuple[int, ...], bits: np.ndarray, ignored_bits: np.ndarray | None) -> torch.Tensor:
+    masks = np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
+    if ignored_bits is not None:
+        masks[np.unpackbits(ignored_bits, count=masks.size).reshape(shape) == 1] = IGNORE_LABEL
+    return torch.from_numpy(masks)
 
 
 def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
