@@ -323,6 +323,17 @@ def cited_facts(source: str) -> set[str]:
     return {number for numbers in lists for number in re.findall(r"\b[MLECPVR]\d*\b", numbers)}
 
 
+def uneven_tables(prose: str) -> list[str]:
+    """Rows of tables that have other cells than the row above them."""
+    uneven, above = [], 0
+    for line in prose.splitlines():
+        cells = len(re.split(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) if line.startswith("|") else 0
+        if above and cells and cells != above:
+            uneven.append(line)
+        above = cells
+    return uneven
+
+
 # --- the pages as they are --------------------------------------------------------------------------------------------
 
 
@@ -354,6 +365,8 @@ def test_links_flags_and_paths_of_a_page_are_there(page: Path, known_flags: set[
     text = read(page)
     prose = split_page(text)[1]
     assert not (broken := broken_links(page, text)), "\n".join(broken)
+    assert not (uneven := uneven_tables(prose)), "\n".join(uneven)
+    assert len(re.findall(r"^# ", prose, re.MULTILINE)) == 1, "a page has one title"
     if page != CHANGES:
         assert not (unknown := unknown_flags(prose, known_flags)), unknown
         assert not (missing := missing_paths(prose)), missing
@@ -451,6 +464,7 @@ def test_checker_finds_broken_links_paths_flags_and_repetitions(tmp_path: Path, 
     sentence = " ".join(f"word{number}" for number in range(REPEATED_WORDS))
     assert repeated_passages({"a": sentence, "b": f"Other. {sentence}\nmore"})
     assert not repeated_passages({"a": sentence, "b": sentence.replace("word7", "word")})
+    assert uneven_tables("| a | b |\n|---|---|\n| `x | y` | c |\n| c |\n\n| d |") == ["| c |"]
 
 
 def test_checker_finds_cited_facts() -> None:
