@@ -15,17 +15,15 @@ import os
 import sys
 from pathlib import Path
 
-from model.answer_page import answer_page
-from model.overlay import draw_overlay, target_colour
 from model.predictor import Predictor
-from model.session import AnswerOptions, Finished, TargetStarted, TextPiece
+from model.session import AnswerOptions
 from model.structures import DTYPES
 from utils.cli.commands import parse_chat
 from utils.cli.config import ChatConfig
 from utils.cli.errors import run_script
-from utils.serving.batch import BatchModel, answer_file
-from utils.serving.conversation import Conversation, Manner
-from utils.serving.files import check_image_name, free_name, target_lines, write_answer
+from utils.serving.batch import answer_file
+from utils.serving.conversation import Conversation
+from utils.serving.files import check_image_name, choose_free_name, describe_targets, write_answer
 from utils.serving.terminal import Terminal, one_line
 
 logger = logging.getLogger("utils")
@@ -59,10 +57,10 @@ def answer_once(predictor: Predictor, config: ChatConfig) -> int:
     predictor.processor.check_user_text(question)
     session = predictor.session(config.image)
     answer = session.ask(question, config.max_new_tokens, AnswerOptions(num_beams=config.num_beams))
-    target = Path(config.out) if config.out else free_name(Path(config.vis_save_path), config.image)
-    write_answer(target, session.image, answer, draw_overlay)
+    target = Path(config.out) if config.out else choose_free_name(Path(config.vis_save_path), config.image)
+    write_answer(target, session.image, answer)
     terminal = Terminal()
-    for line in (f"Answer: {one_line(answer.text)}", *target_lines(answer, target), f"  overlay: {target}"):
+    for line in (f"Answer: {one_line(answer.text)}", *describe_targets(answer, target), f"  overlay: {target}"):
         terminal.say(line)
     return 0
 
@@ -73,44 +71,21 @@ def converse(predictor: Predictor, config: ChatConfig) -> int:
         import readline  # noqa: F401  (gives input() a history and line editing)
     terminal = Terminal(echo=config.echo)
     options = AnswerOptions(num_beams=config.num_beams)
-    conversation = Conversation(manner(predictor, options), terminal, Path(config.vis_save_path), config.max_new_tokens)
+    conversation = Conversation(predictor, options, terminal, Path(config.vis_save_path), config.max_new_tokens)
     if config.image:
-        conversation.take(config.image)
+        conversation.open_image(config.image)
     conversation.run()
     return NOT_ALL_DONE if conversation.num_failed and not terminal.interactive else 0
-
-
-def manner(predictor: Predictor, options: AnswerOptions) -> Manner:
-    """What a conversation asks of the model."""
-
-    def open_talk(image: str) -> tuple:
-        session = predictor.session(image)
-        return session.image, session.chat(options)
-
-    return Manner(
-        open=open_talk,
-        draw=draw_overlay,
-        page=answer_page,
-        colour=target_colour,
-        text=lambda event: event.text if isinstance(event, TextPiece) else None,
-        target=lambda event: event.number if isinstance(event, TargetStarted) else None,
-        answer=lambda event: event.answer if isinstance(event, Finished) else None,
-    )
 
 
 def answer_batch(predictor: Predictor, config: ChatConfig) -> int:
     """Every question of a file."""
     options = AnswerOptions(num_beams=config.num_beams)
-    model = BatchModel(
-        open=predictor.processor.open_image,
-        check=predictor.processor.encode_question,
-        answer=lambda images, asked, index: predictor.answer(images, asked, index, config.max_new_tokens, options),
-        draw=draw_overlay,
-    )
     settings = {name: getattr(config, name) for name in ("max_new_tokens", "num_beams", "bits")}
     settings |= {name: getattr(config.model, name) for name in ("version", "attn_implementation")}
     settings["precision"] = str(predictor.model.dtype)
-    return NOT_ALL_DONE if answer_file(Path(config.batch), Path(config.out), model, settings) else 0
+    num_failed = answer_file(Path(config.batch), Path(config.out), predictor, config.max_new_tokens, options, settings)
+    return NOT_ALL_DONE if num_failed else 0
 
 
 if __name__ == "__main__":

@@ -11,27 +11,23 @@ import sys
 from pathlib import Path
 
 from model.image_processing_pixellm import open_image
-from model.overlay import draw_overlay
 from model.processing_pixellm import PixelLMProcessor
+from utils.cli.atomic_files import write_text
 from utils.cli.commands import parse_check
 from utils.cli.config import CheckConfig
-from utils.cli.errors import UserError, run_script
+from utils.cli.errors import run_script
 from utils.data.check.leaks import find_leaks
-from utils.data.check.pages import Rendered, as_written, page
+from utils.data.check.pages import sample_page
 from utils.data.check.report import SetReport, table
 from utils.data.check.survey import survey
 from utils.data.readers.base import Reader, ReaderOptions
 from utils.data.requested_sets import asked_for_evaluation, asked_for_training
-from utils.data.samples import Conversation
-
-_ESCAPES = re.compile("\x1b\\[([0-9;]*)m")
-_DIM = "2"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Check as the command line says; 0 when all that was asked for is usable, 1 when not."""
     config = parse_check(argv)
-    rendered = renderer(config.version) if config.version else as_written
+    processor = PixelLMProcessor.from_pretrained(config.version) if config.version else None
     options = ReaderOptions(
         num_classes_per_sample=config.data.num_classes_per_sample,
         num_classes_per_question=config.data.num_classes_per_question,
@@ -47,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         report, reader = survey(asked, root, options, open_image, full=config.full, workers=workers)
         reports.append(report)
         if config.show and reader is not None:
-            write_page(config, report, reader, rendered)
+            write_page(config, report, reader, processor)
     leaks = find_leaks(reports, config.data.dataset_dir, config.data.index_dir)
     print(table(reports, leaks, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     if config.json:
@@ -61,39 +57,15 @@ def main(argv: list[str] | None = None) -> int:
                 for leak in leaks
             ],
         }
-        write(Path(config.json), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text(Path(config.json), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return int(any(report.state != "usable" for report in reports))
 
 
-def write_page(config: CheckConfig, report: SetReport, reader: Reader, rendered: Rendered) -> None:
+def write_page(config: CheckConfig, report: SetReport, reader: Reader, processor: PixelLMProcessor | None) -> None:
     """Leave the page of a data set in --show_dir."""
     target = Path(config.show_dir) / (re.sub(r"[^\w+.-]+", "_", str(report)).strip("_") + ".html")
-    write(target, page(str(report), reader, config.show, open_image, draw_overlay, rendered))
+    write_text(target, sample_page(str(report), reader, config.show, processor))
     print(f"written: {target}")
-
-
-def write(target: Path, content: str) -> None:
-    """Write a file and the folders above it; UserError where that cannot be."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
-
-
-def renderer(version: str) -> Rendered:
-    """Conversations as the model in `version` writes them."""
-    processor = PixelLMProcessor.from_pretrained(version)
-
-    def rendered(conversation: Conversation, with_image: bool) -> list[tuple[str, bool]]:
-        turns = [(turn.question, turn.answer) for turn in conversation]
-        coloured = processor.render_conversation(processor.encode_conversation(turns, with_image=with_image))
-        pieces = _ESCAPES.split(coloured)  # text, code, text, code …
-        return [
-            (text, code not in ("", "0", _DIM)) for code, text in zip(pieces[1::2], pieces[2::2], strict=True) if text
-        ]
-
-    return rendered
 
 
 if __name__ == "__main__":

@@ -8,27 +8,16 @@ python evaluate.py --table runs/eval/demo
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from model.answer_text import remove_seg_markers
-from model.image_processing_pixellm import open_image
-from model.overlay import GalleryItem, draw_gallery, draw_overlay
 from model.structures import DTYPES
 from utils.cli.commands import parse_evaluate
 from utils.cli.config import EvaluateConfig
 from utils.cli.errors import run_script
-from utils.evaluation import html_report as pages
 from utils.evaluation.compare import compare_folders
-from utils.evaluation.mask_codes import decoded
 from utils.evaluation.ranks import device_of_rank, open_ranks
-from utils.evaluation.records import iou_of
 from utils.evaluation.results import read_results
-from utils.evaluation.run import Drawing, Session, judge_folder
+from utils.evaluation.run import Session, judge_folder
 from utils.evaluation.scored_predictor import LogitPredictor, ScoredPredictor
 from utils.evaluation.tables import quotable
 
@@ -37,21 +26,20 @@ def main(argv: list[str] | None = None) -> int:
     """Score, compare, judge or quote as the command line says; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     config = parse_evaluate(words)
-    drawing = Drawing(gallery, partial(draw_overlay, min_side=pages.SIDE), open_image)
     if config.compare:
         out = Path(config.out) if config.out else None
-        print(compare_folders(*config.compared(), out, drawing.overlay, drawing.open_image))
+        print(compare_folders(*config.compared(), out))
     elif config.table:
         print("\n\n".join(quotable(read_results(Path(config.table)))))
     elif config.judge:
         judge_folder(Path(config.judge), config)
         print("\n\n".join(quotable(read_results(Path(config.judge)))))
     else:
-        score(config, words, drawing)
+        score(config, words)
     return 0
 
 
-def score(config: EvaluateConfig, words: list[str], drawing: Drawing) -> None:
+def score(config: EvaluateConfig, words: list[str]) -> None:
     """Ask the model every question, on all ranks of the launcher, and write what came of it into --out."""
     ranks = open_ranks()
     session = Session(config, words, ranks)
@@ -59,28 +47,9 @@ def score(config: EvaluateConfig, words: list[str], drawing: Drawing) -> None:
     dtype = DTYPES[model.precision] if model.precision else None
     kind = LogitPredictor if session.needs_logits else ScoredPredictor
     predictor = kind.from_pretrained(model.version, device_of_rank(model.device), dtype, model.attn_implementation)
-    if said := session.score(predictor, drawing):
+    if said := session.score(predictor):
         print(said)
     ranks.close()
-
-
-def gallery(lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Scored questions, as lines of samples.jsonl, on one sheet."""
-    return draw_gallery([card(line) for line in lines])
-
-
-def card(line: Mapping[str, Any]) -> GalleryItem:
-    """A scored question as the gallery shows it."""
-    return GalleryItem(
-        question=line["question"],
-        image=open_image(line["image_path"]),
-        true_masks=decoded(line["true_masks"], line["size"]),
-        true_names=line["names"],
-        answer=remove_seg_markers(line["answer"]),
-        masks=decoded(line["masks"], line["size"]),
-        phrases=line["phrases"],
-        note=f"{line['kind']}, {line['protocol']}, IoU {iou_of(line):.2f}",
-    )
 
 
 if __name__ == "__main__":

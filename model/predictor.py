@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from .session import MAX_NEW_TOKENS, AnswerOptions, Chat, Session, inference
 from .structures import IGNORE_TOKEN, Box, PixelLMError, Question
 
 __all__ = ["Answer", "AnswerOptions", "Box", "ModelFolderError", "Predictor", "mask_box", "mask_scores"]
+
+
+P = TypeVar("P", bound="Predictor")
 
 
 class ModelFolderError(PixelLMError):
@@ -67,13 +70,13 @@ class Predictor:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[P],
         folder: str | Path,
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
         attn_implementation: str | None = None,
         bits: int | None = None,
-    ) -> "Predictor":
+    ) -> P:
         """Load a folder this project saved.
 
         device: "auto" is CUDA where there is one, else Apple's GPU, else the CPU. dtype: None keeps the precision it

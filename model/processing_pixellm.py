@@ -60,8 +60,6 @@ TEXT_RULES = (TURNS_RULES, RELEASE_RULES)
 CLIP_MEAN = tuple(PIXEL_MAX * value for value in (0.48145466, 0.4578275, 0.40821073))
 CLIP_STD = tuple(PIXEL_MAX * value for value in (0.26862954, 0.26130258, 0.27577711))
 
-_DIM, _HIGHLIGHT, _PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
-
 
 class ProcessorError(PixelLMError):
     """A processor cannot be made from what it was given, or its tokenizer breaks groups."""
@@ -502,17 +500,16 @@ class PixelLMProcessor(ProcessorMixin):
             remove_seg_markers(marked_text), marked_text, phrases_before_groups(marked_text), len(starts), broken
         )
 
-    def render_conversation(self, encoded: EncodedConversation) -> str:
-        """The conversation as the model reads it, for a terminal: what is learned is bright, the rest dim."""
-        parts: list[str] = []
+    def conversation_pieces(self, encoded: EncodedConversation) -> list[tuple[str, bool]]:
+        """The conversation as the model reads it, in pieces of text, each with whether it is learned."""
+        pieces: list[tuple[str, bool]] = []
         ids, learned = encoded.input_ids.tolist(), (encoded.labels != IGNORE_TOKEN).tolist()
         start = 0
         for end in range(1, len(ids) + 1):
             if end == len(ids) or learned[end] != learned[start]:
-                text = self._decode(ids[start:end])
-                parts.append(f"{_HIGHLIGHT if learned[start] else _DIM}{text}{_PLAIN}")
+                pieces.append((self._decode(ids[start:end]), learned[start]))
                 start = end
-        return "".join(parts)
+        return pieces
 
     def _new_writer(self) -> _Writer:
         return _Writer(self._encoder, self._implies_space, self._reserved_ids)

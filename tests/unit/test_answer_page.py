@@ -7,9 +7,9 @@ import re
 import numpy as np
 from PIL import Image
 
-from model.answer_page import answer_page, coloured_parts
 from model.answers import Answer, mask_box
 from model.overlay import draw_overlay, target_colour
+from utils.serving.answer_page import answer_page, split_phrases
 
 
 def answer(marked_text: str, phrases: list[str]) -> Answer:
@@ -22,12 +22,12 @@ def answer(marked_text: str, phrases: list[str]) -> Answer:
 
 def test_pieces_of_a_text() -> None:
     text = "The red circle {seg} and a circle {seg}, {seg}."
-    parts = coloured_parts(text, ["red circle", "circle", ""])
+    parts = split_phrases(text, ["red circle", "circle", ""])
     assert parts == [("The ", None), ("red circle", 0), (" ", None), (" and a ", None), ("circle", 1), (" ", None),
                      (", ", None), (".", None)]  # fmt: skip
-    assert coloured_parts("None.", []) == [("None.", None)]
+    assert split_phrases("None.", []) == [("None.", None)]
     # By the release's rule the question's targets come first and have no words here.
-    assert coloured_parts("it {seg}", ["", "it"])[0] == ("it", 1)
+    assert split_phrases("it {seg}", ["", "it"])[0] == ("it", 1)
 
 
 def test_a_page_shows_phrases_in_the_colours_of_their_masks() -> None:
@@ -40,7 +40,7 @@ def test_a_page_shows_phrases_in_the_colours_of_their_masks() -> None:
     found = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", page)]
     shown = [np.asarray(Image.open(io.BytesIO(data))) for data in found]
     assert np.array_equal(shown[0], image) and np.array_equal(shown[1], draw_overlay(image, one.masks, one.phrases))
-    assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page and "<b>Where?</b>" in page
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page and "<b>Q</b> Where?" in page
 
 
 def test_nothing_in_an_answer_is_markup() -> None:

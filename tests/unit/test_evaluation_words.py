@@ -157,13 +157,14 @@ def test_training_on_masks_is_compared_in_words() -> None:
     assert "different tokens" in said.notes[0] and "perplexity" not in {one.score for one in said.differences}
 
 
-def test_a_page_shows_what_was_said(tmp_path: Path) -> None:
+def test_a_page_shows_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "open_image", lambda path: noise(40, 30))
     chosen = pages.Chosen()
     for one in ask(Speaker({}, 0.25))[1]:
         chosen.add(text_line_of(one))
     sections = chosen.sections()
     assert list(sections) == ["in words alone"] and len(sections["in words alone"]) == 3
-    pages.write_page(tmp_path / "p.html", "t", sections, lambda *_: noise(4, 4), lambda path: noise(40, 30))
+    pages.write_page(tmp_path / "p.html", "t", sections)
     assert "No idea." in (tmp_path / "p.html").read_text()
 
 

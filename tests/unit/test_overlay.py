@@ -126,30 +126,6 @@ def test_what_cannot_be_drawn_is_refused(image_given: np.ndarray, masks: np.ndar
         overlay.draw_overlay(image_given, masks)
 
 
-def item(height: int, width: int, masks: int, question: str = "Where is it?") -> overlay.GalleryItem:
-    full = np.ones((masks, height, width), dtype=bool)
-    names = [f"thing {number}" for number in range(masks)]
-    return overlay.GalleryItem(question, image(height, width), full, names, "It is here.", full[:1], names[:1], "IoU 1")
-
-
-def test_gallery_is_a_grid_of_equal_cells() -> None:
-    items = [item(30, 40, 1), item(1, 1, 2), item(700, 20, 0), item(40, 30, 1, "long question " * 20), item(5, 900, 3)]
-    two, one = overlay.draw_gallery(items, columns=2, tile=120), overlay.draw_gallery(items, columns=1, tile=120)
-    assert two.shape[1] == 2 * one.shape[1]
-    assert two.shape[0] * 5 == one.shape[0] * 3
-    assert (two != 255).any()
-
-
-def test_gallery_shows_truth_and_prediction_in_their_colours() -> None:
-    truth_only = overlay.draw_gallery([item(50, 50, 2)])
-    assert has_colour(truth_only, overlay.target_colour(0)) and has_colour(truth_only, overlay.target_colour(1))
-
-
-def test_gallery_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        overlay.draw_gallery([])
-
-
 def hidden_shares(masks: np.ndarray, phrases: list[str]) -> list[float]:
     """What share of each mask a label lies on."""
     grey = image(*masks.shape[1:])

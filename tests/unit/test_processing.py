@@ -215,12 +215,11 @@ def test_rare_letters_survive_the_slow_tokenizer():
     assert processor.decode_answer(encoded.input_ids[encoded.labels != -100]).marked_text == answer
 
 
-def test_rendering_shows_what_is_learned():
+def test_pieces_of_a_conversation_say_what_is_learned():
     processor = make_processor()
-    shown = processor.render_conversation(processor.encode_conversation([THREE]))
-    dim, bright = shown.split("\x1b[1;32m")
-    assert dim.startswith("\x1b[2m") and dim.endswith("ASSISTANT:\x1b[0m")
-    assert bright == " There is no car.<|im_end|>\x1b[0m"
+    prompt, answer = processor.conversation_pieces(processor.encode_conversation([THREE]))
+    assert prompt[0].endswith("ASSISTANT:") and not prompt[1]
+    assert answer == (" There is no car.<|im_end|>", True)
 
 
 def test_settings_make_the_same_processor_again():

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from utils.cli.errors import UserError
+
 
 @contextlib.contextmanager
 def open_atomic(path: str | os.PathLike[str], mode: str = "w", *, sync: bool = False) -> Iterator[IO[Any]]:
@@ -34,6 +36,16 @@ def open_atomic(path: str | os.PathLike[str], mode: str = "w", *, sync: bool = F
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text a person asked for, and the folders above it. UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; choose another place") from error
 
 
 def write_json(path: Path, content: Any) -> None:

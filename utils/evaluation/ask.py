@@ -1,6 +1,6 @@
 """Asks a predictor every question of a data set and hands what comes back to the scores, by protocol.
 
-The predictor is handed in; this file knows of it only `answer` and `segment` (see `Asked`). The protocols:
+The predictor is handed in; this file knows of it only `answer` and `segment` (see `Predictor`). The protocols:
 
 - free: the model gets the image and the question and must say its seg groups itself. What a user gets.
 - teacher: the true answer with its groups is given, the model only draws. Questions without a target are left out,
@@ -21,52 +21,23 @@ else 0. gIoU is the mean over questions, cIoU the sum of intersections over the 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
+from model.answers import Answer
+from model.predictor import Predictor
 from model.structures import IGNORE_LABEL
 from utils.data.readers.registry import MUSE, REASON_SEG
 from utils.data.samples import TEXT, Sample
 from utils.data.templates import REGION_ASKED_FOR
 from utils.evaluation import metrics, release_protocol
 from utils.evaluation.aggregate import CLASS_SETS, LONG, SHORT, Drawn, Figures, Release, Said, Words, drawn, summarise
-from utils.evaluation.answered import Answered
 from utils.evaluation.metrics import Matched
 from utils.evaluation.protocols import FREE, RELEASE, TEACHER
 from utils.evaluation.questions import EvalQuestion, Plan, make_plan, questions_of, truths_of
-
-
-class Asked(Protocol):
-    """What evaluation needs of a predictor; images are paths.
-
-    For the protocol `release` and for `Pairing` its answers also have `logits`, float (Q, H, W), from which the masks
-    were made.
-    """
-
-    def answer(
-        self, images: Sequence[Any], questions: Sequence[Any], image_index: Sequence[int], max_new_tokens: int
-    ) -> Sequence[Answered]: ...
-
-    def segment(
-        self, images: Sequence[Any], conversations: Sequence[list[tuple[str, str]]], image_index: Sequence[int]
-    ) -> Sequence[Answered]: ...
-
-
-class Reads(Protocol):
-    """What evaluation in words needs besides: how likely a model finds the last answer of each conversation.
-
-    (sum over its tokens of −ln p, their number), its end included; None where the conversation is too long. fits:
-    whether there is room for a prompt.
-    """
-
-    def fits(self, turns: Sequence[tuple[str, str | None]]) -> bool: ...
-
-    def likelihoods(
-        self, images: Sequence[Any], conversations: Sequence[list[tuple[str, str]]], image_index: Sequence[int]
-    ) -> Sequence[tuple[float, int] | None]: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +61,7 @@ class Scored:
 
     question: EvalQuestion
     truths: np.ndarray
-    answer: Answered
+    answer: Answer
     protocol: str
     shown: Drawn
     figures: Figures
@@ -108,7 +79,7 @@ class Spoken:
 
 
 def evaluate(
-    predictor: Asked,
+    predictor: Predictor,
     samples: Iterable[Sample],
     *,
     on_scored: Callable[[Scored], None] | None = None,
@@ -169,7 +140,7 @@ def baseline_giou(samples: Iterable[Sample], draw: Callable[[str], np.ndarray]) 
     return metrics.mean(ious)
 
 
-def ask(predictor: Asked, plan: Plan, batches: Iterable[Sequence[EvalQuestion]]) -> Iterator[Scored]:
+def ask(predictor: Predictor, plan: Plan, batches: Iterable[Sequence[EvalQuestion]]) -> Iterator[Scored]:
     """Ask batches of questions about masks as the plan says, and score the answers in order."""
     return (scored for batch in batches for scored in _score_batch(predictor, batch, plan))
 
@@ -177,7 +148,7 @@ def ask(predictor: Asked, plan: Plan, batches: Iterable[Sequence[EvalQuestion]])
 def ask_in_words(predictor: Any, plan: Plan, batches: Iterable[Sequence[EvalQuestion]]) -> Iterator[Spoken]:
     """Ask batches of questions that are answered in words alone, each after the true turns before it.
 
-    free: the model answers. teacher: how likely it finds the true answer. predictor: `Asked` and `Reads`.
+    free: the model answers. teacher: how likely it finds the true answer. predictor: `Predictor` and `ScoredPredictor`.
     """
     for batch in batches:
         images, image_index = _index([one.image_path for one in batch])
@@ -221,13 +192,13 @@ def _words_figures(question: EvalQuestion, text: str | None, likelihood: tuple[f
     return Figures(TEXT, question.dataset, question.image_path, 0, words=words)
 
 
-def _score_batch(predictor: Asked, batch: Sequence[EvalQuestion], plan: Plan) -> Iterator[Scored]:
+def _score_batch(predictor: Predictor, batch: Sequence[EvalQuestion], plan: Plan) -> Iterator[Scored]:
     protocols, others, max_new_tokens = plan.protocols, plan.others, plan.max_new_tokens
     everything = range(len(batch))
     with_targets = [number for number in everything if batch[number].turn.targets]
-    free: dict[int, Answered] = {}
-    forced: dict[int, Answered] = {}
-    elsewhere: dict[int, Answered] = {}
+    free: dict[int, Answer] = {}
+    forced: dict[int, Answer] = {}
+    elsewhere: dict[int, Answer] = {}
     if {FREE, RELEASE} & set(protocols):
         free = _answers(predictor, batch, everything, max_new_tokens)
     if with_targets and {TEACHER, RELEASE} & set(protocols):
@@ -248,12 +219,12 @@ def _score_batch(predictor: Asked, batch: Sequence[EvalQuestion], plan: Plan) ->
 
 
 def _answers(
-    predictor: Asked,
+    predictor: Predictor,
     batch: Sequence[EvalQuestion],
     numbers: Sequence[int],
     max_new_tokens: int,
     others: Mapping[str, str] | None = None,
-) -> dict[int, Answered]:
+) -> dict[int, Answer]:
     """Free-running answers to the questions `numbers` of a batch, each about its own image or that in `others`."""
     paths = [batch[number].image_path for number in numbers]
     images, image_index = _index(paths if others is None else [others[path] for path in paths])
@@ -265,9 +236,9 @@ def _answers(
 class _Ways:
     """The answers to one question; None where that way of asking was not taken."""
 
-    free: Answered | None
-    forced: Answered | None
-    elsewhere: Answered | None
+    free: Answer | None
+    forced: Answer | None
+    elsewhere: Answer | None
 
 
 def _figures(
@@ -297,7 +268,7 @@ def _figures(
     )
 
 
-def _said(answer: Answered, names: Sequence[str]) -> Said:
+def _said(answer: Answer, names: Sequence[str]) -> Said:
     return Said(
         num_masks=len(answer.masks),
         num_broken=answer.num_broken,
@@ -324,14 +295,14 @@ def _rng(question: EvalQuestion) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(f"{question.sample_id}#{question.number}".encode()))
 
 
-def _pairing(question: EvalQuestion, truths: np.ndarray, answer: Answered) -> Pairing:
+def _pairing(question: EvalQuestion, truths: np.ndarray, answer: Answer) -> Pairing:
     matched = release_protocol.match_question(_logits(answer), truths, _rng(question))
     partner_of = dict(matched.pairs)
     partners = tuple(partner_of.get(number) for number in range(len(answer.masks)))
     return Pairing(partners, metrics.pair_masks(answer.masks, truths, matched.pairs))
 
 
-def _release(question: EvalQuestion, truths: np.ndarray, free: Answered, forced: Answered | None) -> Release:
+def _release(question: EvalQuestion, truths: np.ndarray, free: Answer, forced: Answer | None) -> Release:
     return Release(
         forced=None if forced is None else release_protocol.count_forced(_logits(forced), truths),
         generated=release_protocol.count_generated(
@@ -340,7 +311,7 @@ def _release(question: EvalQuestion, truths: np.ndarray, free: Answered, forced:
     )
 
 
-def _logits(answer: Answered) -> np.ndarray:
+def _logits(answer: Answer) -> np.ndarray:
     found = getattr(answer, "logits", None)
     if found is None:
         raise TypeError(

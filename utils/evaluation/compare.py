@@ -144,11 +144,9 @@ def _difference(score: str, group: str, pairs: Sequence[Pair], ratio: Callable[[
     return Difference(score, group, len(pairs), first, second, interval)
 
 
-def compare_folders(
-    first: Path, second: Path, out: Path | None = None, draw: pages.Draw | None = None, open_image: Any = None
-) -> str:
+def compare_folders(first: Path, second: Path, out: Path | None = None) -> str:
     """What `compare` finds in two results folders, for a person. out: a folder for a page of the answers that changed
-    most, drawn by `draw` over images from `open_image` (see `pages.write_page`)."""
+    most."""
     found = compare(read_lines(first), read_lines(second))
     rows = [["score, questions", "n", "A", "B", "B - A", "95% interval"]]
     rows += [
@@ -170,10 +168,10 @@ def compare_folders(
         one, other = pair
         said.append(f"  {change(pair):+.3f}  {one['id']}  {_on_one_line(one['question'])}")
         said += [f"          {name}: {_on_one_line(line['answer'])}" for name, line in (("A", one), ("B", other))]
-    if out is not None and draw is not None:
+    if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         title = f"What changed most: A {first}, B {second}"
-        pages.write_comparison(out / pages.COMPARISON, title, found.changed, draw, open_image)
+        pages.write_comparison(out / pages.COMPARISON, title, found.changed)
         said.append(f"written to {out}: {pages.COMPARISON}")
     return "\n".join(said)
 

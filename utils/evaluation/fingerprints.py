@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from utils.data.readers.base import Reader
 
 # Files up to this size are read whole; of larger ones the beginning, which holds the header of a safetensors file, the
 # size, and blocks spread evenly: seconds rather than minutes for a large model, and training changes every block.
@@ -11,17 +13,6 @@ _WHOLE = 64 << 20
 _BLOCK, _BLOCKS = 1 << 20, 32
 
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json")
-
-
-class ReaderLike(Protocol):
-    """What is read of a data set reader."""
-
-    name: str
-    split: str
-    fingerprint: str
-    skipped: Any
-
-    def __len__(self) -> int: ...
 
 
 def of_model(folder: str | Path) -> dict[str, Any]:
@@ -45,7 +36,7 @@ def of_model(folder: str | Path) -> dict[str, Any]:
     return {"sha256": hashed.hexdigest(), "bytes": total, "files": [path.name for path in paths]}
 
 
-def of_data(readers: Iterable[ReaderLike]) -> list[dict[str, Any]]:
+def of_data(readers: Iterable[Reader]) -> list[dict[str, Any]]:
     """Of every reader its data set, split, number of images, fingerprint, and what it left out by cause."""
     return [
         {

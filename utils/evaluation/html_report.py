@@ -1,23 +1,21 @@
 """index.html: answers beside their images and truths, best, worst, at random and by cause of failure; and
-compare.html: what changed from one run to another.
-
-One file without scripts, links to other places or files beside it: it opens from a disk. Words of questions and answers
-are shown as they are and never become markup. All is drawn from lines of samples.jsonl and the images they name.
+compare.html: what changed from one run to another. All is drawn from lines of samples.jsonl and the images they name.
 """
 
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
+from model.answer_text import remove_seg_markers
+from model.image_processing_pixellm import open_image
+from model.overlay import draw_overlay
 from utils.data.samples import KINDS, TEXT
+from utils.drawing.galleries import GalleryItem, draw_gallery
+from utils.drawing.pages import Article, Figure, Paragraph, Section, embed_image, render_page
 from utils.evaluation.mask_codes import decoded
 from utils.evaluation.records import CAUSES, iou_of
 
@@ -26,34 +24,11 @@ PER_SECTION = 8
 
 SIDE = 280
 """Longest side in pixels of an image on the page."""
-
-# A page stays below this many bytes; its answers share them.
-_PAGE_BYTES = 19_000_000
-_MOST_BYTES, _FEWEST_BYTES = 30_000, 2_000
-_IMAGES, _TEXTS = 3, 4
-_MOST_LETTERS = 600
-_LETTERS_OF_A_QUOTATION_MARK = 6
-_QUALITIES = (80, 60, 40, 25)
+LONGEST_TEXT = 600
 
 Line = Mapping[str, Any]
-Draw = Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]
-Open = Callable[[str], np.ndarray]
-
-_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.4 sans-serif; margin: 1.5em auto; max-width: 62em; padding: 0 1em; color: #111; background: #fff }}
-article {{ border-top: 1px solid #ccc; padding: .6em 0 }}
-.row {{ display: flex; gap: .5em; flex-wrap: wrap }}
-h1, h2 {{ overflow-wrap: anywhere }}
-figure {{ margin: 0 }} figcaption, .note {{ color: #666; font-size: 85% }}
-img {{ max-width: 100%; height: auto }}
-p {{ margin: .3em 0; overflow-wrap: anywhere; white-space: pre-wrap }}
-</style></head><body>
-<h1>{title}</h1>
-"""
+Masks = tuple[np.ndarray | None, Sequence[str]]
+"""Masks of an image with their phrases; None for the image alone."""
 
 
 class ByKind:
@@ -132,123 +107,110 @@ def _first(kept: list[tuple[float, int, Line]], most: int) -> list[tuple[float, 
     return sorted(kept, key=lambda one: one[:2])[:most]
 
 
-def write_page(path: Path, title: str, sections: dict[str, list[Line]], draw: Draw, open_image: Open) -> None:
-    """Write the page. An answer that several sections hold is drawn in the first and linked from the others.
-
-    draw: (image uint8 (H, W, 3), bool masks (Q, H, W), phrases) -> an image with its masks. open_image: by path.
-    """
-    places: dict[tuple[str, str], str] = {}
-    articles = {(line["dataset"], line["id"]) for lines in sections.values() for line in lines}
-    images_of = _Images(draw, open_image, _bytes_of_image(len(articles)))
-    with path.open("w", encoding="utf-8") as page:
-        page.write(_HEAD.format(title=escape(title)))
-        links = [
-            f'<a href="#s{number}">{escape(name)}</a> ({len(sections[name])})' for number, name in _order(sections)
-        ]
-        page.write(f"<p>{' · '.join(links)}</p>\n")
-        for number, name in _order(sections):
-            page.write(f'<h2 id="s{number}">{escape(name)}</h2>\n')
-            for line in sections[name]:
-                key = (line["dataset"], line["id"])
-                if key in places:
-                    text = f"{_cut(line['question'])} (shown above)"
-                    page.write(f'<p><a href="#{places[key]}">{escape(text)}</a></p>\n')
-                else:
-                    places[key] = f"a{len(places)}"
-                    page.write(_article(line, places[key], images_of))
-        page.write("</body></html>\n")
+def write_page(path: Path, title: str, sections: Mapping[str, Sequence[Line]]) -> None:
+    """Write the page. An answer that several sections hold is drawn in the first and linked from the others."""
+    anchors: dict[tuple[str, str], str] = {}
+    shown = []
+    for name, lines in sections.items():
+        articles = []
+        for line in lines:
+            key = (line["dataset"], line["id"])
+            if key in anchors:
+                articles.append(Article(title=_shorten(line["question"]), shown_at=anchors[key]))
+            else:
+                anchors[key] = f"a{len(anchors)}"
+                articles.append(_make_article(line, anchors[key]))
+        shown.append(Section(articles, name))
+    path.write_text(render_page(title, shown), encoding="utf-8")
 
 
-def write_comparison(path: Path, title: str, pairs: Sequence[tuple[Line, Line]], draw: Draw, open_image: Open) -> None:
+def write_comparison(path: Path, title: str, pairs: Sequence[tuple[Line, Line]]) -> None:
     """Write a page of pairs of lines, (A, B) of the same question; see `write_page`."""
-    images_of = _Images(draw, open_image, _bytes_of_image(len(pairs)))
-    with path.open("w", encoding="utf-8") as page:
-        page.write(_HEAD.format(title=escape(title)))
-        for number, (first, second) in enumerate(pairs):
-            images = {"truth": _true(first), "A": _predicted(first), "B": _predicted(second)}
-            shown = images_of.figures(first["image_path"], images)
-            note = f"IoU {iou_of(first):.3f} → {iou_of(second):.3f} ({iou_of(second) - iou_of(first):+.3f})"
-            page.write(
-                f'<article id="a{number}">{_said("Q", first["question"])}<div class="row">{shown}</div>'
-                f"{_said('A', first['answer'])}{_said('B', second['answer'])}{_said('True', first['true_answer'])}"
-                f'<p class="note">{escape(note)} · {escape(first["id"])}</p></article>\n'
+    articles = []
+    for first, second in pairs:
+        change = f"IoU {iou_of(first):.3f} → {iou_of(second):.3f} ({iou_of(second) - iou_of(first):+.3f})"
+        images = {"truth": _true_masks(first), "A": _predicted_masks(first), "B": _predicted_masks(second)}
+        articles.append(
+            Article(
+                before=[_make_paragraph("Q", first["question"])],
+                figures=_draw_figures(first["image_path"], images),
+                after=[
+                    _make_paragraph("A", first["answer"]),
+                    _make_paragraph("B", second["answer"]),
+                    _make_paragraph("True", first["true_answer"]),
+                ],
+                note=f"{change} · {first['id']}",
             )
-        page.write("</body></html>\n")
+        )
+    path.write_text(render_page(title, [Section(articles)]), encoding="utf-8")
 
 
-def _order(sections: dict[str, list[Line]]) -> list[tuple[int, str]]:
-    return list(enumerate(sections))
-
-
-Masks = tuple[np.ndarray | None, Sequence[str]]
-
-
-def _true(line: Line) -> Masks:
-    return decoded(line["true_masks"], line["size"]), line["names"]
-
-
-def _predicted(line: Line) -> Masks:
-    return decoded(line["masks"], line["size"]), line["phrases"]
-
-
-def _article(line: Line, place: str, images_of: "_Images") -> str:
-    of_text = line["kind"] == TEXT
-    images: dict[str, Masks] = {"image": (None, ())}
-    if not of_text:
-        images |= {"truth": _true(line), "prediction": _predicted(line)}
-    shown = images_of.figures(line["image_path"], images)
-    note = f"{line['kind']}, {line['protocol']}" + ("" if of_text else f", IoU {iou_of(line):.3f}")
-    if why := line.get("causes"):
-        note += f", {', '.join(why)}"
-    return (
-        f'<article id="{place}">{_said("Q", line["question"])}<div class="row">{shown}</div>'
-        f"{_said('A', line['answer'])}{_said('True', line['true_answer'])}"
-        f'<p class="note">{escape(note)} · {escape(line["id"])}</p></article>\n'
+def draw_answers(lines: Sequence[Line]) -> np.ndarray:
+    """Scored questions on one sheet, uint8 RGB."""
+    return draw_gallery(
+        [
+            GalleryItem(
+                question=line["question"],
+                image=open_image(line["image_path"]),
+                true_masks=decoded(line["true_masks"], line["size"]),
+                true_names=line["names"],
+                answer=remove_seg_markers(line["answer"]),
+                masks=decoded(line["masks"], line["size"]),
+                phrases=line["phrases"],
+                note=f"{line['kind']}, {line['protocol']}, IoU {iou_of(line):.2f}",
+            )
+            for line in lines
+        ]
     )
 
 
-def _said(name: str, text: str) -> str:
-    return f"<p><b>{name}</b> {escape(_cut(text))}</p>"
+def _make_article(line: Line, anchor: str) -> Article:
+    in_words = line["kind"] == TEXT
+    images: dict[str, Masks] = {"image": (None, ())}
+    if not in_words:
+        images |= {"truth": _true_masks(line), "prediction": _predicted_masks(line)}
+    note = f"{line['kind']}, {line['protocol']}" + ("" if in_words else f", IoU {iou_of(line):.3f}")
+    if causes := line.get("causes"):
+        note += f", {', '.join(causes)}"
+    return Article(
+        before=[_make_paragraph("Q", line["question"])],
+        figures=_draw_figures(line["image_path"], images),
+        after=[_make_paragraph("A", line["answer"]), _make_paragraph("True", line["true_answer"])],
+        note=f"{note} · {line['id']}",
+        anchor=anchor,
+    )
 
 
-@dataclass(frozen=True)
-class _Images:
-    """Draws images into a page, each of at most `most_bytes`."""
-
-    draw: Draw
-    open_image: Open
-    most_bytes: int
-
-    def figures(self, path: str, images: Mapping[str, Masks]) -> str:
-        """Images side by side, by their captions; masks None: the image alone."""
-        image = self.open_image(path)
-        shown = {
-            name: _small(image, None)[0] if masks is None else self.draw(*_small(image, masks), names)
-            for name, (masks, names) in images.items()
-        }
-        sources = {name: _embedded(one, self.most_bytes) for name, one in shown.items()}
-        return "".join(
-            f'<figure><img alt="{name}" src="{source}"><figcaption>{name}</figcaption></figure>'
-            for name, source in sources.items()
-        )
+def _make_paragraph(label: str, text: str) -> Paragraph:
+    return Paragraph.plain(_shorten(text), label)
 
 
-def _bytes_of_image(articles: int) -> int:
-    """As many bytes as each of an article's images may have beside texts that are all quotation marks."""
-    texts = _TEXTS * _MOST_LETTERS * _LETTERS_OF_A_QUOTATION_MARK
-    characters = (_PAGE_BYTES / max(articles, 1) - texts) / _IMAGES
-    return int(min(max(characters * 3 / 4, _FEWEST_BYTES), _MOST_BYTES))
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_LETTERS else text[: _MOST_LETTERS - 1] + "…"
+def _true_masks(line: Line) -> Masks:
+    return decoded(line["true_masks"], line["size"]), line["names"]
 
 
-def _small(image: np.ndarray, masks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Image and masks (none for None) with a longest side of at most SIDE."""
+def _predicted_masks(line: Line) -> Masks:
+    return decoded(line["masks"], line["size"]), line["phrases"]
+
+
+def _draw_figures(path: str, images: Mapping[str, Masks]) -> list[Figure]:
+    """Images side by side, by their captions."""
+    image, figures = open_image(path), []
+    for name, (masks, phrases) in images.items():
+        drawn = image
+        if masks is not None:
+            drawn = draw_overlay(*_shrink(image, masks), phrases, min_side=SIDE)
+        figures.append(Figure(name, embed_image(drawn, SIDE, "JPEG")))
+    return figures
+
+
+def _shrink(image: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Image and masks with a longest side of at most SIDE, so that labels are drawn at the size they are shown in."""
     height, width = image.shape[:2]
-    if masks is None:
-        masks = np.zeros((0, height, width), dtype=bool)
     scale = SIDE / max(height, width)
     if scale >= 1:
         return image, masks
@@ -256,16 +218,3 @@ def _small(image: np.ndarray, masks: np.ndarray | None) -> tuple[np.ndarray, np.
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     parts = [cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) for mask in masks]
     return small, np.array(parts, dtype=bool).reshape(len(masks), size[1], size[0])
-
-
-def _embedded(image: np.ndarray, most_bytes: int) -> str:
-    """The image as a data address of a JPEG of at most `most_bytes`: coarser, then smaller, until it fits."""
-    small = Image.fromarray(image)
-    small.thumbnail((SIDE, SIDE))
-    while True:
-        for quality in _QUALITIES:
-            written = io.BytesIO()
-            small.save(written, "JPEG", quality=quality)
-            if written.tell() <= most_bytes or max(small.size) == 1:
-                return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode("ascii")
-        small = small.resize((max(1, small.width // 2), max(1, small.height // 2)))

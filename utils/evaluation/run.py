@@ -1,16 +1,11 @@
-"""One evaluation from its first question to the files it leaves; and judging the answers it left.
-
-What knows a model is handed in: a predictor, and what draws.
-"""
+"""One evaluation from its first question to the files it leaves; and judging the answers it left."""
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from utils.cli.atomic_files import write_json
@@ -31,6 +26,7 @@ from utils.evaluation.ranks import Ranks
 from utils.evaluation.records import SAMPLES, Lines, read_lines
 from utils.evaluation.results import RESULTS, merged, protocol_facts, read_results, with_intervals
 from utils.evaluation.resume import figures_of, key_of
+from utils.evaluation.scored_predictor import ScoredPredictor
 from utils.evaluation.sets import ScoredSets
 from utils.evaluation.tables import score_table
 
@@ -40,15 +36,6 @@ GALLERY = "gallery.png"
 SETTINGS = ("batch_size", "limit", "max_new_tokens", "shuffled", "precision", "attn_implementation", "device")
 
 Line = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """What draws: a gallery of lines as one image uint8 (H, W, 3), masks over an image, an image by its path."""
-
-    gallery: Callable[[list[Line]], np.ndarray]
-    overlay: pages.Draw
-    open_image: pages.Open
 
 
 class Session:
@@ -87,7 +74,7 @@ class Session:
         """Whether answers have to keep the logits of their masks."""
         return RELEASE in self.plan.protocols or self.plan.pair
 
-    def score(self, predictor: Any, drawing: Drawing) -> str:
+    def score(self, predictor: ScoredPredictor) -> str:
         """Ask every question and write what came of it into --out. What a person is told; nothing on ranks but the
         first."""
         out = self.config.folder
@@ -110,7 +97,7 @@ class Session:
         shown = [record["line"] for record in records]
         result = with_intervals(summary(self.plan, figures), figures) | run
         write_json(out / RESULTS, with_muse(result, shown))
-        written = [RESULTS, SAMPLES, *self._draw(shown, drawing)]
+        written = [RESULTS, SAMPLES, *self._draw(shown)]
         (out / scoring.VERDICTS).unlink(missing_ok=True)  # those of an earlier run
         if self._judges and scoring.muse_lines(shown):
             judge_folder(out, self.config)
@@ -136,7 +123,7 @@ class Session:
                 lines.add(spoken)
                 bar.add(None)
 
-    def _draw(self, lines: list[Line], drawing: Drawing) -> list[str]:
+    def _draw(self, lines: list[Line]) -> list[str]:
         """The names of the galleries that were written."""
         config, out = self.config, self.config.folder
         if not config.gallery:
@@ -146,10 +133,10 @@ class Session:
             shown.add(line)
             chosen.add(line)
         title = f"{config.model.version} on {config.val_dataset}: {','.join(config.protocols())}"
-        pages.write_page(out / pages.PAGE, title, chosen.sections(), drawing.overlay, drawing.open_image)
+        pages.write_page(out / pages.PAGE, title, chosen.sections())
         if not (kept := shown.chosen()):
             return [pages.PAGE]
-        Image.fromarray(drawing.gallery(kept)).save(out / GALLERY)
+        Image.fromarray(pages.draw_answers(kept)).save(out / GALLERY)
         return [GALLERY, pages.PAGE]
 
     def _circumstances(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Talking with a model it has never met: terminal, commands, files, and questions from a file."""
+"""Asking a saved model: in a terminal, from a file of questions, and what these share."""

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from model.answers import Answer
+from model.image_processing_pixellm import open_image
+from model.predictor import Predictor
+from model.session import AnswerOptions
 from utils.cli.atomic_files import open_atomic
 from utils.cli.errors import UserError, explain
-from utils.serving.files import AnswerLike, Draw, write_answer
+from utils.serving.files import write_answer
 from utils.serving.terminal import one_line
 
 logger = logging.getLogger(__name__)
@@ -22,7 +26,7 @@ QUESTIONS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class Asked:
+class FileQuestion:
     """One line of the file: its number from 1, the image's path and the question."""
 
     line: int
@@ -30,24 +34,21 @@ class Asked:
     question: str
 
 
-@dataclass(frozen=True)
-class BatchModel:
-    """What a batch needs of the model's room. open: image's path -> uint8 (H, W, 3). check: raises what is wrong
-    with a question. answer: (images, questions, image number of each) -> answers. draw: see `files.Draw`.
-    """
-
-    open: Callable[[str], np.ndarray]
-    check: Callable[[str], Any]
-    answer: Callable[[Sequence[np.ndarray], Sequence[str], Sequence[int]], Sequence[AnswerLike]]
-    draw: Draw
-
-
-def answer_file(questions: Path, out: Path, model: BatchModel, settings: dict[str, Any]) -> int:
+def answer_file(
+    questions: Path,
+    out: Path,
+    predictor: Predictor,
+    max_new_tokens: int,
+    options: AnswerOptions,
+    settings: dict[str, Any],
+) -> int:
     """Answer every line {"image": path, "question": text} of `questions`; a relative path begins at the file's folder.
 
     Into `out`/results.jsonl comes a line for each that could be answered, in the order of the file, and into
     `out`/overlays its overlay and masks. What an earlier run with equal settings has answered is kept. A bad line is
     reported on stderr and skipped; returns how many were. UserError when the file cannot be read or `out` written.
+
+    settings: what answers depend on, plain enough for JSON.
     """
     asked, bad = read_questions(questions)
     path = out / RESULTS
@@ -62,7 +63,10 @@ def answer_file(questions: Path, out: Path, model: BatchModel, settings: dict[st
         waiting = [one for one in asked if one not in done]
         with path.open("a", encoding="utf-8") as file, tqdm(total=len(waiting), unit="question") as bar:
             for some in _chunks(waiting):
-                for one, answer in _answered(some, questions.parent, model, bad, out):
+                images, good = _open_images(some, questions.parent, predictor, bad)
+                answers = _answer(good, images, predictor, max_new_tokens, options)
+                for one, answer in zip(good, answers, strict=True):
+                    write_answer(out / _overlay_name(one), images[one.image], answer)
                     file.write(_text(_record(one, answer, settings)))
                     file.flush()
                 bar.update(len(some))
@@ -76,13 +80,13 @@ def answer_file(questions: Path, out: Path, model: BatchModel, settings: dict[st
     return len(bad)
 
 
-def read_questions(path: Path) -> tuple[list[Asked], dict[int, str]]:
+def read_questions(path: Path) -> tuple[list[FileQuestion], dict[int, str]]:
     """The questions of a file, and by line number what is wrong with its other lines; empty lines are neither."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read the questions {path}: {error.strerror or error}") from error
-    asked: list[Asked] = []
+    asked: list[FileQuestion] = []
     bad: dict[int, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -94,7 +98,7 @@ def read_questions(path: Path) -> tuple[list[Asked], dict[int, str]]:
             continue
         fields = [content.get(name) if isinstance(content, dict) else None for name in ("image", "question")]
         if all(isinstance(field, str) and field.strip() for field in fields):
-            asked.append(Asked(number, str(fields[0]), str(fields[1])))
+            asked.append(FileQuestion(number, str(fields[0]), str(fields[1])))
         else:
             bad[number] = 'needs a text "image" and a text "question"; skipped'
     if not asked and not bad:
@@ -102,22 +106,22 @@ def read_questions(path: Path) -> tuple[list[Asked], dict[int, str]]:
     return asked, bad
 
 
-def _chunks(waiting: Sequence[Asked]) -> Iterator[list[Asked]]:
+def _chunks(waiting: Sequence[FileQuestion]) -> Iterator[list[FileQuestion]]:
     for start in range(0, len(waiting), QUESTIONS_AT_ONCE):
         yield list(waiting[start : start + QUESTIONS_AT_ONCE])
 
 
-def _answered(
-    some: Sequence[Asked], folder: Path, model: BatchModel, bad: dict[int, str], out: Path
-) -> list[tuple[Asked, AnswerLike]]:
-    """Answer what can be answered and write its images; the rest goes into `bad`."""
+def _open_images(
+    some: Sequence[FileQuestion], folder: Path, predictor: Predictor, bad: dict[int, str]
+) -> tuple[dict[str, np.ndarray], list[FileQuestion]]:
+    """The images by their names and the questions that can be asked about them; the rest goes into `bad`."""
     images: dict[str, np.ndarray] = {}
     good = []
     for one in some:
         try:
             if one.image not in images:
-                images[one.image] = model.open(str(folder / one.image))
-            model.check(one.question)
+                images[one.image] = open_image(str(folder / one.image))
+            predictor.processor.encode_question(one.question)
         except Exception as error:
             sentence = explain(error)
             if sentence is None:
@@ -125,27 +129,31 @@ def _answered(
             bad[one.line] = f"{sentence}; skipped"
         else:
             good.append(one)
-    if not good:
-        return []
+    return images, good
+
+
+def _answer(
+    good: Sequence[FileQuestion],
+    images: dict[str, np.ndarray],
+    predictor: Predictor,
+    max_new_tokens: int,
+    options: AnswerOptions,
+) -> list[Answer]:
     names = list(images)
-    answers = model.answer(
-        list(images.values()), [one.question for one in good], [names.index(one.image) for one in good]
-    )
-    for one, answer in zip(good, answers, strict=True):
-        write_answer(out / _overlay(one), images[one.image], answer, model.draw)
-    return list(zip(good, answers, strict=True))
+    questions, index = [one.question for one in good], [names.index(one.image) for one in good]
+    return predictor.answer(list(images.values()), questions, index, max_new_tokens, options) if good else []
 
 
-def _overlay(one: Asked) -> str:
+def _overlay_name(one: FileQuestion) -> str:
     return f"{OVERLAYS}/{one.line:06d}.png"
 
 
-def _record(one: Asked, answer: AnswerLike, settings: dict[str, Any]) -> dict[str, Any]:
+def _record(one: FileQuestion, answer: Answer, settings: dict[str, Any]) -> dict[str, Any]:
     told = {"line": one.line, "image": one.image, "question": one.question}
-    return told | answer.to_dict() | {"overlay": _overlay(one), "settings": settings}
+    return told | answer.to_dict() | {"overlay": _overlay_name(one), "settings": settings}
 
 
-def _earlier(path: Path, settings: dict[str, Any]) -> dict[Asked, dict[str, Any]]:
+def _earlier(path: Path, settings: dict[str, Any]) -> dict[FileQuestion, dict[str, Any]]:
     """Records of an earlier run by what was asked; a line cut off when it was killed does not count."""
     found = {}
     if path.exists():
@@ -153,7 +161,7 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[Asked, dict[str, Any]
             try:
                 record = json.loads(line.decode("utf-8"))
                 if record["settings"] == settings:
-                    found[Asked(record["line"], record["image"], record["question"])] = record
+                    found[FileQuestion(record["line"], record["image"], record["question"])] = record
             except (ValueError, KeyError, TypeError):
                 continue
     return found

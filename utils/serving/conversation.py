@@ -1,15 +1,19 @@
 """A conversation with the keyboard or a pipe: questions, commands, answers while they are made."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
+from model.answers import Answer
+from model.overlay import draw_overlay, target_colour
+from model.predictor import Predictor
+from model.session import AnswerOptions, Chat, Finished, TargetStarted, TextPiece
+from utils.cli.atomic_files import write_text
 from utils.cli.errors import UserError, explain
-from utils.serving.files import AnswerLike, Draw, check_image_name, free_name, target_lines, write_answer, write_page
-from utils.serving.terminal import Colour, Terminal
+from utils.serving.answer_page import answer_page
+from utils.serving.files import check_image_name, choose_free_name, describe_targets, write_answer
+from utils.serving.terminal import Terminal
 
 HELP = """\
 /image FILE   ask about another image
@@ -21,47 +25,22 @@ HELP = """\
 /quit         leave; so does the end of input"""
 
 
-class Talk(Protocol):
-    """A conversation about one image, as a model's predictor offers it."""
-
-    turns: list[tuple[str, Any]]
-    num_forgotten: int
-
-    def stream(self, question: str, max_new_tokens: int) -> Iterator[Any]: ...
-    def undo(self) -> Any: ...
-    def reset(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Manner:
-    """What a conversation needs of the model's room.
-
-    open: image's path -> (its pixels uint8 (H, W, 3), a Talk about it). draw: see `files.Draw`. page: (image,
-    answer) -> the answer as an HTML page. colour: of target number n. text, target, answer: read an event: its piece of
-    text, the number of the target that begins with it, the whole answer; None for events of another kind.
-    """
-
-    open: Callable[[str], tuple[np.ndarray, Talk]]
-    draw: Draw
-    page: Callable[[np.ndarray, Any], str]
-    colour: Callable[[int], Colour]
-    text: Callable[[Any], str | None]
-    target: Callable[[Any], int | None]
-    answer: Callable[[Any], AnswerLike | None]
-
-
 class Conversation:
     """Questions about an image, which may be changed. num_failed: lines that could not be done as asked."""
 
-    def __init__(self, manner: Manner, terminal: Terminal, folder: Path, max_new_tokens: int) -> None:
-        self.manner, self.terminal, self.folder, self.max_new_tokens = manner, terminal, folder, max_new_tokens
+    def __init__(
+        self, predictor: Predictor, options: AnswerOptions, terminal: Terminal, folder: Path, max_new_tokens: int
+    ) -> None:
+        """folder: where overlays and masks go."""
+        self.predictor, self.options = predictor, options
+        self.terminal, self.folder, self.max_new_tokens = terminal, folder, max_new_tokens
         self.image_path = ""
         self.image = np.zeros((0, 0, 3), np.uint8)
-        self.talk: Talk | None = None
-        self.last: AnswerLike | None = None
+        self.chat: Chat | None = None
+        self.last: Answer | None = None
         self.num_failed = 0
         self._commands: dict[str, Callable[[str], None]] = {
-            "/image": self.take,
+            "/image": self.open_image,
             "/masks": self._masks,
             "/save": self._save,
             "/undo": self._undo,
@@ -69,16 +48,17 @@ class Conversation:
             "/help": lambda _: self._say_lines(HELP.splitlines()),
         }
 
-    def take(self, image: str) -> None:
-        """Talk about another image; errors pass through and leave the old one."""
-        self.image, self.talk = self.manner.open(image)
+    def open_image(self, image: str) -> None:
+        """Ask about another image; errors pass through and leave the old one."""
+        session = self.predictor.session(image)
+        self.image, self.chat = session.image, session.chat(self.options)
         self.image_path, self.last = image, None
 
     def run(self) -> None:
         """Read lines until they end. What is wrong with one is said, then the next is read."""
         if self.terminal.interactive:
             self.terminal.say("Ask about the image; /help lists what else can be typed.")
-        while (line := self.terminal.read("Question: " if self.talk else "Image: ")) is not None:
+        while (line := self.terminal.read("Question: " if self.chat else "Image: ")) is not None:
             if line == "/quit":
                 return
             try:
@@ -98,56 +78,56 @@ class Conversation:
         command, _, rest = line.partition(" ")
         if command in self._commands:
             self._commands[command](rest.strip())
-        elif self.talk is None:
-            self.take(line)
+        elif self.chat is None:
+            self.open_image(line)
         elif command.startswith("/"):
             raise UserError(f"there is no command {command}: /help lists those there are")
         else:
-            self._ask(self.talk, line)
+            self._ask(self.chat, line)
 
-    def _ask(self, talk: Talk, question: str) -> None:
-        forgotten, begun = talk.num_forgotten, False
-        for event in talk.stream(question, self.max_new_tokens):
+    def _ask(self, chat: Chat, question: str) -> None:
+        forgotten, begun = chat.num_forgotten, False
+        for event in chat.stream(question, self.max_new_tokens):
             if not begun:
                 self.terminal.say("Answer: ", end="")
                 begun = True
-            if (piece := self.manner.text(event)) is not None:
-                self.terminal.say(piece, end="")
-            elif (number := self.manner.target(event)) is not None and self.terminal.colours:
-                self.terminal.say(f" [{number + 1}]", self.manner.colour(number), end="")
-            elif (answer := self.manner.answer(event)) is not None:
-                self.last = answer
+            if isinstance(event, TextPiece):
+                self.terminal.say(event.text, end="")
+            elif isinstance(event, TargetStarted) and self.terminal.colours:
+                self.terminal.say(f" [{event.number + 1}]", target_colour(event.number), end="")
+            elif isinstance(event, Finished):
+                self.last = event.answer
         self.terminal.say("")
-        if talk.num_forgotten > forgotten:
+        if chat.num_forgotten > forgotten:
             self.terminal.say(
-                f"  (the conversation was too long: its first {talk.num_forgotten} turn(s) are forgotten)"
+                f"  (the conversation was too long: its first {chat.num_forgotten} turn(s) are forgotten)"
             )
         assert self.last is not None
-        self._keep(free_name(self.folder, self.image_path))
+        self._keep(choose_free_name(self.folder, self.image_path))
 
     def _keep(self, target: Path) -> None:
-        answer = self._answered()
-        write_answer(target, self.image, answer, self.manner.draw)
+        answer = self._last_answer()
+        write_answer(target, self.image, answer)
         self._list(answer, target)
         self.terminal.say(f"  overlay: {target}")
 
-    def _list(self, answer: AnswerLike, target: Path | None) -> None:
+    def _list(self, answer: Answer, target: Path | None) -> None:
         if len(answer.masks):
-            self.terminal.show(self.manner.draw(self.image, answer.masks, answer.phrases))
-        for number, line in enumerate(target_lines(answer, target)):
-            self.terminal.say(line, self.manner.colour(number) if number < len(answer.masks) else None)
+            self.terminal.show(draw_overlay(self.image, answer.masks, answer.phrases))
+        for number, line in enumerate(describe_targets(answer, target)):
+            self.terminal.say(line, target_colour(number) if number < len(answer.masks) else None)
 
     def _say_lines(self, lines: list[str]) -> None:
         for line in lines:
             self.terminal.say(line)
 
-    def _answered(self) -> AnswerLike:
+    def _last_answer(self) -> Answer:
         if self.last is None:
             raise UserError("there is no answer yet: ask something first")
         return self.last
 
     def _masks(self, _: str) -> None:
-        answer = self._answered()
+        answer = self._last_answer()
         if not len(answer.masks):
             raise UserError("the last answer has no masks: ask for something in the image")
         self._list(answer, None)
@@ -155,23 +135,23 @@ class Conversation:
     def _save(self, name: str) -> None:
         if not name:
             raise UserError("/save needs a file: give a name such as answer.png")
-        answer, target = self._answered(), Path(name)
+        answer, target = self._last_answer(), Path(name)
         if target.suffix.lower() == ".html":
-            write_page(target, self.manner.page(self.image, answer))
+            write_text(target, answer_page(self.image, answer))
         else:
             check_image_name(target, "/save")
-            write_answer(target, self.image, answer, self.manner.draw)
+            write_answer(target, self.image, answer)
         self.terminal.say(f"  saved: {target}")
 
     def _undo(self, _: str) -> None:
-        taken = self.talk.undo() if self.talk else None
+        taken = self.chat.undo() if self.chat else None
         if taken is None:
             raise UserError("there is nothing to take back: no question was answered yet")
-        self.last = self.talk.turns[-1][1] if self.talk and self.talk.turns else None
+        self.last = self.chat.turns[-1][1] if self.chat and self.chat.turns else None
         self.terminal.say(f"  taken back: {taken[0]}")
 
     def _reset(self, _: str) -> None:
-        if self.talk:
-            self.talk.reset()
+        if self.chat:
+            self.chat.reset()
         self.last = None
         self.terminal.say("  forgotten")

@@ -1,28 +1,16 @@
 """Answers as files: the overlay, a mask for each target, and the words."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from model.answers import Answer
+from model.overlay import draw_overlay
 from utils.cli.errors import UserError
-from utils.evaluation.answered import Answered
 from utils.serving.terminal import one_line
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-Draw = Callable[[np.ndarray, np.ndarray, list[str]], np.ndarray]
-"""(image uint8 (H, W, 3), masks bool (Q, H, W), phrases) -> overlay uint8."""
-
-
-class AnswerLike(Answered, Protocol):
-    """What is written down of an answer: the area of each mask in pixels besides, and all of it in plain numbers."""
-
-    @property
-    def areas(self) -> list[int]: ...
-    def to_dict(self) -> dict[str, Any]: ...
 
 
 def check_image_name(target: Path, flag: str) -> None:
@@ -31,7 +19,7 @@ def check_image_name(target: Path, flag: str) -> None:
         raise UserError(f"{flag} {target} is no image file: give a name that ends in {', '.join(IMAGE_SUFFIXES)}")
 
 
-def free_name(folder: Path, image: str) -> Path:
+def choose_free_name(folder: Path, image: str) -> Path:
     """A file in `folder`, named after the image, that is not there yet."""
     stem, number = Path(image).stem or "image", 1
     while (folder / f"{stem}_{number}.png").exists():
@@ -39,17 +27,17 @@ def free_name(folder: Path, image: str) -> Path:
     return folder / f"{stem}_{number}.png"
 
 
-def mask_files(target: Path, count: int) -> list[Path]:
+def name_mask_files(target: Path, count: int) -> list[Path]:
     """The files of an answer's masks beside that of its overlay."""
     return [target.with_name(f"{target.stem}_mask{number}.png") for number in range(1, count + 1)]
 
 
-def write_answer(target: Path, image: np.ndarray, answer: AnswerLike, draw: Draw) -> None:
+def write_answer(target: Path, image: np.ndarray, answer: Answer) -> None:
     """The overlay into `target` and the masks (0 and 255) beside it; UserError when they cannot be written."""
-    files = mask_files(target, len(answer.masks))
+    files = name_mask_files(target, len(answer.masks))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw(image, answer.masks, answer.phrases)).save(target)
+        Image.fromarray(draw_overlay(image, answer.masks, answer.phrases)).save(target)
         for file, mask in zip(files, answer.masks, strict=True):
             Image.fromarray(mask).convert("L").save(file)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte in it
@@ -57,20 +45,9 @@ def write_answer(target: Path, image: np.ndarray, answer: AnswerLike, draw: Draw
         raise UserError(f"cannot write {target}: {reason}; choose another place") from error
 
 
-def write_page(target: Path, page: str) -> None:
-    """An HTML page into `target`; UserError when it cannot be written."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot write {target}: {getattr(error, 'strerror', None) or error}; choose another place"
-        ) from error
-
-
-def target_lines(answer: AnswerLike, target: Path | None) -> list[str]:
+def describe_targets(answer: Answer, target: Path | None) -> list[str]:
     """A line for each mask, and one for broken groups. target: the overlay's file, where there is one."""
-    files: list[Path | None] = [*mask_files(target, len(answer.masks))] if target else [None] * len(answer.masks)
+    files: list[Path | None] = [*name_mask_files(target, len(answer.masks))] if target else [None] * len(answer.masks)
     lines = []
     rows = zip(files, answer.phrases, answer.boxes, answer.areas, answer.scores, strict=True)
     for number, (file, phrase, box, area, score) in enumerate(rows, start=1):

@@ -9,7 +9,7 @@ from typing import TextIO
 import cv2
 import numpy as np
 
-Colour = tuple[int, int, int]
+from model.overlay import Colour
 
 _PLAIN = "\x1b[0m"
 _UPPER_HALF = "▀"  # two pixels of an image in one letter: its own colour above, the background's below

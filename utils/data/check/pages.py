@@ -1,76 +1,57 @@
-"""A page per data set: images with their masks, and conversations with what is learned in another colour."""
-
-import base64
-import html
-import io
-from collections.abc import Callable, Sequence
+"""A page per data set: images with their masks, and conversations in which what is learned stands out."""
 
 import numpy as np
-from PIL import Image
 
-from utils.data.check.examine import OpenImage, named_trouble
+from model.image_processing_pixellm import open_image
+from model.overlay import draw_overlay
+from model.processing_pixellm import PixelLMProcessor
+from utils.data.check.examine import named_trouble
 from utils.data.check.survey import spread
 from utils.data.readers.base import Reader
 from utils.data.samples import NO_IMAGE, Conversation, Sample
+from utils.drawing.pages import Article, Figure, Paragraph, Piece, Section, embed_image, render_page
 
-Overlay = Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]
-"""(image (H, W, 3), masks (Q, H, W) bool, names) -> image (h, w, 3)."""
-
-Rendered = Callable[[Conversation, bool], Sequence[tuple[str, bool]]]
-"""(conversation, whether it is about an image) -> its text in pieces, each with whether it is learned."""
-
-_STYLE = (
-    "body{font:15px sans-serif;max-width:60em;margin:2em auto;background:#fff;color:#222}img{max-width:100%}"
-    ".said{white-space:pre-wrap;color:#777}.learned{color:#b34700;font-weight:bold}section{margin-bottom:3em}"
-)
+LEGEND = Paragraph([Piece("What is "), Piece("learned", style="learned"), Piece(" stands out from the prompt.")])
 
 
-def as_written(conversation: Conversation, with_image: bool) -> list[tuple[str, bool]]:
-    """The conversation in plain words, for when no model says how it writes it."""
-    pieces = []
-    for turn in conversation:
-        pieces += [(f"Q: {turn.question}\nA: ", False), (f"{turn.answer}\n", True)]
-    return pieces
+def sample_page(title: str, reader: Reader, count: int, processor: PixelLMProcessor | None = None) -> str:
+    """HTML with `count` samples as training draws them; one that cannot be read says why.
+
+    processor: conversations are shown as it writes them out; None: in plain words.
+    """
+    chosen = spread(len(reader), count) if len(reader) else ()
+    return render_page(title, [Section([_make_article(reader, index, processor) for index in chosen])], LEGEND)
 
 
-def page(title: str, reader: Reader, count: int, open_image: OpenImage, overlay: Overlay, rendered: Rendered) -> str:
-    """HTML with `count` samples as training draws them; one that cannot be read says why."""
-    cards = [_card(reader, index, open_image, overlay, rendered) for index in spread(len(reader), count) if len(reader)]
-    head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    legend = 'what is <span class="learned">learned</span> stands out from the prompt'
-    return f"{head}<h1>{html.escape(title)}</h1><p>{legend}</p>{''.join(cards)}\n"
-
-
-def _card(reader: Reader, index: int, open_image: OpenImage, overlay: Overlay, rendered: Rendered) -> str:
+def _make_article(reader: Reader, index: int, processor: PixelLMProcessor | None) -> Article:
     try:
         sample = reader.read(index, np.random.default_rng(index))
-        parts = [f"<h2>{html.escape(sample.sample_id)}</h2>"]
-        for conversation in sample.conversations:
-            parts.append(_image(sample, conversation, open_image, overlay))
-            parts.append(_text(rendered(conversation, sample.image_path != NO_IMAGE)))
+        figures = [] if sample.image_path == NO_IMAGE else [_draw(sample, one) for one in sample.conversations]
+        texts = [_write_out(one, sample, processor) for one in sample.conversations]
     except Exception as error:
         reason = named_trouble(error)
         if reason is None:
             raise
-        parts = [f"<p>{html.escape(': '.join(reason))}</p>"]
-    return f"<section>{''.join(parts)}</section>"
+        return Article(before=[Paragraph.plain(": ".join(reason))])
+    return Article(before=[Paragraph.plain("", sample.sample_id)], figures=figures, after=texts)
 
 
-def _image(sample: Sample, conversation: Conversation, open_image: OpenImage, overlay: Overlay) -> str:
-    if sample.image_path == NO_IMAGE:
-        return ""
+def _draw(sample: Sample, conversation: Conversation) -> Figure:
     image = open_image(sample.image_path)
     targets = [target for turn in conversation for target in turn.targets]
     masks = [target.decode() == 1 for target in targets]
     stacked = np.array(masks, dtype=bool).reshape(len(masks), *image.shape[:2])
-    stream = io.BytesIO()
-    Image.fromarray(overlay(image, stacked, [target.name for target in targets])).save(stream, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+    overlay = draw_overlay(image, stacked, [target.name for target in targets])
+    return Figure(", ".join(target.name for target in targets) or "no target", embed_image(overlay))
 
 
-def _text(pieces: Sequence[tuple[str, bool]]) -> str:
-    marked = [
-        f'<span class="learned">{html.escape(text)}</span>' if learned else html.escape(text)
-        for text, learned in pieces
-    ]
-    return f'<p class="said">{"".join(marked)}</p>'
+def _write_out(conversation: Conversation, sample: Sample, processor: PixelLMProcessor | None) -> Paragraph:
+    if processor is None:
+        pieces = [
+            part for turn in conversation for part in ((f"Q: {turn.question}\nA: ", False), (f"{turn.answer}\n", True))
+        ]
+    else:
+        turns = [(turn.question, turn.answer) for turn in conversation]
+        encoded = processor.encode_conversation(turns, with_image=sample.image_path != NO_IMAGE)
+        pieces = processor.conversation_pieces(encoded)
+    return Paragraph([Piece(text, style="learned" if learned else "prompt") for text, learned in pieces])
