@@ -85,8 +85,6 @@ class Validation:
     def images(self) -> dict[str, np.ndarray]:
         """The first answers of this rank's last `scores`, drawn over their images."""
         return {
-            f"answers/{number}": draw_overlay(
-                open_image(one.question.image_path), one.answer.masks, one.answer.phrases
-            )
+            f"answers/{number}": draw_overlay(open_image(one.question.image_path), one.answer.masks, one.answer.phrases)
             for number, one in enumerate(self.kept)
         }
