@@ -4,7 +4,7 @@ import numpy as np
 
 from model.answer_text import tidy_text
 from model.answers import Answer
-from model.overlay import draw_overlay, to_printable, target_colour
+from model.overlay import draw_overlay, target_colour, to_printable
 from model.structures import SEG_MARKER
 from utils.drawing.pages import Article, Figure, Paragraph, Piece, Section, embed_image, render_page
 
