@@ -307,7 +307,7 @@ def test_training_refuses_or_replaces_what_is_broken(name: str, tmp_path: Path) 
     except DataError as error:
         assert error.cause == cause
         return
-    examination = Examination(reader, range(len(reader)), check_data.open_image, with_content=False)
+    examination = Examination(reader, range(len(reader)), with_content=False)
     found = [one for place in range(len(reader)) for _, one, _ in examination[place].findings]
     assert found == [cause]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from utils.cli.config import DataConfig
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
+from utils.data.readers.base import ReaderOptions
 from utils.data.readers.registry import JOIN, evaluation_sets, parts_of, training_sets
 from utils.data.required_files import Absence, absence_sentence, absence_table, absent_parts
 
@@ -24,6 +25,19 @@ class AskedSet:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.split})"
+
+
+def reader_options(data: DataConfig, check_index: bool = False) -> ReaderOptions:
+    """What the config tells every reader. check_index: see ReaderOptions."""
+    return ReaderOptions(
+        num_classes_per_sample=data.num_classes_per_sample,
+        num_classes_per_question=data.num_classes_per_question,
+        use_expand_question_list=data.use_expand_question_list,
+        explanatory=data.explanatory,
+        exclude_val=data.exclude_val,
+        index_dir=data.index_dir,
+        check_index=check_index,
+    )
 
 
 def asked_families(data: DataConfig) -> list[tuple[str, str]]:

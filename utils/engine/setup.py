@@ -18,8 +18,7 @@ from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.errors import DataError, without_traceback
 from utils.data.mixture import Mixture, build_mixture
-from utils.data.readers.base import ReaderOptions
-from utils.data.requested_sets import asked_for_evaluation, asked_for_training, refuse_absent
+from utils.data.requested_sets import asked_for_evaluation, asked_for_training, reader_options, refuse_absent
 from utils.engine.base import Engine
 from utils.engine.checkpoints import tags
 from utils.engine.fit import CHECKPOINT, Plan
@@ -136,18 +135,6 @@ def checkpoint_to_resume(run: RunConfig) -> Path | None:
     if run.auto_resume and tags(own):
         return own
     return None
-
-
-def reader_options(data: DataConfig) -> ReaderOptions:
-    """What the flags tell every reader."""
-    return ReaderOptions(
-        num_classes_per_sample=data.num_classes_per_sample,
-        num_classes_per_question=data.num_classes_per_question,
-        use_expand_question_list=data.use_expand_question_list,
-        explanatory=data.explanatory,
-        exclude_val=data.exclude_val,
-        index_dir=data.index_dir,
-    )
 
 
 def refuse_missing_data(data: DataConfig, validation: ValidationConfig) -> None:

@@ -1,12 +1,13 @@
 """One sample looked at as training would: its image opened, its masks decoded, its conversations counted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from model.image_processing_pixellm import open_image
 from utils.data.bad_samples import as_bad_sample
 from utils.data.check.report import BROKEN, HARMLESS
 from utils.data.dataset import decode_masks
@@ -14,9 +15,6 @@ from utils.data.files import digest, image_size, read_bytes
 from utils.data.masks import reach_outside
 from utils.data.readers.base import Reader
 from utils.data.samples import NO_IMAGE, Sample
-
-OpenImage = Callable[[str], np.ndarray]
-"""Path -> (H, W, 3) uint8, a PixelLMError where it cannot be opened."""
 
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -38,9 +36,8 @@ class Examined:
 class Examination(Dataset):
     """Samples `indices` of `reader`, examined; `with_content` hashes their images too."""
 
-    def __init__(self, reader: Reader, indices: Sequence[int], open_image: OpenImage, with_content: bool) -> None:
-        self.reader, self.indices = reader, indices
-        self.open_image, self.with_content = open_image, with_content
+    def __init__(self, reader: Reader, indices: Sequence[int], with_content: bool) -> None:
+        self.reader, self.indices, self.with_content = reader, indices, with_content
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -64,7 +61,7 @@ class Examination(Dataset):
         if sample.image_path == NO_IMAGE:
             return
         image_size(sample.image_path)
-        size = self.open_image(sample.image_path).shape[:2]
+        size = open_image(sample.image_path).shape[:2]
         if self.with_content:
             found.content = digest(read_bytes(sample.image_path))
         for target in (target for turn in turns for target in turn.targets):

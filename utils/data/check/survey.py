@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils.data.check.examine import Examination, Examined, OpenImage, named_trouble
+from utils.data.check.examine import Examination, Examined, named_trouble
 from utils.data.check.leaks import image_key
 from utils.data.check.report import BROKEN, HARMLESS, LEFT_OUT, MISSING, SetReport
 from utils.data.files import DataRoot
@@ -24,7 +24,7 @@ _ABSENT = ("missing file", "missing folder")
 
 
 def survey(
-    asked: AskedSet, root: str, options: ReaderOptions, open_image: OpenImage, *, full: bool, workers: int
+    asked: AskedSet, root: str, options: ReaderOptions, *, full: bool, workers: int
 ) -> tuple[SetReport, Reader | None]:
     """The report on one data set, and its reader where one could be made.
 
@@ -40,7 +40,7 @@ def survey(
             if count:
                 report.add(level, cause, f"in {reader.source}", count)
     report.keys = {image_key(path) for path in map(reader.image, range(len(reader))) if path}
-    for found in _examined(report, reader, open_image, full, workers):
+    for found in _examined(report, reader, full, workers):
         report.opened += 1
         report.questions += found.questions
         report.targets += found.targets
@@ -103,9 +103,9 @@ def _note_texts(report: SetReport, path: str) -> None:
                 report.add(HARMLESS, "text in cp1252 or another encoding than UTF-8", file)
 
 
-def _examined(report: SetReport, reader: Reader, open_image: OpenImage, full: bool, workers: int) -> Iterator[Examined]:
+def _examined(report: SetReport, reader: Reader, full: bool, workers: int) -> Iterator[Examined]:
     indices: Sequence[int] = range(len(reader)) if full else spread(len(reader), QUICK_SAMPLES)
-    examination = Examination(reader, indices, open_image, with_content=full)
+    examination = Examination(reader, indices, with_content=full)
     processes = min(workers, len(indices), os.cpu_count() or 1) if full else 0
     loader = DataLoader(examination, batch_size=_BATCH, num_workers=processes, collate_fn=list)
     with tqdm(total=len(indices), desc=str(report), disable=None if full else True, leave=False) as bar:
