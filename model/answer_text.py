@@ -5,6 +5,7 @@ marker and the words around it, and none before closing or after opening punctua
 """
 
 import re
+from dataclasses import dataclass
 
 from .structures import SEG_MARKER
 
@@ -26,6 +27,22 @@ _LEAD = re.compile(
 )
 _TRAIL = re.compile(r"\s+(?:is|are)$", re.IGNORECASE)
 _WRAPPING = " \t\"'“”‘’([{"
+
+
+@dataclass(frozen=True)
+class DecodedAnswer:
+    """An answer read back from ids.
+
+    text: the words alone. marked_text: every whole group written SEG_MARKER. phrases: the words that name each group.
+    num_groups: whole groups. num_broken: runs of seg tokens whose length is not a multiple of the group size; of such a
+    run the whole groups at its beginning count, as in the model.
+    """
+
+    text: str
+    marked_text: str
+    phrases: list[str]
+    num_groups: int
+    num_broken: int
 
 
 def tidy_text(text: str) -> str:

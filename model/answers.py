@@ -11,25 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .answer_text import DecodedAnswer
 from .structures import Box
 
 _EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class DecodedAnswer:
-    """An answer read back from ids.
-
-    text: the words alone. marked_text: every whole group written SEG_MARKER. phrases: the words that name each group.
-    num_groups: whole groups. num_broken: runs of seg tokens whose length is not a multiple of the group size; of such a
-    run the whole groups at its beginning count, as in the model.
-    """
-
-    text: str
-    marked_text: str
-    phrases: list[str]
-    num_groups: int
-    num_broken: int
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from transformers import AddedToken, PreTrainedTokenizerFast, ProcessorMixin
 
-from .answer_text import phrases_before_groups, remove_seg_markers, tidy_text
-from .answers import DecodedAnswer
+from .answer_text import DecodedAnswer, phrases_before_groups, remove_seg_markers, tidy_text
 from .conversation_formats import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
@@ -439,7 +438,7 @@ class PixelLMProcessor(ProcessorMixin):
         return text.strip()
 
     def _encode_as_release(self, turns: list[tuple[str, str]], with_image: bool) -> EncodedConversation:
-        rows = encode_sequences(
+        encoded = encode_sequences(
             [self._release_text(turns, with_image)],
             self._legacy,
             self._separator,
@@ -447,7 +446,7 @@ class PixelLMProcessor(ProcessorMixin):
             image_id=self._image_token_id,
             longest=self.model_max_length - (self.num_image_tokens - 1 if with_image else 0),
         )
-        ids, labels = rows.input_ids[0], rows.labels[0]
+        ids, labels = encoded.input_ids[0], encoded.labels[0]
         group_turns = [index for index, (_, answer) in enumerate(turns) for _ in range(answer.count(SEG_MARKER))]
         tokens = int(torch.isin(ids, torch.tensor(self._seg_token_ids)).sum())
         if tokens != len(group_turns) * len(self._seg_token_ids):

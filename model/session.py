@@ -21,9 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .answer_text import DecodedAnswer
 from .answers import (
     Answer,
-    DecodedAnswer,
     Event,
     Finished,
     MaskReady,
