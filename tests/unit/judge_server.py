@@ -54,7 +54,7 @@ def judge_server(respond: Callable[[int, str], Reply]) -> Iterator[Server]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 number = len(told.requests)
-                told.requests.append((self.path, dict(self.headers), body))
+                told.requests.append((self.path, {name.title(): value for name, value in self.headers.items()}, body))
             reply = respond(number, body["messages"][0]["content"])
             time.sleep(reply.delay)
             with contextlib.suppress(OSError):  # the client may no longer listen
@@ -62,7 +62,13 @@ def judge_server(respond: Callable[[int, str], Reply]) -> Iterator[Server]:
 
         def do_GET(self) -> None:
             with lock:
-                told.requests.append((self.path, dict(self.headers), {"messages": [{"content": "GET"}]}))
+                told.requests.append(
+                    (
+                        self.path,
+                        {name.title(): value for name, value in self.headers.items()},
+                        {"messages": [{"content": "GET"}]},
+                    )
+                )
             self._send(says("SCORE: 10"))
 
         def _send(self, reply: Reply) -> None:

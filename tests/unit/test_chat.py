@@ -14,6 +14,7 @@ from PIL import Image
 
 import chat
 from model.predictor import Predictor
+from model.processing_pixellm import PixelLMProcessor
 from tests.unit.tiny_pixellm import make_model, noise, saying
 from utils.checkpoints.builder import BuiltModel
 from utils.cli.errors import run_script
@@ -276,11 +277,12 @@ def test_a_conversation_is_asked_with_its_turns(
     built: BuiltModel, image: Path, keyboard: Callable[..., None], tmp_path: Path, monkeypatch: Any
 ) -> None:
     prompts: list[Any] = []
-    prompt = Predictor.prompt
-    monkeypatch.setattr(Predictor, "prompt", lambda self, turns: prompts.append(turns) or prompt(self, turns))
+    encode = PixelLMProcessor.encode_question
+    monkeypatch.setattr(
+        PixelLMProcessor, "encode_question", lambda self, turns: prompts.append(turns) or encode(self, turns)
+    )
     keyboard("Where?", "And there?", "/undo", "Again?", "/reset", "Last?", f"/image {image}", "New?")
     assert run(f"--image={image}", f"--vis_save_path={tmp_path / 'vis'}") == 0
-    prompts = prompts[1::2]  # each is tried for its length first
     asked = [[question for question, _ in turns] for turns in prompts]
     assert asked == [["Where?"], ["Where?", "And there?"], ["Where?", "Again?"], ["Last?"], ["New?"]]
     assert prompts[1][0] == ("Where?", SAID)

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ class Unanswered(Exception):
     """This question got no reply; others may."""
 
 
-class Judge(Protocol):
+class Judge(ABC):
     """Who reads an answer.
 
     facts: who it is, plain enough for JSON and without secrets; replies are kept by it. parallel: how many may ask at
@@ -29,12 +30,13 @@ class Judge(Protocol):
     """
 
     facts: Mapping[str, Any]
-    parallel: int
+    parallel: int = 1
 
+    @abstractmethod
     def ask(self, prompt: str) -> str:
         """The reply. Unanswered, or UserError where asking others is of no use either."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (not every judge has something that waits)
         """Ends what still waits."""
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from utils.cli.config import JudgeConfig
 from utils.cli.errors import UserError
 from utils.evaluation.judge.asking import Judge
-from utils.evaluation.judge.endpoint import KEY_VARIABLE, Endpoint, Manners
 from utils.evaluation.judge.local import LocalJudge
 
 
@@ -27,12 +26,16 @@ def choose_judge(config: JudgeConfig, device: str = "auto") -> Judge:
     return _endpoint(config) if config.judge_url else LocalJudge(config.judge_model, device)
 
 
-def _endpoint(config: JudgeConfig) -> Endpoint:
-    manners = Manners(
+def _endpoint(config: JudgeConfig) -> Judge:
+    try:
+        from utils.evaluation.judge.endpoint import KEY_VARIABLE, Endpoint, RequestSettings
+    except ModuleNotFoundError:
+        raise UserError("--judge_url needs the client of such endpoints: pip install openai") from None
+    settings = RequestSettings(
         timeout=config.judge_timeout,
         tries=config.judge_tries,
         rate=config.judge_rate,
         parallel=config.judge_parallel,
         temperature=config.judge_temperature,
     )
-    return Endpoint(config.judge_url, config.judge_model, os.environ.get(KEY_VARIABLE, ""), manners)
+    return Endpoint(config.judge_url, config.judge_model, os.environ.get(KEY_VARIABLE, ""), settings)

@@ -7,17 +7,16 @@ import torch
 
 from utils.cli.errors import UserError
 from utils.evaluation import fingerprints
+from utils.evaluation.judge.asking import Judge
 
 MAX_NEW_TOKENS = 512
 
 
-class LocalJudge:
+class LocalJudge(Judge):
     """A language model in `folder`, greedy; nothing is fetched over the network and no code of the folder is run.
 
     device: "auto" is CUDA where there is one. UserError where the folder holds no model that can be loaded.
     """
-
-    parallel = 1
 
     def __init__(self, folder: str, device: str = "auto") -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,6 +54,3 @@ class LocalJudge:
                 pad_token_id=self._tokenizer.pad_token_id or 0,
             )
         return self._tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
-
-    def close(self) -> None:
-        """Nothing waits here."""
