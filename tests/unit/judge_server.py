@@ -54,7 +54,8 @@ def judge_server(respond: Callable[[int, str], Reply]) -> Iterator[Server]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 number = len(told.requests)
-                told.requests.append((self.path, {name.title(): value for name, value in self.headers.items()}, body))
+                headers = {name.title(): value for name, value in self.headers.items()}
+                told.requests.append((self.path, headers, body))
             reply = respond(number, body["messages"][0]["content"])
             time.sleep(reply.delay)
             with contextlib.suppress(OSError):  # the client may no longer listen
