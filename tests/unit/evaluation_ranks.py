@@ -15,7 +15,7 @@ from tests.unit.test_evaluation_kinds import Known, answer
 from utils.cli.commands import parse_evaluate
 from utils.evaluation import html_report
 from utils.evaluation.ranks import open_ranks
-from utils.evaluation.run import Session
+from utils.evaluation.run import Evaluation
 
 SPEC = "grefcoco|unc|train||MultiReasonSeg|val||llava_instruct_150k|train"
 
@@ -54,11 +54,11 @@ def main(data: str, out: str, most: str) -> None:
     words = ["--version", data, f"--dataset_dir={data}", f"--val_dataset={SPEC}", "--protocol=free,teacher,release"]
     args = parse_evaluate([*words, f"--out={out}", "--batch_size=1", "--no_shuffled", "--gallery=2"])
     ranks = open_ranks()
-    session = Session(args, words, ranks)
-    predictor = Shaky(session.plan, moved)
+    evaluation = Evaluation(args, words, ranks)
+    predictor = Shaky(evaluation.plan, moved)
     predictor.most = int(most)
     html_report.open_image = lambda path: np.zeros((24, 32, 3), np.uint8)  # there are no image files
-    session.score(predictor)
+    evaluation.score(predictor)
     ranks.close()
 
 

@@ -37,7 +37,7 @@ def loaded(built: BuiltModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
         asked.append(arguments)
         return Predictor(built.model, built.processor)
 
-    monkeypatch.setattr(chat.Predictor, "from_pretrained", load)
+    monkeypatch.setattr(Predictor, "from_pretrained", load)
     with saying(built, [SAID]):
         yield asked
 

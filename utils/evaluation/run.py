@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from model.structures import DTYPES
 from utils.cli.atomic_files import write_json
 from utils.cli.config import EvaluateConfig
 from utils.cli.parser import flatten
@@ -17,18 +18,19 @@ from utils.data.requested_sets import asked_for_evaluation, refuse_absent
 from utils.evaluation import fingerprints
 from utils.evaluation import html_report as pages
 from utils.evaluation.ask import Progress, ask, ask_in_words, summary
+from utils.evaluation.compare import compare_folders
 from utils.evaluation.judge import scoring
 from utils.evaluation.judge.choice import choose_judge, refuse_judge
 from utils.evaluation.judge.prompts import PROMPT_FILE, read_prompt
 from utils.evaluation.protocols import FREE, RELEASE
 from utils.evaluation.questions import Plan, make_plan
-from utils.evaluation.ranks import Ranks
+from utils.evaluation.ranks import Ranks, device_of_rank, open_ranks
 from utils.evaluation.records import SAMPLES, Lines, read_lines
 from utils.evaluation.results import RESULTS, merged, protocol_facts, read_results, with_intervals
 from utils.evaluation.resume import figures_of, key_of
-from utils.evaluation.scored_predictor import ScoredPredictor
+from utils.evaluation.scored_predictor import LogitPredictor, ScoredPredictor
 from utils.evaluation.sets import ScoredSets
-from utils.evaluation.tables import score_table
+from utils.evaluation.tables import quotable, score_table
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +40,35 @@ SETTINGS = ("batch_size", "limit", "max_new_tokens", "shuffled", "precision", "a
 Line = Mapping[str, Any]
 
 
-class Session:
-    """What a command line asks to score, known before a model is loaded.
+def evaluate(config: EvaluateConfig, words: Sequence[str]) -> str:
+    """Compare, quote, judge or score, and what to tell of it; nothing on ranks but the first.
+
+    words: the command line, for the record.
+    """
+    if config.compare:
+        return compare_folders(*config.compared(), Path(config.out) if config.out else None)
+    if config.table:
+        return "\n\n".join(quotable(read_results(Path(config.table))))
+    if config.judge:
+        judge_folder(Path(config.judge), config)
+        return "\n\n".join(quotable(read_results(Path(config.judge))))
+    ranks = open_ranks()
+    evaluation, model = Evaluation(config, words, ranks), config.model
+    dtype = DTYPES[model.precision] if model.precision else None
+    kind = LogitPredictor if evaluation.needs_logits else ScoredPredictor
+    predictor = kind.from_pretrained(model.version, device_of_rank(model.device), dtype, model.attn_implementation)
+    told = evaluation.score(predictor)
+    ranks.close()
+    return told
+
+
+class Evaluation:
+    """What a config asks to score, known before a model is loaded.
 
     DataError where data are not there, UserError where there is no question to score or the judge cannot be had.
     """
 
-    def __init__(self, config: EvaluateConfig, words: list[str], ranks: Ranks) -> None:
+    def __init__(self, config: EvaluateConfig, words: Sequence[str], ranks: Ranks) -> None:
         refuse_absent(asked_for_evaluation(config.val_dataset), config.dataset_dir)
         self.config, self.ranks, self.words = config, ranks, words
         self.sets = ScoredSets(config.val_dataset, config.dataset_dir)
