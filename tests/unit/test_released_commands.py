@@ -1,4 +1,4 @@
-"""The commands with which README says that checkpoints load, on small made-up folders, as a person types them."""
+"""The commands with which docs/checkpoints.md says that checkpoints load, on small made-up folders, as a person types them."""
 
 import os
 import re
@@ -20,17 +20,17 @@ from utils.checkpoints.tensor_files import stored_in
 
 pytestmark = pytest.mark.timeout(900)  # programs in a row, each of which loads torch
 
-SECTION = ("### What loads", "### Your own base")
+SECTION = ("## Commands", "## A published PixelLM")
 DATA = "--dataset=refer_seg --sample_rates=1 --refer_seg_data=refcoco --workers=0 --no_eval --model_max_length=2048"
 STEPS = "--max_steps=1 --batch_size=1 --grad_accumulation_steps=1 --warmup_steps=1 --precision=fp32 --engine=plain"
 SMALL = "--out_dim=16 --decoder_depth=1 --decoder_num_heads=2 --decoder_mlp_dim=16"
 
 
 def commands(repository: Path) -> list[str]:
-    """The commands of README's section, joined where they take several lines."""
-    text = (repository / "README.md").read_text(encoding="utf-8")
+    """The commands of the page's section, joined where they take several lines."""
+    text = (repository / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     section = text[text.index(SECTION[0]) : text.index(SECTION[1])].replace("\\\n", " ")
-    return [" ".join(line.split()) for line in re.findall(r"^ {4}(python .*)$", section, re.MULTILINE)]
+    return [" ".join(line.split()) for line in re.findall(r"^(python .*)$", section, re.MULTILINE)]
 
 
 class Shell:
