@@ -14,9 +14,9 @@ from utils.data.samples import Target, Turn
 from utils.evaluation import compare, fingerprints, tables
 from utils.evaluation import html_report as pages
 from utils.evaluation import records as lines
-from utils.evaluation.aggregate import Figures, Said, drawn
+from utils.evaluation.aggregate import PhraseScores, QuestionScores, score_masks
 from utils.evaluation.ask import Scored
-from utils.evaluation.metrics import named, names_exactly
+from utils.evaluation.metrics import count_named, names_exactly
 from utils.evaluation.questions import EvalQuestion
 from utils.evaluation.results import read_results
 
@@ -54,13 +54,13 @@ def scored(
         boxes=[(0, 0, 1, 1)] * len(masks),
         num_broken=broken,
     )
-    shown = drawn(predicted, truths)
+    shown = score_masks(predicted, truths)
     told: dict[str, Any] = {"forced": shown}
     if protocol == "free":
         right = names_exactly(phrases, names)
-        words = Said(len(masks), broken, named(phrases, names), right, tuple(answer.scores))
+        words = PhraseScores(len(masks), broken, count_named(phrases, names), right, tuple(answer.scores))
         told = {"free": shown, "said": words}
-    figures = Figures(turn.kind, "drawn", "a.png", len(names), **told)
+    figures = QuestionScores(turn.kind, "drawn", "a.png", len(names), **told)
     return Scored(EvalQuestion("a.png", "drawn", "drawn/val/1", number, turn), truths, answer, protocol, shown, figures)
 
 
@@ -89,17 +89,17 @@ def test_causes_of_failure(one: Scored, expected: list[str]) -> None:
 
 
 def test_a_line_holds_masks_that_pycocotools_reads() -> None:
-    line = json.loads(json.dumps(lines.line_of(scored(["cat", "dog"], ["cat"], [A]))))
+    line = json.loads(json.dumps(lines.make_record(scored(["cat", "dog"], ["cat"], [A]))))
     (counts,) = line["masks"]
     assert np.array_equal(coco_rle.decode({"size": line["size"], "counts": counts.encode()}), A)
     assert (line["iou"], line["matched_iou"], line["intersection"], line["union"]) == (16 / 32, 1 / 2, 16, 32)
     assert (line["ious_of_masks"], line["ious_of_targets"]) == ([1.0], [1.0, 0.0])
     assert line["causes"] == ["missed"] and line["protocol"] == "free" and line["id"] == "drawn/val/1#0"
-    assert lines.line_of(scored(["cat"], ["cat"], [A], protocol="teacher"))["iou"] is None
+    assert lines.make_record(scored(["cat"], ["cat"], [A], protocol="teacher"))["iou"] is None
 
 
 def test_lines_are_sorted_and_appear_when_all_are_there(tmp_path: Path) -> None:
-    with lines.Lines(tmp_path, {}) as written:
+    with lines.RecordWriter(tmp_path, {}) as written:
         both = [scored(["cat"], ["cat"], [A], number=number) for number in (10, 2)]
         for one in both:
             written.add(one)
@@ -133,7 +133,7 @@ def test_words_of_a_page_are_shown_and_not_run(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(pages, "open_image", noise)
     hostile = '<script>alert("x")</script><img src=x onerror=alert(1)>'
     one = scored(["cat"], ["cat"], [A], question=hostile, said=hostile)
-    told = lines.line_of(one)
+    told = lines.make_record(one)
     pages.write_page(tmp_path / "index.html", hostile, {hostile: [told], "again": [told]})
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<script" not in text and "<img src=x" not in text
@@ -148,7 +148,7 @@ def test_a_page_stays_small_whatever_it_shows(tmp_path: Path, monkeypatch: pytes
     """Noise is what a JPEG is worst at, and a quotation mark what escaping is."""
     loud = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
     monkeypatch.setattr(pages, "open_image", lambda path: loud)
-    quotes = lines.line_of(scored(["cat"], ["cat"], [A], question='"' * 5000, said='"' * 5000))
+    quotes = lines.make_record(scored(["cat"], ["cat"], [A], question='"' * 5000, said='"' * 5000))
     told = [quotes | {"id": str(number), "size": [1200, 1600], "masks": [], "true_masks": []} for number in range(5)]
     pages.write_page(tmp_path / "index.html", "many", {"all": told})
     assert (tmp_path / "index.html").stat().st_size < 5 * 200_000
@@ -160,7 +160,7 @@ def test_a_page_keeps_best_worst_random_and_causes() -> None:
     wrong = scored(["cat"], ["dog"], [B], number=3)
     silent = scored([], [], [], number=4)
     for one in (*right, wrong, silent):
-        chosen.add(lines.line_of(one))
+        chosen.add(lines.make_record(one))
     sections = {name: [int(line["id"].split("#")[1]) for line in kept] for name, kept in chosen.sections().items()}
     assert sections["best"] == [0, 1]
     assert sections["worst"] == [3, 0]
@@ -232,7 +232,7 @@ def test_comparing_says_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pages, "open_image", noise)
     for name, mask in (("a", A), ("b", B)):
         (tmp_path / name).mkdir()
-        with lines.Lines(tmp_path / name, {}) as written:
+        with lines.RecordWriter(tmp_path / name, {}) as written:
             one = scored(["cat"], ["cat"], [mask], said="It is\x1b[31m <b>here</b>.")
             written.add(one)
             written.finish([one.question])

@@ -11,8 +11,8 @@ import pytest
 
 from tests.unit import data_sets, test_data_custom
 from utils.evaluation.ask import ask, summary
-from utils.evaluation.questions import EvalQuestion, Plan, make_plan, truths_of
-from utils.evaluation.records import line_of
+from utils.evaluation.questions import EvalQuestion, Plan, decode_truths, make_plan
+from utils.evaluation.records import make_record
 from utils.evaluation.run import with_muse
 from utils.evaluation.sets import ScoredSets
 
@@ -155,7 +155,7 @@ class Known:
     def _one(self, path: str, question: str, given: bool) -> Any:
         known: EvalQuestion = self._known[path, question]
         names = [target.name for target in known.turn.targets]
-        return self._respond(truths_of(known, (24, 32)) == 1, names, given)
+        return self._respond(decode_truths(known, (24, 32)) == 1, names, given)
 
     def answer(self, images: Any, questions: Any, image_index: Any, max_new_tokens: int) -> list[Any]:
         return [self._one(images[at], text, False) for at, text in zip(image_index, questions, strict=True)]
@@ -198,7 +198,7 @@ def scores(kind: Kind, root: Path, respond: Respond) -> tuple[dict[str, Any], di
     sets = ScoredSets(kind.spec, str(root))
     plan = make_plan(sets, protocols=ALL, shuffled=False, pair=True)
     scored = list(ask(Known(plan, respond), plan, plan.batches))
-    found = with_muse(summary(plan, [one.figures for one in scored]), [line_of(one) for one in scored])
+    found = with_muse(summary(plan, [one.figures for one in scored]), [make_record(one) for one in scored])
     (entry,) = found["datasets"].values()
     return found, entry
 
@@ -218,7 +218,7 @@ about = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.spec}-{l
 def test_the_table_is_what_the_reader_gives(kind: Kind, tmp_path: Path) -> None:
     kind.write(tmp_path)
     plan = make_plan(ScoredSets(kind.spec, str(tmp_path)), shuffled=False)
-    found = [[int((mask == 1).sum()) for mask in truths_of(one, (24, 32))] for one in plan.questions]
+    found = [[int((mask == 1).sum()) for mask in decode_truths(one, (24, 32))] for one in plan.questions]
     assert found == [list(one.areas) for one in kind.questions]
 
 

@@ -73,7 +73,7 @@ def test_ranks_and_kills_do_not_show(data: Path, tmp_path: Path, child_env: dict
     # Three questions of gRefCOCO and four of MUSE, and three in words.
     assert first["n"] == 3 + 4 and first["text"]["n"] == 3
     # −ln p was said to be half of each letter, a token: "A cup.", "Blue.", "Because.".
-    assert first["text"]["tokens_read"] == 6 + 5 + 8 and first["text"]["surprise"] == 0.5
+    assert first["text"]["tokens_read"] == 6 + 5 + 8 and first["text"]["nll"] == 0.5
 
 
 @pytest.mark.long

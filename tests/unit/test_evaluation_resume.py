@@ -10,10 +10,10 @@ import pytest
 
 from tests.unit.test_evaluation import ALL, Fake, answer, region, samples
 from utils.evaluation import ask as evaluation
-from utils.evaluation.aggregate import Figures, Words
+from utils.evaluation.aggregate import QuestionScores, WordScores
 from utils.evaluation.questions import make_plan
-from utils.evaluation.records import Lines
-from utils.evaluation.resume import figures_of, from_plain, key_of
+from utils.evaluation.records import RecordWriter
+from utils.evaluation.resume import question_key, read_dataclass, scores_of_entry
 
 RUN = {"model": "m", "limit": 0}
 
@@ -31,14 +31,14 @@ class Tired(Fake):
         return super().answer(*args)
 
 
-def score(folder: Path, predictor: Fake, run: dict[str, Any] = RUN) -> tuple[dict[str, Any], list[Figures]]:
+def score(folder: Path, predictor: Fake, run: dict[str, Any] = RUN) -> tuple[dict[str, Any], list[QuestionScores]]:
     """The summary and the figures, as a session makes them."""
     plan = make_plan(samples(), batch_size=2, protocols=ALL, shuffled=False)
-    with Lines(folder, run) as lines:
-        batches = [batch for batch in plan.batches if not all(key_of(one) in lines.earlier for one in batch)]
+    with RecordWriter(folder, run) as lines:
+        batches = [batch for batch in plan.batches if not all(question_key(one) in lines.earlier for one in batch)]
         for scored in evaluation.ask(predictor, plan, batches):
             lines.add(scored)
-        figures = [figures_of(record) for record in lines.finish(plan.questions)]
+        figures = [scores_of_entry(record) for record in lines.finish(plan.questions)]
     return evaluation.summary(plan, figures), figures
 
 
@@ -64,7 +64,7 @@ def test_it_ends_as_if_it_had_never_stopped(ended: Path, tmp_path_factory: pytes
 def test_a_run_that_is_ended_again_keeps_what_it_had(ended: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         score(ended, Tired(end_at=0))
-    assert len(Lines(ended, RUN).earlier) == 4
+    assert len(RecordWriter(ended, RUN).earlier) == 4
 
 
 def test_what_other_ranks_left_counts_too(ended: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_line_that_was_cut_off_is_scored_again_with_its_batch(ended: Path) -> 
 def test_figures_survive_json() -> None:
     plan = make_plan(samples(), protocols=ALL)
     for one in evaluation.ask(Tired(), plan, plan.batches):
-        assert from_plain(Figures, json.loads(json.dumps(dataclasses.asdict(one.figures)))) == one.figures
-    words = Words("yes", ("yes", "no"), True, None, 1.25, 3)
-    told = Figures("text", "d", "a.png", 0, words=words)
-    assert from_plain(Figures, json.loads(json.dumps(dataclasses.asdict(told)))) == told
+        assert read_dataclass(QuestionScores, json.loads(json.dumps(dataclasses.asdict(one.figures)))) == one.figures
+    words = WordScores("yes", ("yes", "no"), True, None, 1.25, 3)
+    told = QuestionScores("text", "d", "a.png", 0, words=words)
+    assert read_dataclass(QuestionScores, json.loads(json.dumps(dataclasses.asdict(told)))) == told

@@ -15,10 +15,10 @@ from utils.cli.errors import UserError
 from utils.data.samples import NO_IMAGE, Sample, Turn
 from utils.evaluation import compare, metrics, text_quality
 from utils.evaluation import html_report as pages
-from utils.evaluation.aggregate import Figures, intervals
-from utils.evaluation.ask import ask_in_words, summary
+from utils.evaluation.aggregate import QuestionScores, intervals
+from utils.evaluation.ask import ask_text, summary
 from utils.evaluation.questions import Plan, make_plan
-from utils.evaluation.records import text_line_of
+from utils.evaluation.records import make_text_record
 from utils.evaluation.scored_predictor import ScoredPredictor
 from utils.evaluation.sets import ScoredSets
 
@@ -75,8 +75,8 @@ def samples() -> list[Sample]:
 class Speaker:
     """Says the true answer to some questions; finds each letter of a true answer equally likely."""
 
-    def __init__(self, says: dict[str, str], surprise: float) -> None:
-        self.says, self.surprise = says, surprise
+    def __init__(self, says: dict[str, str], nll: float) -> None:
+        self.says, self.nll = says, nll
         self.asked: list[Any] = []
 
     def fits(self, turns: Sequence[Any]) -> bool:
@@ -88,12 +88,12 @@ class Speaker:
 
     def likelihoods(self, images: Any, conversations: Any, image_index: Any) -> list[tuple[float, int] | None]:
         texts = [turns[-1][1] for turns in conversations]
-        return [None if text == "Mine." else (self.surprise * len(text), len(text)) for text in texts]
+        return [None if text == "Mine." else (self.nll * len(text), len(text)) for text in texts]
 
 
 def ask(speaker: Speaker, **options: Any) -> tuple[Plan, list[Any], dict[str, Any]]:
     plan = make_plan(samples(), text=True, **options)
-    spoken = list(ask_in_words(speaker, plan, plan.text_batches))
+    spoken = list(ask_text(speaker, plan, plan.text_batches))
     return plan, spoken, summary(plan, [one.figures for one in spoken])
 
 
@@ -108,7 +108,7 @@ def test_what_is_said_and_what_is_read() -> None:
     assert text["exact_match"] == 2 / 3  # the dog is no cup
     # "red" of red, red, blue and red: leaving out a red leaves two, leaving out the blue one three.
     assert (text["vqa_accuracy"], text["n_vqa_accuracy"]) == (pytest.approx((3 * 2 / 3 + 1) / 4), 1)
-    assert text["perplexity"] == pytest.approx(math.exp(0.25)) and text["surprise"] == 0.25
+    assert text["perplexity"] == pytest.approx(math.exp(0.25)) and text["nll"] == 0.25
     assert (text["n_read"], text["tokens_read"]) == (3, len("A cup.") + len("red") + len("A dog in the park."))
     assert found["datasets"]["vqa"]["text"] == text
     assert found["datasets"]["vqa"]["giou"] is None and found["datasets"]["vqa"]["n"] == 0
@@ -133,7 +133,7 @@ def test_protocols_say_what_is_done() -> None:
     _, spoken, found = ask(Speaker({}, 0.25), protocols=["teacher"])
     assert {one.text for one in spoken} == {None}
     assert found["text"]["exact_match"] is found["text"]["bleu"] is None and found["text"]["n_answered"] == 0
-    assert {text_line_of(one)["protocol"] for one in spoken} == {"teacher"}
+    assert {make_text_record(one)["protocol"] for one in spoken} == {"teacher"}
     _, spoken, found = ask(Speaker({}, 0.25), protocols=["free"])
     assert found["text"]["perplexity"] is None and found["text"]["exact_match"] == 0.0
     with pytest.raises(UserError, match="nothing to score"):
@@ -142,8 +142,8 @@ def test_protocols_say_what_is_done() -> None:
 
 def test_training_on_masks_is_compared_in_words() -> None:
     right = {"What is it?": "A dog in the park.", "Which colour?": "red"}
-    before = [text_line_of(one) for one in ask(Speaker(right, 0.25))[1]]
-    after = [text_line_of(one) for one in ask(Speaker(right | {"What is it?": "A mask."}, 0.5))[1]]
+    before = [make_text_record(one) for one in ask(Speaker(right, 0.25))[1]]
+    after = [make_text_record(one) for one in ask(Speaker(right | {"What is it?": "A mask."}, 0.5))[1]]
     found = {one.score: one for one in compare.compare(before, after).differences}
     assert (found["exact match"].first, found["exact match"].second) == (2 / 3, 1 / 3)
     # The second image loses its only right answer, the first none: 0 and −1 when one of them is drawn twice.
@@ -161,7 +161,7 @@ def test_a_page_shows_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pages, "open_image", lambda path: noise(40, 30))
     chosen = pages.Chosen()
     for one in ask(Speaker({}, 0.25))[1]:
-        chosen.add(text_line_of(one))
+        chosen.add(make_text_record(one))
     sections = chosen.sections()
     assert list(sections) == ["in words alone"] and len(sections["in words alone"]) == 3
     pages.write_page(tmp_path / "p.html", "t", sections)
@@ -191,7 +191,7 @@ def test_likelihood_is_what_the_logits_say(predictor: ScoredPredictor) -> None:
     images = [noise(24, 32, seed) for seed in (0, 1)]
     processor, model = predictor.processor, predictor.model
     found = predictor.likelihoods(images, [turns, turns[:1], turns], [1, 0, 0])
-    for (surprise, tokens), (asked, which) in zip(found, [(turns, 1), (turns[:1], 0), (turns, 0)], strict=True):  # type: ignore[misc]
+    for (nll, tokens), (asked, which) in zip(found, [(turns, 1), (turns[:1], 0), (turns, 0)], strict=True):  # type: ignore[misc]
         prompt = processor.encode_prompt([*asked[:-1], (asked[-1][0], None)])
         whole = processor.encode_conversation(asked).input_ids
         encoded = processor.encode_image(images[which])
@@ -207,7 +207,7 @@ def test_likelihood_is_what_the_logits_say(predictor: ScoredPredictor) -> None:
             hidden = output.last_hidden_state[0, -len(wanted) - 1 : -1]
             logp = torch.log_softmax(model.get_output_embeddings()(hidden).float(), dim=-1)
         expected = -logp[torch.arange(len(wanted)), wanted].sum()
-        assert tokens == len(wanted) and surprise == pytest.approx(float(expected), rel=1e-4)
+        assert tokens == len(wanted) and nll == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_what_does_not_fit_is_none(predictor: ScoredPredictor) -> None:
@@ -224,5 +224,5 @@ def test_what_does_not_fit_is_none(predictor: ScoredPredictor) -> None:
 
 
 def test_figures_of_words_have_no_part_in_masks() -> None:
-    found = summary(make_plan(samples(), text=True), [Figures("text", "d", "a.png", 0)])
+    found = summary(make_plan(samples(), text=True), [QuestionScores("text", "d", "a.png", 0)])
     assert found["giou"] is None

@@ -16,7 +16,7 @@ from utils.cli.errors import UserError
 from utils.evaluation.judge import asking, prompts, scoring
 from utils.evaluation.judge.asking import ReplyCache, Unanswered, ask_all
 from utils.evaluation.judge.endpoint import Endpoint, RequestSettings
-from utils.evaluation.mask_codes import encoded
+from utils.evaluation.run_lengths import encode_masks
 
 KEY = "sk-very-secret-0123456789"
 HASTY = RequestSettings(timeout=60.0, tries=3, parallel=1)
@@ -292,7 +292,7 @@ def boxed(*boxes: tuple[int, int, int, int]) -> list[str]:
     masks = np.zeros((len(boxes), 10, 10), dtype=bool)
     for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
         mask[top:bottom, left:right] = True
-    return encoded(masks)
+    return encode_masks(masks)
 
 
 def line(number: int = 0, **changed: Any) -> dict[str, Any]:

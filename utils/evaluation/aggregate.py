@@ -25,7 +25,7 @@ SHORT, LONG = "short", "long"
 
 
 @dataclass(frozen=True)
-class Drawn:
+class MaskScores:
     """What the masks of one answer scored.
 
     overlap, iou: of their union with the union of the true ones. matched: mask by mask. box_right: see
@@ -38,9 +38,9 @@ class Drawn:
     box_right: bool | None
 
 
-def drawn(masks: np.ndarray, truths: np.ndarray) -> Drawn:
+def score_masks(masks: np.ndarray, truths: np.ndarray) -> MaskScores:
     """Score masks bool (P, H, W) against truths uint8 (G, H, W)."""
-    return Drawn(
+    return MaskScores(
         overlap=metrics.question_overlap(masks, truths),
         iou=metrics.question_iou(masks, truths),
         matched=metrics.match_masks(masks, truths),
@@ -49,7 +49,7 @@ def drawn(masks: np.ndarray, truths: np.ndarray) -> Drawn:
 
 
 @dataclass(frozen=True)
-class Said:
+class PhraseScores:
     """What the words of a free-running answer scored. scores: the model's own, one per mask.
 
     num_named: phrases that name a target, one to one. text_right: the phrases name exactly the true set.
@@ -63,7 +63,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Release:
+class ReleaseCounts:
     """What a question adds to the meters of the release's loops; `forced` is None of a question without a target."""
 
     forced: Counts | None
@@ -71,23 +71,23 @@ class Release:
 
 
 @dataclass(frozen=True)
-class Words:
+class WordScores:
     """What an answer in words scored against its references, the first of which is the one that was read.
 
     text: the answer. exact, vqa: see `metrics`; None without an answer, vqa also where there are too few references.
-    surprise: the sum of −ln p over the tokens of the true answer, num_tokens of them; None where it was not read.
+    nll: the sum of −ln p over the tokens of the true answer, num_tokens of them; None where it was not read.
     """
 
     text: str | None
     references: tuple[str, ...]
     exact: bool | None
     vqa: float | None
-    surprise: float | None
+    nll: float | None
     num_tokens: int | None
 
 
 @dataclass(frozen=True)
-class Figures:
+class QuestionScores:
     """What one question scored; None where that way of asking was not taken.
 
     image: the unit of the bootstrap. class_name: of a question that asks for one class. query: SHORT or LONG, of a
@@ -102,12 +102,12 @@ class Figures:
     class_name: str | None = None
     query: str | None = None
     num_ignored: int = 0
-    free: Drawn | None = None
-    said: Said | None = None
-    forced: Drawn | None = None
+    free: MaskScores | None = None
+    said: PhraseScores | None = None
+    forced: MaskScores | None = None
     shuffled_iou: float | None = None
-    release: Release | None = None
-    words: Words | None = None
+    release: ReleaseCounts | None = None
+    words: WordScores | None = None
 
     @property
     def count_right(self) -> bool | None:
@@ -126,7 +126,7 @@ def _pixels(overlap: Overlap | None) -> Ratio | None:
     return None if overlap is None else (overlap.intersection, overlap.union)
 
 
-RATIOS: Mapping[str, Callable[[Figures], Ratio | None]] = {
+RATIOS: Mapping[str, Callable[[QuestionScores], Ratio | None]] = {
     "giou": lambda f: _share(None if f.free is None else f.free.iou),
     "ciou": lambda f: _pixels(None if f.free is None else f.free.overlap),
     "giou_matched": lambda f: _share(None if f.free is None else f.free.matched.iou),
@@ -138,16 +138,16 @@ RATIOS: Mapping[str, Callable[[Figures], Ratio | None]] = {
 }
 """Numerator and denominator that a question about masks adds to each score; None where it has no part in it."""
 
-TEXT_RATIOS: Mapping[str, Callable[[Figures], Ratio | None]] = {
+TEXT_RATIOS: Mapping[str, Callable[[QuestionScores], Ratio | None]] = {
     "exact_match": lambda f: _share(f.words.exact if f.words else None),
     "vqa_accuracy": lambda f: _share(f.words.vqa if f.words else None),
-    "surprise": lambda f: (
-        (f.words.surprise, f.words.num_tokens)
-        if f.words and f.words.surprise is not None and f.words.num_tokens is not None
+    "nll": lambda f: (
+        (f.words.nll, f.words.num_tokens)
+        if f.words and f.words.nll is not None and f.words.num_tokens is not None
         else None
     ),
 }
-"""The same of questions answered in words alone. surprise: −ln p of a token, whose exponential is the perplexity."""
+"""The same of questions answered in words alone. nll: −ln p of a token, whose exponential is the perplexity."""
 
 _ALL_RATIOS = {**RATIOS, **TEXT_RATIOS}
 
@@ -155,7 +155,7 @@ _OF_SETS = ("giou", "ciou", "giou_teacher_forced", "ciou_teacher_forced")
 """Scores whose intervals are told by data set."""
 
 
-def score(name: str, figures: Sequence[Figures]) -> float | None:
+def score(name: str, figures: Sequence[QuestionScores]) -> float | None:
     """A score of `RATIOS` or `TEXT_RATIOS` over questions; None where none of them has a part, 1.0 where the
     denominators sum to 0."""
     parts = [part for one in figures if (part := _ALL_RATIOS[name](one)) is not None]
@@ -165,7 +165,7 @@ def score(name: str, figures: Sequence[Figures]) -> float | None:
     return sum(part[0] for part in parts) / below if below else 1.0
 
 
-def interval(names: Sequence[str], figures: Sequence[Figures]) -> dict[str, list[float] | None]:
+def interval(names: Sequence[str], figures: Sequence[QuestionScores]) -> dict[str, list[float] | None]:
     """[low, high] of the 95% bootstrap interval of each named score, images as units; None where the score is."""
     parts = {name: [_ALL_RATIOS[name](one) for one in figures] for name in names}
     # Scores in which the same questions have a part share their draws, which take nearly all of the time.
@@ -184,9 +184,9 @@ def interval(names: Sequence[str], figures: Sequence[Figures]) -> dict[str, list
     return found
 
 
-def intervals(figures: Sequence[Figures]) -> dict[str, Any]:
+def intervals(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     """The 95% intervals of every score over all questions, of gIoU by kind, and of the main scores by data set."""
-    by_kind, by_set = _grouped(figures, lambda one: one.kind), _grouped(figures, lambda one: one.dataset)
+    by_kind, by_set = _group_by(figures, lambda one: one.kind), _group_by(figures, lambda one: one.dataset)
     return {
         "level": bootstrap.LEVEL,
         "draws": bootstrap.DRAWS,
@@ -198,33 +198,33 @@ def intervals(figures: Sequence[Figures]) -> dict[str, Any]:
     }
 
 
-def _intervals_of_set(figures: Sequence[Figures]) -> dict[str, Any]:
+def _intervals_of_set(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{key}_interval": bounds for key, bounds in interval(_OF_SETS, figures).items() if bounds is not None
     }
-    if queries := _grouped([one for one in figures if one.query is not None], lambda one: str(one.query)):
+    if queries := _group_by([one for one in figures if one.query is not None], lambda one: str(one.query)):
         found["by_query"] = {name: _intervals_of_set(_without_query(group)) for name, group in queries.items()}
     if text := _text_intervals(figures):
         found["text"] = text
     return found
 
 
-def _text_intervals(figures: Sequence[Figures]) -> dict[str, Any]:
+def _text_intervals(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     found = {f"{key}_interval": bounds for key, bounds in interval(tuple(TEXT_RATIOS), figures).items() if bounds}
-    if "surprise_interval" in found:
-        found["perplexity_interval"] = [math.exp(bound) for bound in found["surprise_interval"]]
+    if "nll_interval" in found:
+        found["perplexity_interval"] = [math.exp(bound) for bound in found["nll_interval"]]
     return found
 
 
-def _without_query(figures: Sequence[Figures]) -> list[Figures]:
+def _without_query(figures: Sequence[QuestionScores]) -> list[QuestionScores]:
     return [replace(one, query=None) for one in figures]
 
 
-def summarise(figures: Sequence[Figures]) -> dict[str, Any]:
+def summarise(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     """Scores over all questions, by kind and by data set; a score nobody asked for is None. Keys ending in
     `_by_kind` hold the kinds that occur. Questions answered in words alone are told of under `text` only."""
     masks = [one for one in figures if one.words is None]
-    found = _grouped(masks, lambda one: one.kind)
+    found = _group_by(masks, lambda one: one.kind)
     by_kind = {kind: found[kind] for kind in KINDS if kind in found}
     result: dict[str, Any] = {"n": len(masks), "n_by_kind": {kind: len(group) for kind, group in by_kind.items()}}
     for name in RATIOS:
@@ -233,11 +233,11 @@ def summarise(figures: Sequence[Figures]) -> dict[str, Any]:
     result["broken_groups"] = sum(one.said.num_broken for one in masks if one.said is not None)
     result |= _by_protocol(masks)
     result["text"] = _text_only(figures)
-    result["datasets"] = {name: _of_set(group) for name, group in _grouped(figures, lambda one: one.dataset).items()}
+    result["datasets"] = {name: _of_set(group) for name, group in _group_by(figures, lambda one: one.dataset).items()}
     return result
 
 
-def _by_protocol(figures: Sequence[Figures]) -> dict[str, Any]:
+def _by_protocol(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     """What is told of each protocol beside the main scores; None where it was not asked for."""
     return {
         "free": _free_only(figures) if any(one.said for one in figures) else None,
@@ -246,24 +246,24 @@ def _by_protocol(figures: Sequence[Figures]) -> dict[str, Any]:
     }
 
 
-def _of_set(figures: Sequence[Figures]) -> dict[str, Any]:
+def _of_set(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     masks = [one for one in figures if one.words is None]
     found: dict[str, Any] = {"giou": score("giou", masks), "ciou": score("ciou", masks), "n": len(masks)}
     found |= _forced_of_set(masks) | _of_classes(masks)
     found |= {name: told for name, told in _by_protocol(masks).items() if told is not None}
-    if queries := _grouped([one for one in masks if one.query is not None], lambda one: str(one.query)):
+    if queries := _group_by([one for one in masks if one.query is not None], lambda one: str(one.query)):
         found["by_query"] = {name: _of_set(_without_query(group)) for name, group in queries.items()}
     if text := _text_only(figures):
         found["text"] = text
     return found
 
 
-def _text_only(figures: Sequence[Figures]) -> dict[str, Any] | None:
+def _text_only(figures: Sequence[QuestionScores]) -> dict[str, Any] | None:
     """Scores of questions answered in words alone; None without such questions."""
     words = [one.words for one in figures if one.words is not None]
     if not words:
         return None
-    surprise = score("surprise", figures)
+    nll = score("nll", figures)
     said = [(one.text, one.references) for one in words if one.text is not None]
     return {
         "n": len(words),
@@ -272,14 +272,14 @@ def _text_only(figures: Sequence[Figures]) -> dict[str, Any] | None:
         "vqa_accuracy": score("vqa_accuracy", figures),
         "n_vqa_accuracy": sum(one.vqa is not None for one in words),
         "bleu": text_quality.bleu([text for text, _ in said], [references for _, references in said]),
-        "surprise": surprise,
-        "perplexity": None if surprise is None else math.exp(surprise),
-        "n_read": sum(one.surprise is not None for one in words),
+        "nll": nll,
+        "perplexity": None if nll is None else math.exp(nll),
+        "n_read": sum(one.nll is not None for one in words),
         "tokens_read": sum(one.num_tokens or 0 for one in words),
     }
 
 
-def _free_only(figures: Sequence[Figures]) -> dict[str, Any]:
+def _free_only(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     """Scores of free-running answers that have no key of their own at the top."""
     pairs = [(one, one.free, one.said) for one in figures if one.free is not None and one.said is not None]
     bins = metrics.calibration(
@@ -309,7 +309,7 @@ def _free_only(figures: Sequence[Figures]) -> dict[str, Any]:
     }
 
 
-def _forced_only(figures: Sequence[Figures]) -> dict[str, Any]:
+def _forced_only(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     """Scores with the answer given that have no key of their own at the top."""
     answers = [one.forced for one in figures if one.forced is not None]
     return {
@@ -321,9 +321,9 @@ def _forced_only(figures: Sequence[Figures]) -> dict[str, Any]:
     }
 
 
-def _release_only(figures: Sequence[Figures]) -> dict[str, Any]:
+def _release_only(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     """gIoU and cIoU of the release's two loops, each None where it saw no question."""
-    images = _grouped([one for one in figures if one.release is not None], lambda one: one.image).values()
+    images = _group_by([one for one in figures if one.release is not None], lambda one: one.image).values()
     generated = [[one.release.generated for one in group if one.release] for group in images]
     forced = [[one.release.forced for one in group if one.release and one.release.forced] for group in images]
     result: dict[str, Any] = {}
@@ -334,7 +334,7 @@ def _release_only(figures: Sequence[Figures]) -> dict[str, Any]:
     return result
 
 
-def _forced_of_set(figures: Sequence[Figures]) -> dict[str, Any]:
+def _forced_of_set(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     forced = sum(one.forced is not None for one in figures)
     if not forced:
         return {}
@@ -342,7 +342,7 @@ def _forced_of_set(figures: Sequence[Figures]) -> dict[str, Any]:
     return {"n_teacher_forced": forced} | {name: score(name, figures) for name in names}
 
 
-def _of_classes(figures: Sequence[Figures]) -> dict[str, Any]:
+def _of_classes(figures: Sequence[QuestionScores]) -> dict[str, Any]:
     """IoU by class and their mean, free-running and with the answer given; nothing unless classes were asked for."""
     named = [(one.class_name, one) for one in figures if one.class_name is not None]
     if not named:
@@ -357,8 +357,10 @@ def _of_classes(figures: Sequence[Figures]) -> dict[str, Any]:
     }
 
 
-def _grouped(figures: Sequence[Figures], key: Callable[[Figures], str]) -> dict[str, list[Figures]]:
-    groups: dict[str, list[Figures]] = {}
+def _group_by(
+    figures: Sequence[QuestionScores], key: Callable[[QuestionScores], str]
+) -> dict[str, list[QuestionScores]]:
+    groups: dict[str, list[QuestionScores]] = {}
     for one in figures:
         groups.setdefault(key(one), []).append(one)
     return groups

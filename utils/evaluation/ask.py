@@ -11,7 +11,7 @@ The predictor is handed in; this file knows of it only `answer` and `segment` (s
 Beside free, another image of the same set may be shown ("shuffled") while the truth stays that of the question's own
 image: what can be had from the words alone. Questions without a target are left out there too.
 
-Questions answered in words alone have scores of their own (`ask_in_words`).
+Questions answered in words alone have scores of their own (`ask_text`).
 
 The unit is the question. Its IoU is that of the union of its predicted masks with the union of its true masks, as
 gRefCOCO scores sentences with several targets; a question without a target scores 1 when no mask is predicted and
@@ -34,10 +34,21 @@ from utils.data.readers.registry import MUSE, REASON_SEG
 from utils.data.samples import TEXT, Sample
 from utils.data.templates import REGION_ASKED_FOR
 from utils.evaluation import metrics, release_protocol
-from utils.evaluation.aggregate import CLASS_SETS, LONG, SHORT, Drawn, Figures, Release, Said, Words, drawn, summarise
+from utils.evaluation.aggregate import (
+    CLASS_SETS,
+    LONG,
+    SHORT,
+    MaskScores,
+    PhraseScores,
+    QuestionScores,
+    ReleaseCounts,
+    WordScores,
+    score_masks,
+    summarise,
+)
 from utils.evaluation.metrics import Matched
 from utils.evaluation.protocols import FREE, RELEASE, TEACHER
-from utils.evaluation.questions import EvalQuestion, Plan, make_plan, questions_of, truths_of
+from utils.evaluation.questions import EvalQuestion, Plan, decode_truths, list_questions, make_plan
 
 
 @dataclass(frozen=True)
@@ -63,19 +74,19 @@ class Scored:
     truths: np.ndarray
     answer: Answer
     protocol: str
-    shown: Drawn
-    figures: Figures
+    shown: MaskScores
+    figures: QuestionScores
     pairing: Pairing | None = None
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ScoredText:
     """A question that is answered in words alone, what the model said (None where it was not let speak), and the
     question's figures."""
 
     question: EvalQuestion
     text: str | None
-    figures: Figures
+    figures: QuestionScores
 
 
 def evaluate(
@@ -93,7 +104,7 @@ def evaluate(
     size.
     """
     plan = make_plan(samples, **options)
-    figures: list[Figures] = []
+    figures: list[QuestionScores] = []
     with Progress(len(plan.questions), progress) as bar:
         for scored in ask(predictor, plan, plan.batches):
             figures.append(scored.figures)
@@ -103,7 +114,7 @@ def evaluate(
     return summary(plan, figures)
 
 
-def summary(plan: Plan, figures: Sequence[Figures]) -> dict[str, Any]:
+def summary(plan: Plan, figures: Sequence[QuestionScores]) -> dict[str, Any]:
     """`summarise`, with what took no part."""
     ignored = sum(one.num_ignored for one in figures)
     return summarise(figures) | {"left_out": {**plan.left_out, "ignored_pixels": ignored}}
@@ -133,10 +144,10 @@ class Progress:
 def baseline_giou(samples: Iterable[Sample], draw: Callable[[str], np.ndarray]) -> float | None:
     """gIoU of a rule that draws one mask per image whatever is asked. draw: image path -> bool (H, W)."""
     ious = []
-    for question in questions_of(samples):
+    for question in list_questions(samples):
         if question.turn.kind != TEXT:
             mask = draw(question.image_path)
-            ious.append(metrics.question_iou(mask[None], truths_of(question, mask.shape)))
+            ious.append(metrics.question_iou(mask[None], decode_truths(question, mask.shape)))
     return metrics.mean(ious)
 
 
@@ -145,7 +156,7 @@ def ask(predictor: Predictor, plan: Plan, batches: Iterable[Sequence[EvalQuestio
     return (scored for batch in batches for scored in _score_batch(predictor, batch, plan))
 
 
-def ask_in_words(predictor: Any, plan: Plan, batches: Iterable[Sequence[EvalQuestion]]) -> Iterator[Spoken]:
+def ask_text(predictor: Any, plan: Plan, batches: Iterable[Sequence[EvalQuestion]]) -> Iterator[ScoredText]:
     """Ask batches of questions that are answered in words alone, each after the true turns before it.
 
     free: the model answers. teacher: how likely it finds the true answer. predictor: `Predictor` and `ScoredPredictor`.
@@ -156,15 +167,15 @@ def ask_in_words(predictor: Any, plan: Plan, batches: Iterable[Sequence[EvalQues
         said: list[str | None] = [None] * len(batch)
         read: Sequence[tuple[float, int] | None] = [None] * len(batch)
         if FREE in plan.protocols:
-            said = _said_in_words(predictor, batch, earlier, plan.max_new_tokens)
+            said = _answer_texts(predictor, batch, earlier, plan.max_new_tokens)
         if TEACHER in plan.protocols:
             whole = [[*turns, (one.turn.question, one.turn.answer)] for turns, one in zip(earlier, batch, strict=True)]
             read = predictor.likelihoods(images, whole, image_index)
         for question, text, likelihood in zip(batch, said, read, strict=True):
-            yield Spoken(question, text, _words_figures(question, text, likelihood))
+            yield ScoredText(question, text, _score_text(question, text, likelihood))
 
 
-def _said_in_words(
+def _answer_texts(
     predictor: Any, batch: Sequence[EvalQuestion], earlier: Sequence[list[tuple[str, str]]], max_new_tokens: int
 ) -> list[str | None]:
     """The answers, None where there is no room for the question."""
@@ -178,18 +189,18 @@ def _said_in_words(
     return said
 
 
-def _words_figures(question: EvalQuestion, text: str | None, likelihood: tuple[float, int] | None) -> Figures:
+def _score_text(question: EvalQuestion, text: str | None, likelihood: tuple[float, int] | None) -> QuestionScores:
     references = (question.turn.answer, *question.references)
-    surprise, tokens = likelihood or (None, None)
-    words = Words(
+    nll, tokens = likelihood or (None, None)
+    words = WordScores(
         text=text,
         references=references,
         exact=None if text is None else metrics.exact_match(text, references),
         vqa=None if text is None else metrics.vqa_accuracy(text, references),
-        surprise=surprise,
+        nll=nll,
         num_tokens=tokens,
     )
-    return Figures(TEXT, question.dataset, question.image_path, 0, words=words)
+    return QuestionScores(TEXT, question.dataset, question.image_path, 0, words=words)
 
 
 def _score_batch(predictor: Predictor, batch: Sequence[EvalQuestion], plan: Plan) -> Iterator[Scored]:
@@ -209,12 +220,12 @@ def _score_batch(predictor: Predictor, batch: Sequence[EvalQuestion], plan: Plan
         elsewhere = _answers(predictor, batch, with_targets, max_new_tokens, others)
     for number, question in enumerate(batch):
         shown = free.get(number) or forced[number]
-        truths = truths_of(question, shown.masks.shape[1:])
-        ways = _Ways(free.get(number), forced.get(number), elsewhere.get(number))
-        measured = drawn(shown.masks, truths)
-        figures = _figures(question, truths, measured, ways, protocols)
+        truths = decode_truths(question, shown.masks.shape[1:])
+        ways = _Answers(free.get(number), forced.get(number), elsewhere.get(number))
+        measured = score_masks(shown.masks, truths)
+        figures = _score_question(question, truths, measured, ways, protocols)
         paired = plan.pair and FREE in protocols and _set_of(question) == MUSE
-        pairing = _pairing(question, truths, shown) if paired else None
+        pairing = _pair_masks(question, truths, shown) if paired else None
         yield Scored(question, truths, shown, FREE if ways.free is not None else TEACHER, measured, figures, pairing)
 
 
@@ -233,7 +244,7 @@ def _answers(
 
 
 @dataclass(frozen=True)
-class _Ways:
+class _Answers:
     """The answers to one question; None where that way of asking was not taken."""
 
     free: Answer | None
@@ -241,22 +252,22 @@ class _Ways:
     elsewhere: Answer | None
 
 
-def _figures(
-    question: EvalQuestion, truths: np.ndarray, shown: Drawn, ways: _Ways, protocols: Sequence[str]
-) -> Figures:
+def _score_question(
+    question: EvalQuestion, truths: np.ndarray, shown: MaskScores, ways: _Answers, protocols: Sequence[str]
+) -> QuestionScores:
     """shown: what the free-running answer scored where there is one, else the teacher-forced one."""
     turn = question.turn
     of_class = _set_of(question) in CLASS_SETS and len(turn.targets) == 1
     told: dict[str, Any] = {}
     if FREE in protocols and ways.free is not None:
-        told |= {"free": shown, "said": _said(ways.free, [target.name for target in turn.targets])}
+        told |= {"free": shown, "said": _score_phrases(ways.free, [target.name for target in turn.targets])}
     if TEACHER in protocols and ways.forced is not None:
-        told["forced"] = shown if ways.free is None else drawn(ways.forced.masks, truths)
+        told["forced"] = shown if ways.free is None else score_masks(ways.forced.masks, truths)
     if ways.elsewhere is not None:
-        told["shuffled_iou"] = metrics.question_iou(_resized(ways.elsewhere.masks, truths.shape[1:]), truths)
+        told["shuffled_iou"] = metrics.question_iou(_resize_masks(ways.elsewhere.masks, truths.shape[1:]), truths)
     if RELEASE in protocols and ways.free is not None:
         told["release"] = _release(question, truths, ways.free, ways.forced)
-    return Figures(
+    return QuestionScores(
         kind=turn.kind,
         dataset=question.dataset,
         image=question.image_path,
@@ -268,11 +279,11 @@ def _figures(
     )
 
 
-def _said(answer: Answer, names: Sequence[str]) -> Said:
-    return Said(
+def _score_phrases(answer: Answer, names: Sequence[str]) -> PhraseScores:
+    return PhraseScores(
         num_masks=len(answer.masks),
         num_broken=answer.num_broken,
-        num_named=metrics.named(answer.phrases, names),
+        num_named=metrics.count_named(answer.phrases, names),
         text_right=metrics.names_exactly(answer.phrases, names),
         scores=tuple(min(float(value), 1.0) for value in answer.scores),
     )
@@ -295,23 +306,23 @@ def _rng(question: EvalQuestion) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(f"{question.sample_id}#{question.number}".encode()))
 
 
-def _pairing(question: EvalQuestion, truths: np.ndarray, answer: Answer) -> Pairing:
-    matched = release_protocol.match_question(_logits(answer), truths, _rng(question))
+def _pair_masks(question: EvalQuestion, truths: np.ndarray, answer: Answer) -> Pairing:
+    matched = release_protocol.match_question(_require_logits(answer), truths, _rng(question))
     partner_of = dict(matched.pairs)
     partners = tuple(partner_of.get(number) for number in range(len(answer.masks)))
     return Pairing(partners, metrics.pair_masks(answer.masks, truths, matched.pairs))
 
 
-def _release(question: EvalQuestion, truths: np.ndarray, free: Answer, forced: Answer | None) -> Release:
-    return Release(
-        forced=None if forced is None else release_protocol.count_forced(_logits(forced), truths),
+def _release(question: EvalQuestion, truths: np.ndarray, free: Answer, forced: Answer | None) -> ReleaseCounts:
+    return ReleaseCounts(
+        forced=None if forced is None else release_protocol.count_forced(_require_logits(forced), truths),
         generated=release_protocol.count_generated(
-            release_protocol.match_question(_logits(free), truths, _rng(question))
+            release_protocol.match_question(_require_logits(free), truths, _rng(question))
         ),
     )
 
 
-def _logits(answer: Answer) -> np.ndarray:
+def _require_logits(answer: Answer) -> np.ndarray:
     found = getattr(answer, "logits", None)
     if found is None:
         raise TypeError(
@@ -321,7 +332,7 @@ def _logits(answer: Answer) -> np.ndarray:
     return np.asarray(found)
 
 
-def _resized(masks: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def _resize_masks(masks: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """bool (Q, H, W) stretched to `size` (height, width) by nearest neighbour."""
     if masks.shape[1:] == size:
         return masks

@@ -112,11 +112,11 @@ def _differences_in_words(pairs: Sequence[Pair]) -> tuple[list[Difference], tupl
             text_quality.bleu([pair[side]["answer"] for pair in said], references) or 0.0 for side in (0, 1)
         )
         found.append(Difference("BLEU", TEXT, len(said), first, second, None))
-    if read := both("surprise"):
+    if read := both("nll"):
         if all(one["num_tokens"] == other["num_tokens"] for one, other in read):
-            surprise = _difference("-ln p per token", TEXT, read, lambda line: (line["surprise"], line["num_tokens"]))
-            found.append(surprise)
-            first, second = math.exp(surprise.first), math.exp(surprise.second)
+            nll = _difference("-ln p per token", TEXT, read, lambda line: (line["nll"], line["num_tokens"]))
+            found.append(nll)
+            first, second = math.exp(nll.first), math.exp(nll.second)
             found.append(Difference("perplexity", TEXT, len(read), first, second, None))
         else:
             notes.append("perplexities: not compared, the two models split the true answers into different tokens")

@@ -16,8 +16,8 @@ from model.overlay import draw_overlay
 from utils.data.samples import KINDS, TEXT
 from utils.drawing.galleries import GalleryItem, draw_gallery
 from utils.drawing.pages import Article, Figure, Paragraph, Section, embed_image, render_page
-from utils.evaluation.mask_codes import decoded
-from utils.evaluation.records import CAUSES, iou_of
+from utils.evaluation.records import CAUSES, shown_iou
+from utils.evaluation.run_lengths import decode_masks
 
 PAGE, COMPARISON = "index.html", "compare.html"
 PER_SECTION = 8
@@ -77,7 +77,7 @@ class Chosen:
             if len(self._said) < most and line["answer"] is not None:
                 self._said.append(line)
             return
-        iou = iou_of(line)
+        iou = shown_iou(line)
         if line["names"]:
             self._best = _first([*self._best, (-iou, self._seen, line)], most)
         self._worst = _first([*self._worst, (iou, self._seen, line)], most)
@@ -128,7 +128,7 @@ def write_comparison(path: Path, title: str, pairs: Sequence[tuple[Line, Line]])
     """Write a page of pairs of lines, (A, B) of the same question; see `write_page`."""
     articles = []
     for first, second in pairs:
-        change = f"IoU {iou_of(first):.3f} → {iou_of(second):.3f} ({iou_of(second) - iou_of(first):+.3f})"
+        change = f"IoU {shown_iou(first):.3f} → {shown_iou(second):.3f} ({shown_iou(second) - shown_iou(first):+.3f})"
         images = {"truth": _true_masks(first), "A": _predicted_masks(first), "B": _predicted_masks(second)}
         articles.append(
             Article(
@@ -152,12 +152,12 @@ def draw_answers(lines: Sequence[Line]) -> np.ndarray:
             GalleryItem(
                 question=line["question"],
                 image=open_image(line["image_path"]),
-                true_masks=decoded(line["true_masks"], line["size"]),
+                true_masks=decode_masks(line["true_masks"], line["size"]),
                 true_names=line["names"],
                 answer=remove_seg_markers(line["answer"]),
-                masks=decoded(line["masks"], line["size"]),
+                masks=decode_masks(line["masks"], line["size"]),
                 phrases=line["phrases"],
-                note=f"{line['kind']}, {line['protocol']}, IoU {iou_of(line):.2f}",
+                note=f"{line['kind']}, {line['protocol']}, IoU {shown_iou(line):.2f}",
             )
             for line in lines
         ]
@@ -169,7 +169,7 @@ def _make_article(line: Line, anchor: str) -> Article:
     images: dict[str, Masks] = {"image": (None, ())}
     if not in_words:
         images |= {"truth": _true_masks(line), "prediction": _predicted_masks(line)}
-    note = f"{line['kind']}, {line['protocol']}" + ("" if in_words else f", IoU {iou_of(line):.3f}")
+    note = f"{line['kind']}, {line['protocol']}" + ("" if in_words else f", IoU {shown_iou(line):.3f}")
     if causes := line.get("causes"):
         note += f", {', '.join(causes)}"
     return Article(
@@ -190,11 +190,11 @@ def _shorten(text: str) -> str:
 
 
 def _true_masks(line: Line) -> Masks:
-    return decoded(line["true_masks"], line["size"]), line["names"]
+    return decode_masks(line["true_masks"], line["size"]), line["names"]
 
 
 def _predicted_masks(line: Line) -> Masks:
-    return decoded(line["masks"], line["size"]), line["phrases"]
+    return decode_masks(line["masks"], line["size"]), line["phrases"]
 
 
 def _draw_figures(path: str, images: Mapping[str, Masks]) -> list[Figure]:

@@ -279,7 +279,7 @@ def name_words(text: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-def named(phrases: Sequence[str], names: Sequence[str]) -> int:
+def count_named(phrases: Sequence[str], names: Sequence[str]) -> int:
     """How many phrases pair one to one with a name of which they end with the words."""
     said, true = [name_words(phrase) for phrase in phrases], [name_words(name) for name in names]
     fits = np.zeros((len(said), len(true)))
@@ -295,7 +295,7 @@ def names_exactly(phrases: Sequence[str], names: Sequence[str]) -> bool:
     There are as many phrases as names, and they pair one to one so that each phrase ends with the words of its name
     ("it is the big red circle" names "red circle"). No phrase for no name is right.
     """
-    return len(phrases) == len(names) == named(phrases, names)
+    return len(phrases) == len(names) == count_named(phrases, names)
 
 
 def plain_words(text: str) -> str:

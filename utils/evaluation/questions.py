@@ -71,7 +71,7 @@ def make_plan(
     pair: match the masks of MUSE's answers as `Pairing` says, for which they keep their logits. UserError when there is
     no question to score, or one about masks is not the only one of its conversation.
     """
-    questions = questions_of(samples)
+    questions = list_questions(samples)
     speaks = bool({FREE, RELEASE} & set(protocols))
     in_words = [one for one in questions if one.turn.kind == TEXT]
     asked = [one for one in questions if one.turn.kind != TEXT]
@@ -97,7 +97,7 @@ def make_plan(
     )
 
 
-def questions_of(samples: Iterable[Sample]) -> list[EvalQuestion]:
+def list_questions(samples: Iterable[Sample]) -> list[EvalQuestion]:
     """All questions, those about one image side by side; each turn of a conversation in words is one.
 
     UserError when a conversation of several turns asks for masks.
@@ -162,7 +162,7 @@ def _other_images(questions: Sequence[EvalQuestion]) -> dict[str, str]:
     return {path: paths[(place + shift) % len(paths)] for place, path in enumerate(paths)} if len(paths) > 1 else {}
 
 
-def truths_of(question: EvalQuestion, size: tuple[int, ...]) -> np.ndarray:
+def decode_truths(question: EvalQuestion, size: tuple[int, ...]) -> np.ndarray:
     """(G, H, W) uint8; `size` is that of the image, for questions without a target."""
     masks = [target.decode() for target in question.turn.targets]
     return np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)

@@ -1,6 +1,6 @@
 """samples.jsonl: what was asked, answered and scored, a line per question; without times, so that runs can be compared.
 
-Lines are sorted by data set, sample and place of the question in its sample: equal runs write equal bytes.
+RecordWriter are sorted by data set, sample and place of the question in its sample: equal runs write equal bytes.
 """
 
 import json
@@ -11,12 +11,12 @@ from typing import Any
 from utils.cli.atomic_files import open_atomic
 from utils.cli.errors import UserError
 from utils.evaluation import metrics
-from utils.evaluation.ask import Pairing, Scored, Spoken
-from utils.evaluation.mask_codes import encoded
+from utils.evaluation.ask import Pairing, Scored, ScoredText
 from utils.evaluation.protocols import FREE, TEACHER
 from utils.evaluation.questions import EvalQuestion
 from utils.evaluation.ranks import Ranks
-from utils.evaluation.resume import PART, Record, key_of, parts_of, read_records, record_of
+from utils.evaluation.resume import PART, Record, list_part_files, make_entry, question_key, read_records
+from utils.evaluation.run_lengths import encode_masks
 
 SAMPLES = "samples.jsonl"
 
@@ -42,13 +42,13 @@ def causes(scored: Scored) -> list[str]:
         holds |= {
             MISSED: masks < targets,
             EXTRA: masks > targets,
-            WRONG_PHRASE: metrics.named(said, names) < min(len(said), targets),
+            WRONG_PHRASE: metrics.count_named(said, names) < min(len(said), targets),
             BROKEN: scored.answer.num_broken > 0,
         }
     return [cause for cause in CAUSES if holds.get(cause)]
 
 
-def line_of(scored: Scored) -> dict[str, Any]:
+def make_record(scored: Scored) -> dict[str, Any]:
     """A scored question, plain enough for JSON.
 
     `protocol` says how `answer`, `masks` and what is told of them came about; `iou_shown` is the IoU of these masks.
@@ -61,13 +61,13 @@ def line_of(scored: Scored) -> dict[str, Any]:
         **_asked(question, scored.protocol),
         "names": [target.name for target in turn.targets],
         "true_answer": turn.answer,
-        "true_masks": encoded(scored.truths == 1),
+        "true_masks": encode_masks(scored.truths == 1),
         "answer": answer.marked_text,
         "phrases": list(answer.phrases),
         "scores": list(answer.scores),
         "boxes": [list(box) for box in answer.boxes],
         "size": list(answer.masks.shape[1:]),
-        "masks": encoded(answer.masks),
+        "masks": encode_masks(answer.masks),
         "num_broken": answer.num_broken,
         "causes": causes(scored),
         "ious_of_masks": list(shown.matched.of_predictions),
@@ -85,12 +85,12 @@ def line_of(scored: Scored) -> dict[str, Any]:
     }
 
 
-def iou_of(line: Mapping[str, Any]) -> float:
+def shown_iou(line: Mapping[str, Any]) -> float:
     """IoU of the masks that a line holds."""
     return float(line["iou_shown"])
 
 
-def text_line_of(spoken: Spoken) -> dict[str, Any]:
+def make_text_record(spoken: ScoredText) -> dict[str, Any]:
     """A question answered in words alone, plain enough for JSON. earlier: the turns before it, question and answer."""
     question, words = spoken.question, spoken.figures.words
     return {
@@ -101,7 +101,7 @@ def text_line_of(spoken: Spoken) -> dict[str, Any]:
         "answer": spoken.text,
         "exact_match": words and words.exact,
         "vqa_accuracy": words and words.vqa,
-        "surprise": words and words.surprise,
+        "nll": words and words.nll,
         "num_tokens": words and words.num_tokens,
     }
 
@@ -128,7 +128,7 @@ def _muse(pairing: Pairing) -> dict[str, Any]:
     }
 
 
-class Lines:
+class RecordWriter:
     """Writes scored questions as they come, each rank into a file of its own, and at the end their lines, sorted, into
     `samples.jsonl`.
 
@@ -143,13 +143,13 @@ class Lines:
         self._earlier = read_records(folder, run)
         self.earlier = frozenset(self._earlier)
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "RecordWriter":
         self._ranks.wait()  # all have read what is there
         if self._ranks.rank == 0:
             # The earlier part is replaced in one go: being ended now must not cost it.
             with open_atomic(self._part) as file:
                 file.writelines(map(_text, [self._run, *self._earlier.values()]))
-            for path in parts_of(self._folder):
+            for path in list_part_files(self._folder):
                 if path != self._part:
                     path.unlink()
         self._ranks.wait()
@@ -161,10 +161,10 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, scored: Scored | Spoken) -> None:
+    def add(self, scored: Scored | ScoredText) -> None:
         """Take in one scored question. It is in the file when this returns."""
-        line = text_line_of(scored) if isinstance(scored, Spoken) else line_of(scored)
-        self._file.write(_text(record_of(scored.question, scored.figures, line)))
+        line = make_text_record(scored) if isinstance(scored, ScoredText) else make_record(scored)
+        self._file.write(_text(make_entry(scored.question, scored.figures, line)))
         self._file.flush()
 
     def finish(self, order: Sequence[EvalQuestion]) -> list[Record]:
@@ -177,9 +177,9 @@ class Lines:
         lines = [_text(record["line"]) for _, record in sorted(records.items())]
         with open_atomic(self._folder / SAMPLES) as file:
             file.writelines(lines)
-        for path in parts_of(self._folder):
+        for path in list_part_files(self._folder):
             path.unlink()
-        return [records[key_of(question)] for question in order]
+        return [records[question_key(question)] for question in order]
 
 
 def _text(content: Mapping[str, Any]) -> str:
@@ -204,4 +204,6 @@ def _parsed(texts: Sequence[str], path: Path) -> Iterator[dict[str, Any]]:
             line = None
         if not isinstance(line, dict) or "id" not in line:
             raise UserError(f"line {number} of {path} is not a scored question: score again with this evaluate.py")
+        if "surprise" in line:  # as results were written until December 2026
+            line["nll"] = line.pop("surprise")
         yield line

@@ -6,28 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli.errors import UserError
-from utils.evaluation.aggregate import Figures, intervals
+from utils.evaluation.aggregate import QuestionScores, intervals
 from utils.evaluation.protocols import PROTOCOLS
 
 RESULTS = "results.json"
 
 
-def with_intervals(scores: Mapping[str, Any], figures: Sequence[Figures]) -> dict[str, Any]:
+def add_intervals(scores: Mapping[str, Any], figures: Sequence[QuestionScores]) -> dict[str, Any]:
     """The scores that `figures` gave, with their bootstrap intervals: those of a data set beside its scores."""
     found = intervals(figures)
-    return merged(scores, {"datasets": found.pop("datasets"), "text": found.pop("text")}) | {"intervals": found}
+    return merge_results(scores, {"datasets": found.pop("datasets"), "text": found.pop("text")}) | {"intervals": found}
 
 
-def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def merge_results(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Both; what both hold as a mapping holds what either's does, and else the other's value stands.
 
-    >>> merged({"a": {"n": 1}, "b": None}, {"a": {"m": 2}, "b": {}})
+    >>> merge_results({"a": {"n": 1}, "b": None}, {"a": {"m": 2}, "b": {}})
     {'a': {'n': 1, 'm': 2}, 'b': None}
     """
     found = dict(one)
     for name, value in other.items():
         if isinstance(value, Mapping):
-            found[name] = merged(found[name], value) if isinstance(found.get(name), Mapping) else (value or None)
+            found[name] = merge_results(found[name], value) if isinstance(found.get(name), Mapping) else (value or None)
         else:
             found[name] = value
     return found

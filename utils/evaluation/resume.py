@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.evaluation.aggregate import Figures
+from utils.evaluation.aggregate import QuestionScores
 from utils.evaluation.questions import EvalQuestion
 
 PART = "samples.jsonl.part"
@@ -22,23 +22,23 @@ Key = tuple[str, str, int]
 Record = dict[str, Any]
 
 
-def key_of(question: EvalQuestion) -> Key:
+def question_key(question: EvalQuestion) -> Key:
     """What tells a question from all others of a run, and sorts it."""
     return question.dataset, question.sample_id, question.number
 
 
-def record_of(question: EvalQuestion, figures: Figures, line: Mapping[str, Any]) -> Record:
+def make_entry(question: EvalQuestion, figures: QuestionScores, line: Mapping[str, Any]) -> Record:
     """What is kept of a scored question; plain enough for JSON."""
-    return {"key": key_of(question), "figures": dataclasses.asdict(figures), "line": line}
+    return {"key": question_key(question), "figures": dataclasses.asdict(figures), "line": line}
 
 
-def figures_of(record: Record) -> Figures:
+def scores_of_entry(record: Record) -> QuestionScores:
     """The figures in a record."""
-    found: Figures = from_plain(Figures, record["figures"])
+    found: QuestionScores = read_dataclass(QuestionScores, record["figures"])
     return found
 
 
-def parts_of(folder: Path) -> list[Path]:
+def list_part_files(folder: Path) -> list[Path]:
     """The files of all ranks."""
     return sorted(path for path in folder.glob(f"{PART}*") if path.name[len(PART) :].isdecimal() or path.name == PART)
 
@@ -47,7 +47,7 @@ def read_records(folder: Path, run: Mapping[str, Any]) -> dict[Key, Record]:
     """What the ranks of an ended run left, if it was the same run: files whose first line says otherwise count for
     nothing. A last line that was cut off is dropped."""
     found: dict[Key, Record] = {}
-    for path in parts_of(folder):
+    for path in list_part_files(folder):
         records = _whole_lines(path)
         if records and records[0] == json.loads(json.dumps(run)):
             for record in records[1:]:
@@ -56,15 +56,15 @@ def read_records(folder: Path, run: Mapping[str, Any]) -> dict[Key, Record]:
     return found
 
 
-def from_plain(kind: Any, value: Any) -> Any:
+def read_dataclass(kind: Any, value: Any) -> Any:
     """The dataclass `kind` that `dataclasses.asdict` and JSON made `value` of; its fields may be dataclasses, tuples,
     plain values, or None beside one of these."""
     if isinstance(kind, types.UnionType):
         (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
-        return None if value is None else from_plain(kind, value)
+        return None if value is None else read_dataclass(kind, value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
-        return kind(**{name: from_plain(hints[name], part) for name, part in value.items()})
+        return kind(**{name: read_dataclass(hints[name], part) for name, part in value.items()})
     return tuple(value) if typing.get_origin(kind) is tuple else value
 
 

@@ -17,7 +17,7 @@ from utils.data.readers.registry import MUSE
 from utils.data.requested_sets import asked_for_evaluation, refuse_absent
 from utils.evaluation import fingerprints
 from utils.evaluation import html_report as pages
-from utils.evaluation.ask import Progress, ask, ask_in_words, summary
+from utils.evaluation.ask import Progress, ask, ask_text, summary
 from utils.evaluation.compare import compare_folders
 from utils.evaluation.judge import scoring
 from utils.evaluation.judge.choice import choose_judge, refuse_judge
@@ -25,9 +25,9 @@ from utils.evaluation.judge.prompts import PROMPT_FILE, read_prompt
 from utils.evaluation.protocols import FREE, RELEASE
 from utils.evaluation.questions import Plan, make_plan
 from utils.evaluation.ranks import Ranks, device_of_rank, open_ranks
-from utils.evaluation.records import SAMPLES, Lines, read_lines
-from utils.evaluation.results import RESULTS, merged, protocol_facts, read_results, with_intervals
-from utils.evaluation.resume import figures_of, key_of
+from utils.evaluation.records import SAMPLES, RecordWriter, read_lines
+from utils.evaluation.results import RESULTS, add_intervals, merge_results, protocol_facts, read_results
+from utils.evaluation.resume import question_key, scores_of_entry
 from utils.evaluation.scored_predictor import LogitPredictor, ScoredPredictor
 from utils.evaluation.sets import ScoredSets
 from utils.evaluation.tables import quotable, score_table
@@ -105,7 +105,7 @@ class Evaluation:
         out.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         run = self._circumstances()
-        with Lines(out, {name: value for name, value in run.items() if name != "command"}, self.ranks) as lines:
+        with RecordWriter(out, {name: value for name, value in run.items() if name != "command"}, self.ranks) as lines:
             if lines.earlier:
                 logger.info(
                     f"evaluate.py: {len(lines.earlier)} questions were scored before an earlier run ended: going on"
@@ -117,9 +117,9 @@ class Evaluation:
         seconds = time.perf_counter() - start
         run |= {"data": fingerprints.of_data(self.sets.readers), "ranks": self.ranks.world_size, "seconds": seconds}
         run |= {"resumed_after": len(lines.earlier), "seconds_per_sample": seconds / len(records)}
-        figures = [figures_of(record) for record in records]
+        figures = [scores_of_entry(record) for record in records]
         shown = [record["line"] for record in records]
-        result = with_intervals(summary(self.plan, figures), figures) | run
+        result = add_intervals(summary(self.plan, figures), figures) | run
         write_json(out / RESULTS, with_muse(result, shown))
         written = [RESULTS, SAMPLES, *self._draw(shown)]
         (out / scoring.VERDICTS).unlink(missing_ok=True)  # those of an earlier run
@@ -128,14 +128,14 @@ class Evaluation:
             written.append(scoring.VERDICTS)
         return f"{score_table(read_results(out))}\nwritten to {out}: {', '.join(written)}"
 
-    def _ask(self, predictor: Any, lines: Lines) -> None:
+    def _ask(self, predictor: Any, lines: RecordWriter) -> None:
         """This rank's share: every batch whole, as one process would ask it, so that the numbers are the same."""
         plan, ranks = self.plan, self.ranks
         mine = plan.batches[ranks.rank :: ranks.world_size]
         last = len(plan.batches)
         in_words = [b for n, b in enumerate(plan.text_batches, last) if n % ranks.world_size == ranks.rank]
         open_batches, open_in_words = (
-            [batch for batch in batches if not all(key_of(one) in lines.earlier for one in batch)]
+            [batch for batch in batches if not all(question_key(one) in lines.earlier for one in batch)]
             for batches in (mine, in_words)
         )
         total = sum(len(batch) for batch in (*open_batches, *open_in_words))
@@ -143,7 +143,7 @@ class Evaluation:
             for scored in ask(predictor, plan, open_batches):
                 lines.add(scored)
                 bar.add(scored.shown.iou)
-            for spoken in ask_in_words(predictor, plan, open_in_words):
+            for spoken in ask_text(predictor, plan, open_in_words):
                 lines.add(spoken)
                 bar.add(None)
 
@@ -181,7 +181,7 @@ class Evaluation:
 def with_muse(result: Mapping[str, Any], lines: list[Line]) -> dict[str, Any]:
     """The results with MUSE's scores before a judge beside its data sets' others."""
     told = scoring.pre_judge(scoring.muse_lines(lines))
-    return merged(result, {"datasets": {name: {"muse": {"pre_judge": one}} for name, one in told.items()}}) | (
+    return merge_results(result, {"datasets": {name: {"muse": {"pre_judge": one}} for name, one in told.items()}}) | (
         {"judge": scoring.NO_JUDGE} if told else {}
     )
 
@@ -204,4 +204,4 @@ def judge_folder(folder: Path, config: EvaluateConfig) -> None:
         config.judging.judge_threshold,
     )
     told = {name: {"muse": {"judged": one}} for name, one in scores.items()}
-    write_json(folder / RESULTS, merged(result, {"datasets": told}) | {"judge": facts})
+    write_json(folder / RESULTS, merge_results(result, {"datasets": told}) | {"judge": facts})

@@ -11,7 +11,7 @@ from utils.checkpoints.builder import BuiltModel
 from utils.cli.config import TrainConfig
 from utils.data.readers.registry import build_eval_reader
 from utils.engine.base import Engine
-from utils.evaluation.ask import Figures, Scored, evaluate, summarise
+from utils.evaluation.ask import QuestionScores, Scored, evaluate, summarise
 
 # Scores by kind that get a curve of their own.
 BY_KIND = "giou_by_kind"
@@ -77,7 +77,7 @@ class Validation:
                 on_scored=keep,
                 progress=False,
             )
-        everywhere: list[Figures] = [one for part in self.engine.gather(figures) for one in part]
+        everywhere: list[QuestionScores] = [one for part in self.engine.gather(figures) for one in part]
         summary = summarise(everywhere)
         scores = {name: value for name, value in summary.items() if isinstance(value, float)}
         return scores | {f"giou/{kind}": value for kind, value in summary[BY_KIND].items() if value is not None}

@@ -10,8 +10,8 @@ from typing import Any
 
 from model.structures import SEG_MARKER
 from utils.cli.errors import UserError
-from utils.evaluation.mask_codes import decoded
 from utils.evaluation.metrics import mask_box
+from utils.evaluation.run_lengths import decode_masks
 
 PROMPT_FILE = Path(__file__).with_name("prompt.txt")
 
@@ -85,7 +85,7 @@ def texts_for_judge(line: Mapping[str, Any]) -> tuple[str, str]:
     """
     shown = [
         f"({name} {list(mask_box(mask) or ())})"
-        for name, mask in zip(line["names"], decoded(line["true_masks"], line["size"]), strict=True)
+        for name, mask in zip(line["names"], decode_masks(line["true_masks"], line["size"]), strict=True)
     ]
     found = [NOTHING if partner is None else shown[partner] for partner in line["muse"]["partners"]]
     return _replaced(line["answer"], found), _replaced(line["true_answer"], shown)

@@ -82,13 +82,13 @@ def _judged(told: Sequence[tuple[Line, str | None, float | None]], threshold: fl
         "giou_range": [passed / len(told), (passed + rest) / len(told)],
         "by_threshold": {
             str(at): {"passed": sum(verdict >= at for _, verdict in known)}
-            | _scores(lines, [verdict >= at for _, verdict in known], with_intervals=False)
+            | _scores(lines, [verdict >= at for _, verdict in known], add_intervals=False)
             for at in range(LOWEST, HIGHEST + 1)
         },
     }
 
 
-def _scores(lines: Sequence[Line], passed: Sequence[bool], with_intervals: bool = True) -> dict[str, Any]:
+def _scores(lines: Sequence[Line], passed: Sequence[bool], add_intervals: bool = True) -> dict[str, Any]:
     """gIoU and cIoU where answers that did not pass score 0; None without lines."""
     if not lines:
         return {"giou": None, "ciou": None}
@@ -101,7 +101,7 @@ def _scores(lines: Sequence[Line], passed: Sequence[bool], with_intervals: bool 
     iou, intersection, n, union = values.sum(axis=0)
     # Nothing asked for and nothing drawn is right, as far as the judge lets it be.
     found: dict[str, Any] = {"giou": iou / n, "ciou": intersection / union if union else iou / n}
-    if with_intervals:
+    if add_intervals:
         sums = bootstrap.by_unit([line["image_path"] for line in lines], values)
         bounds = bootstrap.ratio_intervals(sums[:, :2], sums[:, 2:])
         found |= {f"{name}_interval": list(bound) for name, bound in zip(("giou", "ciou"), bounds, strict=True)}

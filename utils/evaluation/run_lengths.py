@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def encoded(masks: np.ndarray) -> list[str]:
+def encode_masks(masks: np.ndarray) -> list[str]:
     """bool (P, H, W) -> the `counts` of each mask's compressed COCO run lengths; their `size` is [H, W]."""
     from pycocotools import mask as coco_rle
 
     return [coco_rle.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode("ascii") for mask in masks]
 
 
-def decoded(counts: Sequence[str], size: Sequence[int]) -> np.ndarray:
-    """`encoded` undone: bool (P, H, W)."""
+def decode_masks(counts: Sequence[str], size: Sequence[int]) -> np.ndarray:
+    """`encode_masks` undone: bool (P, H, W)."""
     from pycocotools import mask as coco_rle
 
     height, width = size
