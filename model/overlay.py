@@ -79,19 +79,6 @@ def draw_overlay(
     return _draw_labels(_add_margin(large), large_masks, phrases)
 
 
-def draw_side_by_side(image: np.ndarray, masks: np.ndarray, phrases: Sequence[str] = ()) -> np.ndarray:
-    """The image as it is beside its overlay, of one size; uint8 RGB."""
-    return np.concatenate([draw_overlay(image, masks[:0]), draw_overlay(image, masks, phrases)], axis=1)
-
-
-def mask_layer(masks: np.ndarray) -> np.ndarray:
-    """Masks alone, to be laid over the image: uint8 RGBA (H, W, 4), nothing where no mask is; later masks on top."""
-    layer = np.zeros((*masks.shape[1:], 4), dtype=np.uint8)
-    for index, mask in enumerate(masks):
-        layer[mask] = (*target_colour(index), round(255 * _FILL_STRENGTH))
-    return layer
-
-
 def _check_inputs(image: np.ndarray, masks: np.ndarray) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image to draw on is {image.dtype} {image.shape}; expected uint8 (height, width, 3)")
@@ -117,6 +104,7 @@ def _add_margin(image: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def label_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of labels, `size` pixels high."""
     return ImageFont.load_default(size)
 
 

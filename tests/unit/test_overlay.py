@@ -171,18 +171,3 @@ def test_places_for_labels_are_inside() -> None:
     for mask in (box(100, 200, 0, 1, 0, 1), box(100, 200, 99, 100, 199, 200), box(100, 200, 0, 100, 0, 200)):
         for left, top in overlay._places(mask, (90, 21), (200, 100)):
             assert 0 <= left <= 110 and 0 <= top <= 79
-
-
-def test_side_by_side_is_the_image_and_its_overlay() -> None:
-    masks = box(50, 60, 10, 30, 10, 30)[None]
-    both, drawn = overlay.draw_side_by_side(image(50, 60), masks), overlay.draw_overlay(image(50, 60), masks)
-    assert both.shape == (drawn.shape[0], 2 * drawn.shape[1], 3)
-    assert (both[:, : drawn.shape[1]] == GREY).all() and np.array_equal(both[:, drawn.shape[1] :], drawn)
-
-
-def test_a_layer_is_clear_where_no_mask_is() -> None:
-    layer = overlay.mask_layer(np.stack([box(4, 5, 0, 2, 0, 2), box(4, 5, 1, 3, 1, 3)]))
-    assert layer.shape == (4, 5, 4) and (layer[3] == 0).all()
-    assert tuple(layer[0, 0, :3]) == overlay.target_colour(0) and tuple(layer[1, 1, :3]) == overlay.target_colour(1)
-    assert layer[0, 0, 3] == round(255 * overlay._FILL_STRENGTH)
-    assert overlay.mask_layer(np.zeros((0, 4, 5), bool)).shape == (4, 5, 4)
