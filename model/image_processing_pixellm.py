@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .geometry import resized_shape
 from .structures import PixelLMError
@@ -18,6 +18,7 @@ from .structures import PixelLMError
 PIXEL_MAX = int(np.iinfo(np.uint8).max)
 DEEP_PIXEL_MAX = int(np.iinfo(np.uint16).max)
 CHANNELS = 3
+UPRIGHT = 1  # EXIF orientation of an image that needs no turning
 
 # What a decoder raises on a file that is not what its name or header says.
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -110,6 +111,11 @@ def open_image(source: Any) -> np.ndarray:
         return _from_array(source, "the array")
     if isinstance(source, torch.Tensor):
         return _from_array(_channels_last(source.detach().cpu().numpy()), "the tensor")
+    return np.array(_open_rgb(source))
+
+
+def _open_rgb(source: Any) -> Image.Image:
+    """What `open_image` opens, arrays and tensors aside, as a PIL image of mode RGB."""
     if isinstance(source, Image.Image):
         return _from_pil(source, "the image")
     if isinstance(source, (bytes, bytearray)):
@@ -121,7 +127,7 @@ def open_image(source: Any) -> np.ndarray:
     )
 
 
-def _from_file(source: Any, name: str) -> np.ndarray:
+def _from_file(source: Any, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # PIL warns of images that are refused below.
@@ -142,7 +148,7 @@ def _from_file(source: Any, name: str) -> np.ndarray:
         raise _unreadable(name, error) from error
 
 
-def _from_pil(image: Image.Image, name: str) -> np.ndarray:
+def _from_pil(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     limit = Image.MAX_IMAGE_PIXELS
     # Only the header has been read so far: a file of some kilobytes may claim billions of pixels.
@@ -153,7 +159,9 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
     if width < 1 or height < 1:
         raise ImageError(f"{name} is empty ({width}x{height} pixels): give an image of at least one pixel")
     try:
-        return np.array(_to_rgb(ImageOps.exif_transpose(image), name))
+        if image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image, name)
     except ImageError:
         raise
     except DECODER_ERRORS as error:
@@ -178,6 +186,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (PIXEL_MAX,) * 4)
         return Image.alpha_composite(white, layer).convert("RGB")
+    if image.mode == "RGB":
+        image.load()
+        return image  # `convert` would copy it
     return image.convert("RGB")
 
 
@@ -224,11 +235,11 @@ def prepare_image(source: Any, side: int) -> PreparedImage:
     Raises:
         ImageError: as `open_image`.
     """
-    array = open_image(source)
-    original_height, original_width = array.shape[:2]
-    height, width = resized_shape(original_height, original_width, side)
-    resized = Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR)
-    return PreparedImage(np.asarray(resized), side, (original_height, original_width))
+    is_array = isinstance(source, (np.ndarray, torch.Tensor))
+    image = Image.fromarray(open_image(source)) if is_array else _open_rgb(source)
+    height, width = resized_shape(image.height, image.width, side)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return PreparedImage(np.asarray(resized), side, (image.height, image.width))
 
 
 def encode_image(
