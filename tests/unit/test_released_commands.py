@@ -1,4 +1,4 @@
-"""The commands with which docs/checkpoints.md says that checkpoints load, on small made-up folders, as a person types them."""
+"""The commands with which docs/checkpoints.md loads checkpoints, on small made-up folders, as a person types them."""
 
 import os
 import re
