@@ -39,10 +39,11 @@ from utils.checkpoints.builder import BuiltModel, TrainingRecipe, choose_trainab
 from utils.cli.commands import parse_train
 from utils.cli.errors import UserError, run_script
 from utils.data.dataset import TrainingDataset
+from utils.data.mixture import build_mixture
 from utils.engine.fit import Plan, Run, fit_in_one_go
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime, open_runtime
-from utils.engine.setup import StepBatches, make_mixture, make_plan, optimizer_settings
+from utils.engine.setup import StepBatches, make_plan, optimizer_settings
 from utils.engine.stepping import OptimizerSettings, Schedule
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def train_words(
         built.model, TrainingRecipe(**{f.name: getattr(config.adapter, f.name) for f in fields(TrainingRecipe)})
     )
     torch.nn.ModuleList(fixed).requires_grad_(False)
-    mixture = make_mixture(config.data, config.engine.seed)
+    mixture = build_mixture(config.data, config.engine.seed)
     batches = StepBatches(config, runtime, mixture, built.processor)
     settings = optimizer_settings(config.optimizer)
     engine = PlainEngine(
@@ -105,7 +106,7 @@ def start_masks(built: BuiltModel, data: str, count: int, seed: int) -> None:
     torch.manual_seed(seed)
     config = parse_train(["--config", MASKS_CONFIG, "--version", ".", "--dataset_dir", data])
     lessons = mask_lessons(
-        TrainingDataset(make_mixture(config.data, config.engine.seed), built.processor, count), count
+        TrainingDataset(build_mixture(config.data, config.engine.seed), built.processor, count), count
     )
     read = start_masks_at_words(built, lessons)
     logger.info(f"the codebook reads {read:.0%} of the words that name the targets of {count} images")

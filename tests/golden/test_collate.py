@@ -43,7 +43,7 @@ from tests.golden import vectors
 from utils.checkpoints.folders import load_tokenizer
 from utils.checkpoints.released_checkpoints import RELEASE_IMAGE_TOKEN_POOL
 from utils.data.collate import Batch, Example, collate
-from utils.data.text import without_image
+from utils.data.text import remove_image_marker
 
 GROUP = "collate"
 PROMPTS = vectors.case_names(GROUP, "prompts")
@@ -194,7 +194,7 @@ def test_place_of_the_image() -> None:
     for probe in probes:
         assert sorted(probe) == ["in", "out"]
         assert (IMAGE_TOKEN in probe["in"]) == (IMAGE_TOKEN in probe["out"])
-        assert without_image(probe["in"]) == probe["out"].removeprefix(IMAGE_TOKEN).strip(), probe
+        assert remove_image_marker(probe["in"]) == probe["out"].removeprefix(IMAGE_TOKEN).strip(), probe
 
 
 @pytest.mark.parametrize("case", TEMPLATES)

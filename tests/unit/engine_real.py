@@ -16,8 +16,9 @@ from tests.unit.tiny_pixellm import SHAPE, TEXTS
 from utils.checkpoints.builder import save_model
 from utils.cli.commands import parse_train
 from utils.data.collate import Batch
+from utils.data.mixture import build_mixture
 from utils.engine.runtime import Runtime
-from utils.engine.setup import StepBatches, make_mixture, seed_everything
+from utils.engine.setup import StepBatches, seed_everything
 from utils.engine.train import build_for_training
 
 IMAGES = 8
@@ -48,7 +49,7 @@ def real_step(folder: Path, runtime: Runtime, rounds: int) -> tuple[PixelLMForCa
     seed_everything(config.engine.seed)  # LoRA starts at random
     with contextlib.redirect_stderr(io.StringIO()):
         built, _ = build_for_training(config)
-    mixture = make_mixture(config.data, config.engine.seed)
+    mixture = build_mixture(config.data, config.engine.seed)
     batches = StepBatches(config, runtime, mixture, built.processor)
     return built.model.train(), next(batches(0))
 

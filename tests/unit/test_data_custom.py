@@ -14,10 +14,10 @@ from tests.unit import data_sets
 from tests.unit.data_sets import HEIGHT, WIDTH, annotation, message, square
 from utils.cli.config import DataConfig
 from utils.data.errors import DataError
+from utils.data.mixture import build_mixture
 from utils.data.readers.base import Reader, ReaderOptions
 from utils.data.readers.registry import build_eval_reader, build_reader
 from utils.data.samples import Turn
-from utils.engine.setup import make_mixture
 
 MANY = ReaderOptions(num_classes_per_sample=3, num_classes_per_question=3)
 
@@ -99,7 +99,7 @@ def areas(found: Reader, index: int = 0) -> dict[str, int]:
 def test_coco_without_sentences_asks_for_categories(tmp_path: Path) -> None:
     found = reader(write_coco(tmp_path, spoken=False))
     assert len(found) == 1 and areas(found) == {"the cup": 72}
-    assert found.image(0) == str(home(tmp_path) / "images" / "1.jpg")
+    assert found.image_path(0) == str(home(tmp_path) / "images" / "1.jpg")
     assert found.skipped == {
         "annotation without a polygon that has an inside": 1,
         "annotation of an image that is not listed": 1,
@@ -168,7 +168,7 @@ def test_flags_and_scores_name_it(tmp_path: Path) -> None:
     write_coco(tmp_path, spoken=False, name="one")
     write_coco(tmp_path, spoken=True, name="two", split="val")
     flags = {"dataset": "custom", "sample_rates": "1", "custom_data": "one"}
-    mixture = make_mixture(DataConfig(dataset_dir=str(tmp_path), **flags), seed=0)
+    mixture = build_mixture(DataConfig(dataset_dir=str(tmp_path), **flags), seed=0)
     assert mixture[0].dataset == "custom|one"
     assert len(build_eval_reader("custom|two|val", tmp_path)) == 1
 

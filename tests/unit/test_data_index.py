@@ -17,10 +17,10 @@ import pytest
 from tests.unit import data_sets
 from utils.data import index
 from utils.data.errors import DataError
-from utils.data.index import Gathered, RecordIndex, open_index
+from utils.data.index import ParseNotes, RecordIndex, open_index
 from utils.data.readers import json_stream
 from utils.data.readers.base import Reader, ReaderOptions
-from utils.data.readers.json_stream import items_of
+from utils.data.readers.json_stream import iterate_json_list
 from utils.data.readers.registry import build_reader
 from utils.data.samples import Sample
 
@@ -42,10 +42,10 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(index.INDEX_FOLDER, raising=False)
 
 
-def counting(parsed: list[int]) -> Callable[[Gathered], Iterator[Any]]:
+def counting(parsed: list[int]) -> Callable[[ParseNotes], Iterator[Any]]:
     """Three records; `parsed` grows with every parsing."""
 
-    def parse(gathered: Gathered) -> Iterator[Any]:
+    def parse(gathered: ParseNotes) -> Iterator[Any]:
         parsed.append(1)
         gathered.skipped["of no use"] += 2
         gathered.facts["names"] = ["a", "b"]
@@ -143,7 +143,7 @@ def test_a_failed_parsing_leaves_nothing_and_the_old_one_stays(root: Path) -> No
     made(root, [])
     (root / "a.json").write_text("[1, 2]", encoding="utf-8")
 
-    def broken(gathered: Gathered) -> Iterator[Any]:
+    def broken(gathered: ParseNotes) -> Iterator[Any]:
         yield "one"
         raise DataError("a bad record")
 
@@ -153,7 +153,7 @@ def test_a_failed_parsing_leaves_nothing_and_the_old_one_stays(root: Path) -> No
 
 
 def test_a_file_that_changes_while_it_is_parsed_is_refused(root: Path) -> None:
-    def meanwhile(gathered: Gathered) -> Iterator[Any]:
+    def meanwhile(gathered: ParseNotes) -> Iterator[Any]:
         (root / "a.json").write_text("[1, 2, 3]", encoding="utf-8")
         yield "one"
 
@@ -218,7 +218,7 @@ def test_a_reader_gives_the_same_from_its_index(name: str, tmp_path: Path, monke
         assert all_samples(reader) == all_samples(in_memory)
         assert reader.skipped == in_memory.skipped and reader.noted == in_memory.noted
         assert reader.fingerprint == in_memory.fingerprint
-        assert list(map(reader.image, range(len(reader)))) == list(map(in_memory.image, range(len(reader))))
+        assert list(map(reader.image_path, range(len(reader)))) == list(map(in_memory.image_path, range(len(reader))))
     turns = [turn for sample in all_samples(opened) for conversation in sample.conversations for turn in conversation]
     assert all((target.decode() == 1).any() for turn in turns for target in turn.targets)
 
@@ -315,7 +315,7 @@ def test_a_long_list_is_read_item_by_item(
     monkeypatch.setattr(json_stream, "_PIECE", piece)
     for mark in ("", "\ufeff"):
         (tmp_path / "a.json").write_text(mark + text, encoding="utf-8")
-        assert list(items_of(str(tmp_path / "a.json"))) == json.loads(text)
+        assert list(iterate_json_list(str(tmp_path / "a.json"))) == json.loads(text)
 
 
 @pytest.mark.parametrize(
@@ -338,4 +338,4 @@ def test_what_is_no_list_is_told_by_its_place(
     monkeypatch.setattr(json_stream, "_PIECE", piece)
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=said):
-        list(items_of(str(tmp_path / "a.json")))
+        list(iterate_json_list(str(tmp_path / "a.json")))

@@ -14,15 +14,15 @@ from model.structures import IGNORE_LABEL, SEG_MARKER
 from tests.unit.data_sets import HEIGHT, WIDTH, square, write_image
 from utils.data.errors import DataError
 from utils.data.files import DataRoot, image_size
-from utils.data.masks import CocoMask, LabelMask, PaintedMask, UnionMask, coco_mask
+from utils.data.masks import CocoMask, LabelMask, PaintedMask, UnionMask, parse_coco_mask
 from utils.data.readers.pickles import load_plain_pickle
 from utils.data.readers.sem_seg.label_map_classes import ADE20K_CLASSES, COCO_STUFF_CLASSES
 from utils.data.samples import Target, Turn
-from utils.data.templates import listed, number_word, pick_phrasing, target_name
+from utils.data.templates import join_names, number_word, pick_phrasing, target_name
 
 
 def source_of(segmentation: object) -> CocoMask:
-    found = coco_mask(segmentation, HEIGHT, WIDTH, "it")
+    found = parse_coco_mask(segmentation, HEIGHT, WIDTH, "it")
     assert found is not None
     return found
 
@@ -108,9 +108,9 @@ def test_outlines_and_run_lengths_of_one_target_are_a_union() -> None:
 def test_polygons_without_an_inside_are_left_out() -> None:
     # Four numbers would be a box to pycocotools, and a box first makes boxes of all that follow.
     assert source_of([[1, 1, 20, 20], square(2, 2, 5), []])().sum() == 25
-    assert coco_mask([[1, 1, 20, 20]], HEIGHT, WIDTH, "it") is None
-    assert coco_mask([], HEIGHT, WIDTH, "it") is None
-    assert coco_mask([[3, 3] * 5, [1, 1, 4, 4, 9, 9, 2, 2]], HEIGHT, WIDTH, "it") is None
+    assert parse_coco_mask([[1, 1, 20, 20]], HEIGHT, WIDTH, "it") is None
+    assert parse_coco_mask([], HEIGHT, WIDTH, "it") is None
+    assert parse_coco_mask([[3, 3] * 5, [1, 1, 4, 4, 9, 9, 2, 2]], HEIGHT, WIDTH, "it") is None
     # A bow's two halves have areas of opposite sign, but an inside all the same.
     assert source_of([[2, 2, 10, 10, 2, 10, 10, 2]])().sum() > 0
 
@@ -128,7 +128,7 @@ def test_compressed_run_lengths_are_added_up_as_they_decode() -> None:
         blocks = rng.random((height // 7 + 1, width // 7 + 1)) < rng.random()
         mask = np.kron(blocks, np.ones((7, 7))).astype(np.uint8)[:height, :width]
         packed = {"size": [height, width], "counts": coco_rle.encode(np.asfortranarray(mask))["counts"]}
-        source = coco_mask(packed, height, width, "it")
+        source = parse_coco_mask(packed, height, width, "it")
         assert source is not None and np.array_equal(source(), mask)
 
 
@@ -157,7 +157,7 @@ def test_compressed_run_lengths_are_added_up_as_they_decode() -> None:
 )
 def test_malformed_segmentations_are_refused(segmentation: object, said: str) -> None:
     with pytest.raises(DataError, match=f"^annotation 3 .*{said}"):
-        coco_mask(segmentation, HEIGHT, WIDTH, "annotation 3")
+        parse_coco_mask(segmentation, HEIGHT, WIDTH, "annotation 3")
 
 
 def test_painted_polygons_lie_largest_first_whatever_their_order() -> None:
@@ -224,13 +224,13 @@ def test_images_cannot_leave_the_root(tmp_path: Path) -> None:
     (folder / "twin.jpg").symlink_to(folder / "b.jpg")
     (tmp_path / "root" / "mounted").symlink_to(elsewhere)
     root = DataRoot(tmp_path / "root")
-    assert root.image(root.folder("own"), "twin.jpg", "x.json").endswith("twin.jpg")
-    assert os.path.isfile(root.image(root.folder("mounted"), "a.jpg", "x.json"))
+    assert root.image_path(root.folder("own"), "twin.jpg", "x.json").endswith("twin.jpg")
+    assert os.path.isfile(root.image_path(root.folder("mounted"), "a.jpg", "x.json"))
     for name in ("../outside.jpg", str(outside), "", "a\0b", "link.jpg"):
         with pytest.raises(DataError, match=r"x\.json"):
-            root.image(str(folder), name, "x.json")
+            root.image_path(str(folder), name, "x.json")
     with pytest.raises(DataError, match=r"absent\.jpg.*x\.json.*is missing"):
-        root.image(str(folder), "absent.jpg", "x.json")
+        root.image_path(str(folder), "absent.jpg", "x.json")
     with pytest.raises(DataError, match="no data root"):
         DataRoot(tmp_path / "nowhere")
 
@@ -250,7 +250,7 @@ def test_names_and_phrasings() -> None:
     assert target_name("a cup") == "a cup"
     assert target_name(" ?!. ") == ""
     assert [number_word(number) for number in (0, 3, 10, 11, 34)] == ["zero", "three", "ten", "11", "34"]
-    assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a and b and c"
+    assert join_names(["a"]) == "a" and join_names(["a", "b", "c"]) == "a and b and c"
     rng = np.random.default_rng(0)
     targets = tuple(Target(name, lambda: np.zeros((1, 1), np.uint8)) for name in ("the cup", "the tray"))
     for more, expected in ((False, 8), (True, 24)):

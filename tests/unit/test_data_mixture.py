@@ -25,7 +25,6 @@ from utils.data.errors import DataError
 from utils.data.mixture import Mixture, build_mixture
 from utils.data.readers.base import Reader, ReaderOptions
 from utils.data.samples import NO_IMAGE, Sample, Target, Turn
-from utils.engine.setup import make_mixture
 from utils.engine.stepping import count_step
 
 SIDE = 8
@@ -107,7 +106,7 @@ def test_the_readmes_data_are_read_and_each_is_missed_by_its_path(tmp_path: Path
     data = DataConfig(dataset_dir=str(tmp_path))
     for write, _ in README_SETS.values():
         write(tmp_path)
-    mixed = make_mixture(data, seed=0)
+    mixed = build_mixture(data, seed=0)
     names = {reader.name for reader in mixed.readers}
     assert names == {"MultiReasonSeg", *README_SETS} - {"MUSE", "saiapr"}
     shares = dict(zip([reader.name for reader in mixed.readers], mixed.shares * 17, strict=True))
@@ -116,7 +115,7 @@ def test_the_readmes_data_are_read_and_each_is_missed_by_its_path(tmp_path: Path
     for _, path in README_SETS.values():
         (tmp_path / path).rename(tmp_path / "away")
         with pytest.raises(DataError, match=rf"{re.escape(path)}.* is missing; it comes with ") as caught:
-            make_mixture(data, seed=0)
+            build_mixture(data, seed=0)
         assert "\n" not in str(caught.value)
         (tmp_path / "away").rename(tmp_path / path)
 
@@ -125,17 +124,14 @@ def test_wrong_rates_are_refused(tmp_path: Path) -> None:
     data_sets.write_muse(data_sets.write_refer_seg(tmp_path))
 
     def build(dataset: str, rates: str) -> Mixture:
-        return build_mixture(
-            dataset,
-            rates,
-            str(tmp_path),
+        data = DataConfig(
+            dataset_dir=str(tmp_path),
+            dataset=dataset,
+            sample_rates=rates,
             sem_seg_data="ade20k",
             refer_seg_data="refcoco||refcoco",
-            vqa_data="llava_instruct_150k",
-            reason_seg_data="ReasonSeg|train",
-            options=ReaderOptions(),
-            seed=0,
         )
+        return build_mixture(data, seed=0)
 
     both = build("refer_seg||multi_reason_seg", "3,1")
     assert both.shares.tolist() == [0.375, 0.375, 0.25]
@@ -370,17 +366,14 @@ def test_the_order_over_all_ranks_is_that_of_one(image: str, ranks: int, batch_s
 
 def test_the_order_does_not_depend_on_workers(tmp_path: Path) -> None:
     data_sets.write_muse(data_sets.write_refer_seg(tmp_path))
-    mixed = build_mixture(
-        "refer_seg||multi_reason_seg",
-        "1,1",
-        str(tmp_path),
-        sem_seg_data="",
+    data = DataConfig(
+        dataset_dir=str(tmp_path),
+        dataset="refer_seg||multi_reason_seg",
+        sample_rates="1,1",
         refer_seg_data="refcoco",
-        vqa_data="",
-        reason_seg_data="",
-        options=ReaderOptions(),
-        seed=5,
+        num_classes_per_question=1,
     )
+    mixed = build_mixture(data, seed=5)
     made = TrainingDataset(mixed, FakeProcessor(), 12)
     alone, shared = (
         list(build_loader(made, rank=0, world_size=1, batch_size=3, pad_token_id=0, workers=workers))

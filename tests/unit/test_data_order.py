@@ -15,8 +15,7 @@ from tests.unit.tokenizer_kinds import make_processor
 from utils.cli.config import DataConfig
 from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
-from utils.data.mixture import Mixture
-from utils.engine.setup import make_mixture
+from utils.data.mixture import Mixture, build_mixture
 
 LENGTH = 24
 
@@ -25,7 +24,7 @@ def mixture(root: Path, rates: str = "2,9,2,4") -> Mixture:
     for write in (data_sets.write_ade20k, data_sets.write_parts, data_sets.write_refer_seg, data_sets.write_vqa):
         write(root)
     data_sets.write_muse(root)
-    return make_mixture(
+    return build_mixture(
         DataConfig(
             dataset_dir=str(root),
             sample_rates=rates,

@@ -8,9 +8,9 @@ from tests.unit import data_sets
 from utils.cli.config import DataConfig, ValidationConfig
 from utils.cli.errors import explain
 from utils.data.errors import DataError
-from utils.data.readers.registry import FAMILIES, build_reader, parts_of
-from utils.data.requested_sets import absences, asked_for_evaluation, asked_for_training
-from utils.data.required_files import absence_sentence, absence_table
+from utils.data.readers.registry import FAMILIES, build_reader, required_files_of
+from utils.data.requested_sets import find_missing_files, requested_for_evaluation, requested_for_training
+from utils.data.required_files import missing_sentence, missing_table
 from utils.engine.setup import refuse_missing_data
 
 EVERY_SET = [name for family, names in FAMILIES.items() if family != "custom" for name in names]
@@ -57,8 +57,10 @@ def test_a_missing_root_is_told_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", EVERY_SET)
 def test_a_reader_refuses_what_the_table_names(tmp_path: Path, name: str) -> None:
     """The table and the readers have one idea of what a data set is made of."""
-    missing = absences(asked_for_evaluation(f"{name}|train"), tmp_path)
-    assert len(missing) == len([part for part in parts_of(name, "train") if part.needed(str(tmp_path))]) >= 1
+    missing = find_missing_files(requested_for_evaluation(f"{name}|train"), tmp_path)
+    assert (
+        len(missing) == len([part for part in required_files_of(name, "train") if part.is_required(str(tmp_path))]) >= 1
+    )
     with pytest.raises(DataError) as caught:
         build_reader(name, tmp_path, "train")
     assert caught.value.cause in ("missing file", "missing folder")
@@ -67,20 +69,23 @@ def test_a_reader_refuses_what_the_table_names(tmp_path: Path, name: str) -> Non
 
 def test_folders_of_images_are_needed_where_a_record_names_them(tmp_path: Path) -> None:
     data_sets.write_muse(tmp_path)
-    assert absences(asked_for_evaluation("MultiReasonSeg|train"), tmp_path) == []
+    assert find_missing_files(requested_for_evaluation("MultiReasonSeg|train"), tmp_path) == []
     (tmp_path / data_sets.COCO / "val2017").rename(tmp_path / "away")
-    (missing,) = absences(asked_for_evaluation("MultiReasonSeg|train"), tmp_path)
+    (missing,) = find_missing_files(requested_for_evaluation("MultiReasonSeg|train"), tmp_path)
     assert missing.path.endswith("val2017") and missing.archive == "val2017.zip of COCO"
     data_sets.write_mixed(tmp_path, data_sets.mixed_records()[:1])
     (tmp_path / "gqa/images").rename(tmp_path / "gqa/away")
-    assert absences(asked_for_training(DataConfig(dataset="vqa", vqa_data="llava_v1_5_mix665k")), tmp_path) == []
+    assert (
+        find_missing_files(requested_for_training(DataConfig(dataset="vqa", vqa_data="llava_v1_5_mix665k")), tmp_path)
+        == []
+    )
 
 
 def test_table_and_sentence(tmp_path: Path) -> None:
     flags = {"dataset": "custom||refer_seg", "sample_rates": "1,1", "custom_data": "mine", "refer_seg_data": "refcoco"}
-    missing = absences(asked_for_training(DataConfig(**flags)), tmp_path)
-    table = absence_table(missing)
+    missing = find_missing_files(requested_for_training(DataConfig(**flags)), tmp_path)
+    table = missing_table(missing)
     assert len(table.splitlines()) == len(missing) == 5
     assert "custom|mine (train)" in table and "put it there as dataset/README.md draws it" in table
-    assert absence_table([]) == ""
-    assert absence_sentence(missing[:1]).startswith(f"the folder {tmp_path}/custom/mine/train is missing; put it there")
+    assert missing_table([]) == ""
+    assert missing_sentence(missing[:1]).startswith(f"the folder {tmp_path}/custom/mine/train is missing; put it there")

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from model.structures import IGNORE_LABEL
-from utils.data.masks import coco_mask
+from utils.cli.config import DataConfig
+from utils.data.masks import parse_coco_mask
 from utils.data.mixture import build_mixture
 from utils.data.readers.base import ReaderOptions
 from utils.data.readers.registry import build_eval_reader, build_reader
@@ -67,7 +68,7 @@ def test_coco_annotations_with_a_crowd(root: Path, expected: dict[str, list[dict
     sizes = {image["id"]: (image["height"], image["width"]) for image in found["images"]}
     areas = {}
     for annotation in found["annotations"]:
-        source = coco_mask(annotation["segmentation"], *sizes[annotation["image_id"]], "it")
+        source = parse_coco_mask(annotation["segmentation"], *sizes[annotation["image_id"]], "it")
         assert source is not None
         areas[annotation["id"]] = int(source().sum())
     wanted = {
@@ -127,7 +128,7 @@ def test_pascal_part_annotations_one_by_one(root: Path, expected: dict[str, list
     sizes = {image["id"]: (image["height"], image["width"]) for image in found["images"]}
     areas = {}
     for annotation in found["annotations"]:
-        source = coco_mask(annotation["segmentation"], *sizes[annotation["image_id"]], "it")
+        source = parse_coco_mask(annotation["segmentation"], *sizes[annotation["image_id"]], "it")
         assert source is not None
         areas[annotation["id"]] = int(source().sum())
     assert areas == {entry["ann_id"]: entry["area"] for entry in expected["pascal_part"]}
@@ -183,17 +184,16 @@ def test_muse_and_vqa(root: Path, expected: dict[str, list[dict[str, Any]]]) -> 
 
 
 def test_all_families_mixed(root: Path) -> None:
-    mixed = build_mixture(
-        "sem_seg||refer_seg||vqa||multi_reason_seg||reason_seg",
-        "2,9,2,4,1",
-        str(root),
+    data = DataConfig(
+        dataset_dir=str(root),
+        dataset="sem_seg||refer_seg||vqa||multi_reason_seg||reason_seg",
+        sample_rates="2,9,2,4,1",
         sem_seg_data="ade20k||cocostuff||pascal_part||paco_lvis",
         refer_seg_data="refcoco||grefcoco",
-        vqa_data="llava_instruct_150k",
-        reason_seg_data="ReasonSeg|train",
-        options=ReaderOptions(num_classes_per_question=3, use_expand_question_list=True),
-        seed=0,
+        num_classes_per_question=3,
+        use_expand_question_list=True,
     )
+    mixed = build_mixture(data, seed=0)
     samples = [mixed[i] for i in range(60)]
     assert {sample.dataset for sample in samples} == {
         *(

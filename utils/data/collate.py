@@ -100,7 +100,7 @@ class Batch:
         pixels = {key: self.normalise(value, self.resized_sizes) for key, value in self.pixel_values.items()}
         return replace(self, pixel_values=pixels, normalise=None)
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _map(self, change: Callable[[torch.Tensor], Any]) -> "Batch":
         changed: dict[str, Any] = {}
         for name, value in self._arguments().items():
             if isinstance(value, dict):

@@ -71,7 +71,9 @@ class DataRoot:
         """Whether the official layout's file or folder is there."""
         return os.path.exists(os.path.join(self.path, *parts))
 
-    def placed(self, base: tuple[str, ...], folders: Sequence[str], name: str, named_by: str) -> tuple[str, str]:
+    def resolve_folder(
+        self, base: tuple[str, ...], folders: Sequence[str], name: str, named_by: str
+    ) -> tuple[str, str]:
         """The folder, and the rest of the name, of an image whose name begins with one of the official `folders`.
 
         `folders` lie below `base` and may be links of their own (a mounted train2017, say). DataError for a name that
@@ -87,13 +89,13 @@ class DataRoot:
             cause="image name outside the known folders",
         )
 
-    def image(self, folder: str, name: str, named_by: str) -> str:
+    def image_path(self, folder: str, name: str, named_by: str) -> str:
         """Path of the image an annotation file calls `name`, inside `folder`.
 
         DataError when the name leaves the folder (absolute, "..", a link out of the root) or nothing is there;
         `named_by` is the annotation file, for the message.
         """
-        path = self.inside(folder, name, named_by, "the image")
+        path = self.resolve_inside(folder, name, named_by, "the image")
         if not os.path.isfile(path):
             raise DataError(
                 f"the image {path}, named by {named_by}, is missing; add it or take its entries out",
@@ -101,7 +103,7 @@ class DataRoot:
             )
         return path
 
-    def inside(self, folder: str, name: str, named_by: str, what: str) -> str:
+    def resolve_inside(self, folder: str, name: str, named_by: str, what: str) -> str:
         """Path of `name` in `folder`, whether it is there or not; the one place that keeps names inside the root.
 
         DataError when the name is absolute, climbs up or is a link out of both the folder and the root; `what` is
@@ -154,13 +156,13 @@ def _unreadable(path: str, error: OSError) -> DataError:
     return DataError(f"{path} cannot be read ({error.strerror}); make it a readable file", cause="unreadable file")
 
 
-def digest(content: bytes) -> str:
+def hash_bytes(content: bytes) -> str:
     """A short content hash, for fingerprints."""
     return hashlib.sha256(content).hexdigest()[:_DIGEST]
 
 
-def digest_of_file(path: str) -> str:
-    """`digest` of what the file holds, read piece by piece. DataError when it cannot be read."""
+def hash_file(path: str) -> str:
+    """`hash_bytes` of what the file holds, read piece by piece. DataError when it cannot be read."""
     try:
         with open(path, "rb") as stream:
             hashed = hashlib.sha256()
@@ -199,7 +201,7 @@ def _decode(content: bytes, path: str, encodings: tuple[str, ...]) -> str:
     )
 
 
-def expect(value: Any, kind: type[FieldType], where: str) -> FieldType:
+def require(value: Any, kind: type[FieldType], where: str) -> FieldType:
     """`value` if it is a `kind`, else a DataError that says so; `where` names the file and the place in it."""
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
@@ -208,7 +210,7 @@ def expect(value: Any, kind: type[FieldType], where: str) -> FieldType:
     )
 
 
-def field(record: Any, key: str, kind: type[FieldType], where: str) -> FieldType:
+def require_field(record: Any, key: str, kind: type[FieldType], where: str) -> FieldType:
     """`record[key]`, which must be there and be a `kind`; `where` names the file and the record."""
     if not isinstance(record, dict):
         raise DataError(
@@ -221,7 +223,7 @@ def field(record: Any, key: str, kind: type[FieldType], where: str) -> FieldType
     value = record[key]
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    return expect(value, kind, f"{key!r} of {where}")
+    return require(value, kind, f"{key!r} of {where}")
 
 
 _KIND_NAMES: dict[type, str] = {list: "a list", dict: "an object", str: "text", int: "a whole number"}

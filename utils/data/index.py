@@ -28,7 +28,7 @@ from typing import IO, Any
 
 from utils.cli.atomic_files import open_atomic
 from utils.data.errors import DataError
-from utils.data.files import digest_of_file
+from utils.data.files import hash_file
 from utils.data.readers.pickles import unpickle_plain
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @dataclass(slots=True)
-class Gathered:
+class ParseNotes:
     """What parsing finds beside the records: what was left out and what is odd, by cause, and other plain facts."""
 
     skipped: Counter[str] = field(default_factory=Counter)
@@ -56,7 +56,7 @@ class Gathered:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Parse = Callable[[Gathered], Iterable[Any]]
+Parse = Callable[[ParseNotes], Iterable[Any]]
 """Yields the records, plain values (containers, numbers, text, bytes), and fills in the rest."""
 
 
@@ -80,11 +80,11 @@ class Source:
             ) from error
         return cls(path, found.st_size, found.st_mtime_ns)
 
-    def is_as(self, other: dict[str, Any]) -> bool:
+    def matches(self, other: dict[str, Any]) -> bool:
         """Whether an index that noted `other` was made of this."""
         return (self.size, self.changed) == (other["size"], other["changed"])
 
-    def noted(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """For the facts; the name alone, because a data root may be mounted elsewhere."""
         return {
             "name": os.path.basename(self.path),
@@ -112,7 +112,7 @@ class RecordIndex(Sequence[Any]):
         self._length = int(length)
         self.facts: dict[str, Any] = json.loads(bytes(view[first + (length + 1) * _PLACE.size :]))
         known = self.facts["gathered"]
-        self.gathered = Gathered(Counter(known["skipped"]), Counter(known["noted"]), known["facts"])
+        self.gathered = ParseNotes(Counter(known["skipped"]), Counter(known["noted"]), known["facts"])
 
     @classmethod
     def open(cls, path: str) -> "RecordIndex":
@@ -148,11 +148,11 @@ class RecordIndex(Sequence[Any]):
     def is_sound(self) -> bool:
         """Whether the records are those that were written: reads all of them."""
         (place,) = _PLACE.unpack(self._content[len(_MAGIC) : len(_MAGIC) + _PLACE.size])
-        return _hash_of(self._content, len(_MAGIC) + _PLACE.size, place) == self.facts["records"]
+        return _hash_range(self._content, len(_MAGIC) + _PLACE.size, place) == self.facts["records"]
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path:
-            return _reopened, (self.path, self.facts["sources"])
+            return _reopen, (self.path, self.facts["sources"])
         return RecordIndex, (bytes(self._content),)
 
 
@@ -181,15 +181,15 @@ def open_index(
     """
     found = [Source.of(path) for path in sources]
     if sum(source.size for source in found) < _SMALL:
-        return RecordIndex(_in_memory(layout, found, parse))
+        return RecordIndex(_build_in_memory(layout, found, parse))
     places = [os.path.join(folder, _file_name(name)) for folder in _folders(root, chosen_folder)]
     for place in places:
-        known = _valid(place, layout, found, thorough)
+        known = _open_valid(place, layout, found, thorough)
         if known is not None:
             return known
     place = _first_writable(places)
     with _only_one(f"{place}.lock", name):
-        known = _valid(place, layout, found, thorough)  # another process may have made it meanwhile
+        known = _open_valid(place, layout, found, thorough)  # another process may have made it meanwhile
         if known is None:
             logger.info(f"{name} is indexed, once, into {place}")
             _write(place, layout, found, parse)
@@ -213,7 +213,7 @@ def _folders(root: str, chosen: str) -> list[str]:
     return [os.path.join(root, _OWN_FOLDER), os.path.join(cache, "pixellm", "index", part)]
 
 
-def _valid(place: str, layout: str, sources: Sequence[Source], thorough: bool) -> RecordIndex | None:
+def _open_valid(place: str, layout: str, sources: Sequence[Source], thorough: bool) -> RecordIndex | None:
     """The index at `place` where it is there, whole, of this layout, and made of `sources` as they are."""
     try:
         index = RecordIndex.open(place)
@@ -222,10 +222,10 @@ def _valid(place: str, layout: str, sources: Sequence[Source], thorough: bool) -
     known = index.facts["sources"]
     if index.facts["layout"] != layout or len(known) != len(sources):
         return None
-    if not all(source.is_as(one) for source, one in zip(sources, known, strict=True)):
+    if not all(source.matches(one) for source, one in zip(sources, known, strict=True)):
         return None
     if thorough:
-        contents = [digest_of_file(source.path) for source in sources]
+        contents = [hash_file(source.path) for source in sources]
         if contents != [one["content"] for one in known] or not index.is_sound():
             logger.warning(
                 f"{place} does not fit its annotation files any more, whose size and time are the same: made again"
@@ -280,7 +280,7 @@ def _write(place: str, layout: str, sources: Sequence[Source], parse: Parse) -> 
     """Make the index at `place`; one that is there stays until the new one is whole."""
     try:
         with open_atomic(place, "wb", sync=True) as stream:
-            _fill(stream, layout, sources, parse)
+            _write_records(stream, layout, sources, parse)
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise
@@ -291,14 +291,14 @@ def _write(place: str, layout: str, sources: Sequence[Source], parse: Parse) -> 
         ) from error
 
 
-def _in_memory(layout: str, sources: Sequence[Source], parse: Parse) -> bytes:
+def _build_in_memory(layout: str, sources: Sequence[Source], parse: Parse) -> bytes:
     stream = io.BytesIO()
-    _fill(stream, layout, sources, parse)
+    _write_records(stream, layout, sources, parse)
     return stream.getvalue()
 
 
-def _fill(stream: IO[bytes], layout: str, sources: Sequence[Source], parse: Parse) -> None:
-    gathered, hashed = Gathered(), hashlib.sha256()
+def _write_records(stream: IO[bytes], layout: str, sources: Sequence[Source], parse: Parse) -> None:
+    gathered, hashed = ParseNotes(), hashlib.sha256()
     stream.write(_MAGIC + _PLACE.pack(0))
     begins = array("Q", [len(_MAGIC) + _PLACE.size])
     for record in parse(gathered):
@@ -315,7 +315,7 @@ def _fill(stream: IO[bytes], layout: str, sources: Sequence[Source], parse: Pars
     stream.write(begins.tobytes())
     facts = {
         "layout": layout,
-        "sources": [_unchanged(source).noted() for source in sources],
+        "sources": [_check_unchanged(source).as_dict() for source in sources],
         "records": hashed.hexdigest(),
         "gathered": {"skipped": gathered.skipped, "noted": gathered.noted, "facts": gathered.facts},
     }
@@ -324,22 +324,22 @@ def _fill(stream: IO[bytes], layout: str, sources: Sequence[Source], parse: Pars
     stream.write(_PLACE.pack(place))
 
 
-def _unchanged(source: Source) -> Source:
+def _check_unchanged(source: Source) -> Source:
     """`source` with the hash of its content. DataError when the file is another than before it was parsed."""
-    content = digest_of_file(source.path)
+    content = hash_file(source.path)
     if Source.of(source.path) != source:
         raise DataError(f"{source.path} was changed while it was read; wait until it is complete, and start again")
     return Source(source.path, source.size, source.changed, content)
 
 
-def _hash_of(content: bytes | mmap.mmap, first: int, end: int) -> str:
+def _hash_range(content: bytes | mmap.mmap, first: int, end: int) -> str:
     hashed = hashlib.sha256()
     for start in range(first, end, 1 << 20):
         hashed.update(content[start : min(start + (1 << 20), end)])
     return hashed.hexdigest()
 
 
-def _reopened(path: str, sources: list[dict[str, Any]]) -> RecordIndex:
+def _reopen(path: str, sources: list[dict[str, Any]]) -> RecordIndex:
     """In a process that was started afresh. DataError when the file is another by now."""
     try:
         index = RecordIndex.open(path)

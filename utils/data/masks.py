@@ -48,10 +48,10 @@ class CocoMask:
         return cv2.transpose(coco_rle.decode(rle).T)  # columns come first in pycocotools' memory
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CocoMask) and self.plain() == other.plain()
+        return isinstance(other, CocoMask) and self.to_plain() == other.to_plain()
 
-    def plain(self) -> PlainMask:
-        """Plain values that `mask_of` makes the same mask of."""
+    def to_plain(self) -> PlainMask:
+        """Plain values that `mask_from_plain` makes the same mask of."""
         return (
             self.height,
             self.width,
@@ -60,8 +60,8 @@ class CocoMask:
         )
 
 
-def mask_of(plain: PlainMask) -> CocoMask:
-    """The mask whose `plain` values these are."""
+def mask_from_plain(plain: PlainMask) -> CocoMask:
+    """The mask whose `to_plain` values these are."""
     height, width, polygons, counts = plain
     return CocoMask(
         height,
@@ -85,11 +85,11 @@ class UnionMask:
         return mask
 
 
-def union_of(sources: Sequence[PlainMask], ignored: Sequence[PlainMask] = ()) -> CocoMask | UnionMask:
+def make_union(sources: Sequence[PlainMask], ignored: Sequence[PlainMask] = ()) -> CocoMask | UnionMask:
     """The mask of one target made of `sources`, at least one; pixels of `ignored` alone become IGNORE_LABEL."""
     if len(sources) == 1 and not ignored:
-        return mask_of(sources[0])
-    return UnionMask(tuple(map(mask_of, sources)), tuple(map(mask_of, ignored)))
+        return mask_from_plain(sources[0])
+    return UnionMask(tuple(map(mask_from_plain, sources)), tuple(map(mask_from_plain, ignored)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +138,10 @@ class PaintedMask:
         cv2.fillPoly(canvas, points, value)
 
 
-def reach_outside(source: object) -> float:
+def pixels_outside_image(source: object) -> float:
     """How many pixels the polygons of a mask source reach out of their image; 0 for what has none."""
     if isinstance(source, UnionMask):
-        return max(map(reach_outside, source.sources))
+        return max(map(pixels_outside_image, source.sources))
     if not isinstance(source, CocoMask | PaintedMask):
         return 0.0
     farthest = 0.0
@@ -152,7 +152,7 @@ def reach_outside(source: object) -> float:
     return farthest
 
 
-def coco_mask(segmentation: Any, height: int, width: int, where: str) -> CocoMask | None:
+def parse_coco_mask(segmentation: Any, height: int, width: int, where: str) -> CocoMask | None:
     """The source of a COCO `segmentation`: polygons, an RLE (counts compressed or not) or a list of RLEs.
 
     Polygons of fewer than three points, or with all of them on one line, have no inside and are left out; None when
@@ -172,11 +172,11 @@ def coco_mask(segmentation: Any, height: int, width: int, where: str) -> CocoMas
             cause=_MALFORMED,
         )
     if segmentation and all(isinstance(part, dict) for part in segmentation):
-        rles = tuple(_checked_rle(part, height, width, where) for part in segmentation)
+        rles = tuple(_check_rle(part, height, width, where) for part in segmentation)
         return CocoMask(height, width, rles=rles)
     polygons = tuple(
         polygon
-        for polygon in (_checked_polygon(part, where) for part in segmentation)
+        for polygon in (_check_polygon(part, where) for part in segmentation)
         if has_inside(polygon.reshape(-1, 2))
     )
     return CocoMask(height, width, polygons=polygons) if polygons else None
@@ -194,9 +194,9 @@ def has_inside(points: np.ndarray) -> bool:
     return bool((arms[:, 0] * longest[1] != arms[:, 1] * longest[0]).any())
 
 
-def points_of(polygon: Any, where: str) -> np.ndarray:
+def parse_points(polygon: Any, where: str) -> np.ndarray:
     """[[x, y], …] as (N, 2) float64. DataError, starting with `where`, when it is anything else or not finite."""
-    points = _numbers(polygon, where)
+    points = _parse_numbers(polygon, where)
     if points.size == 0:
         return points.reshape(0, 2)
     if points.ndim != 2 or points.shape[1] != 2:
@@ -206,8 +206,8 @@ def points_of(polygon: Any, where: str) -> np.ndarray:
     return points
 
 
-def _checked_polygon(part: Any, where: str) -> np.ndarray:
-    polygon = _numbers(part, where)
+def _check_polygon(part: Any, where: str) -> np.ndarray:
+    polygon = _parse_numbers(part, where)
     if polygon.ndim != 1 or polygon.size % 2:
         raise DataError(
             f"{where} has a polygon of shape {polygon.shape}; expected x0 y0 x1 y1 …: correct the file", _MALFORMED
@@ -215,7 +215,7 @@ def _checked_polygon(part: Any, where: str) -> np.ndarray:
     return polygon
 
 
-def _numbers(values: Any, where: str) -> np.ndarray:
+def _parse_numbers(values: Any, where: str) -> np.ndarray:
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -233,7 +233,7 @@ def _numbers(values: Any, where: str) -> np.ndarray:
     return numbers
 
 
-def _checked_rle(rle: dict[str, Any], height: int, width: int, where: str) -> dict[str, Any]:
+def _check_rle(rle: dict[str, Any], height: int, width: int, where: str) -> dict[str, Any]:
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, Sequence) or list(size) != [height, width]:
         raise DataError(
@@ -241,18 +241,18 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int, where: str) -> di
             cause="run lengths of another size",
         )
     if isinstance(counts, list):
-        return _compressed(counts, height, width, where)
+        return _compress_counts(counts, height, width, where)
     if not isinstance(counts, str | bytes) or not counts:
         raise DataError(f"{where} has run lengths without counts: correct the file", _BROKEN_RLE)
     packed = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
-    if _packed_total(packed) != height * width:
+    if _count_packed_pixels(packed) != height * width:
         raise DataError(
             f"{where} has run lengths that do not add up to {height}×{width} pixels: correct the file", _BROKEN_RLE
         )
     return {"size": [height, width], "counts": packed}
 
 
-def _packed_total(counts: bytes) -> int:
+def _count_packed_pixels(counts: bytes) -> int:
     """How many pixels compressed run lengths cover; −1 where they are none.
 
     pycocotools fills the rest of a mask whose runs end early with whatever is in memory. COCO's coding (maskApi.c,
@@ -274,7 +274,7 @@ def _packed_total(counts: bytes) -> int:
     return int(runs.sum()) if runs.min() >= 0 else -1
 
 
-def _compressed(counts: list[Any], height: int, width: int, where: str) -> dict[str, Any]:
+def _compress_counts(counts: list[Any], height: int, width: int, where: str) -> dict[str, Any]:
     whole = all(isinstance(count, int) and count >= 0 for count in counts)
     if not whole or sum(counts) != height * width:
         raise DataError(

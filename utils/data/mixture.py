@@ -6,9 +6,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from utils.cli.config import DataConfig
 from utils.data.errors import DataError
-from utils.data.readers.base import Reader, ReaderOptions
-from utils.data.readers.registry import JOIN, build_training_readers
+from utils.data.readers.base import Reader
+from utils.data.readers.registry import build_training_readers
+from utils.data.requested_sets import reader_options, requested_families
 from utils.data.samples import Sample
 
 _BLOCK = 1024
@@ -36,13 +38,13 @@ class Mixture:
         # Row b: how often each reader was asked before block b.
         self._asked_before = [np.zeros(len(readers), dtype=np.int64)]
         self._block = _Block(-1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-        self._order = lru_cache(maxsize=2 * len(readers))(self._shuffled)
+        self._order = lru_cache(maxsize=2 * len(readers))(self._shuffle)
 
     def locate(self, i: int) -> tuple[int, int]:
         """(reader, image) of sample i."""
         block, place = divmod(i, _BLOCK)
         if self._block.number != block:
-            self._block = self._counted(block)
+            self._block = self._count_block(block)
         which = int(self._block.choices[place])
         epoch, position = divmod(int(self._block.turns[place]), len(self.readers[which]))
         return which, int(self._order(which, epoch)[position])
@@ -72,24 +74,24 @@ class Mixture:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._order = lru_cache(maxsize=2 * len(self.readers))(self._shuffled)
+        self._order = lru_cache(maxsize=2 * len(self.readers))(self._shuffle)
 
-    def _choices(self, block: int) -> np.ndarray:
+    def _draw_choices(self, block: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, _CHOICE, block))
         return rng.choice(len(self.readers), size=_BLOCK, p=self.shares)
 
-    def _counted(self, block: int) -> "_Block":
+    def _count_block(self, block: int) -> "_Block":
         while len(self._asked_before) <= block:
-            done = np.bincount(self._choices(len(self._asked_before) - 1), minlength=len(self.readers))
+            done = np.bincount(self._draw_choices(len(self._asked_before) - 1), minlength=len(self.readers))
             self._asked_before.append(self._asked_before[-1] + done)
-        choices = self._choices(block)
+        choices = self._draw_choices(block)
         turns = np.empty(_BLOCK, dtype=np.int64)
         for which, before in enumerate(self._asked_before[block]):
             places = np.flatnonzero(choices == which)
             turns[places] = before + np.arange(len(places))
         return _Block(block, choices, turns)
 
-    def _shuffled(self, which: int, epoch: int) -> np.ndarray:
+    def _shuffle(self, which: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, _ORDER, which, epoch)).permutation(len(self.readers[which]))
 
 
@@ -102,49 +104,30 @@ class _Block:
     turns: np.ndarray
 
 
-def build_mixture(
-    dataset: str,
-    sample_rates: str,
-    dataset_dir: str,
-    *,
-    sem_seg_data: str,
-    refer_seg_data: str,
-    vqa_data: str,
-    reason_seg_data: str,
-    custom_data: str = "",
-    options: ReaderOptions,
-    seed: int,
-) -> Mixture:
+def build_mixture(data: DataConfig, seed: int) -> Mixture:
     """The mixture the command line asks for: the families of --dataset by --sample_rates, a family's sets equally
     often.
 
     DataError in one sentence when rates and families do not match or a data set cannot be read.
     """
-    families = [family.strip() for family in dataset.split(JOIN)]
-    rates = _parsed_rates(sample_rates)
+    families = requested_families(data)
+    rates = _parse_rates(data.sample_rates)
     if len(families) != len(rates):
         raise DataError(
-            f"--sample_rates {sample_rates} has {len(rates)} numbers, --dataset {dataset} has {len(families)} "
-            f"families; "
-            "expected one number each"
+            f"--sample_rates {data.sample_rates} has {len(rates)} numbers, --dataset {data.dataset} has "
+            f"{len(families)} families; expected one number each"
         )
-    names = {
-        "sem_seg": sem_seg_data,
-        "refer_seg": refer_seg_data,
-        "vqa": vqa_data,
-        "reason_seg": reason_seg_data,
-        "custom": custom_data,
-    }
+    options = reader_options(data)
     readers: list[Reader] = []
     shares: list[float] = []
-    for family, rate in zip(families, rates, strict=True):
-        found = build_training_readers(family, names.get(family, ""), dataset_dir, options)
+    for (family, names), rate in zip(families, rates, strict=True):
+        found = build_training_readers(family, names, data.dataset_dir, options)
         readers += found
         shares += [rate / len(found)] * len(found)
     return Mixture(readers, shares, seed)
 
 
-def _parsed_rates(sample_rates: str) -> list[float]:
+def _parse_rates(sample_rates: str) -> list[float]:
     try:
         rates = [float(part) for part in sample_rates.split(",")]
     except ValueError as error:

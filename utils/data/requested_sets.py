@@ -9,14 +9,14 @@ from utils.cli.config import DataConfig
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
 from utils.data.readers.base import ReaderOptions
-from utils.data.readers.registry import JOIN, evaluation_sets, parts_of, training_sets
-from utils.data.required_files import Absence, absence_sentence, absence_table, absent_parts
+from utils.data.readers.registry import JOIN, evaluation_sets, required_files_of, training_sets
+from utils.data.required_files import MissingPath, find_missing, missing_sentence, missing_table
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class AskedSet:
+class RequestedSet:
     """A data set by its name and split, and whether it is trained on or scored on."""
 
     name: str
@@ -27,8 +27,8 @@ class AskedSet:
         return f"{self.name} ({self.split})"
 
 
-def reader_options(data: DataConfig, check_index: bool = False) -> ReaderOptions:
-    """What the config tells every reader. check_index: see ReaderOptions."""
+def reader_options(data: DataConfig, *, check_index: bool = False) -> ReaderOptions:
+    """What the flags tell every reader; `check_index`: see `ReaderOptions`."""
     return ReaderOptions(
         num_classes_per_sample=data.num_classes_per_sample,
         num_classes_per_question=data.num_classes_per_question,
@@ -40,7 +40,7 @@ def reader_options(data: DataConfig, check_index: bool = False) -> ReaderOptions
     )
 
 
-def asked_families(data: DataConfig) -> list[tuple[str, str]]:
+def requested_families(data: DataConfig) -> list[tuple[str, str]]:
     """(family, value of the family's own flag) for every family of --dataset; MUSE has no flag of its own."""
     names = {
         "sem_seg": data.sem_seg_data,
@@ -52,28 +52,30 @@ def asked_families(data: DataConfig) -> list[tuple[str, str]]:
     return [(family.strip(), names.get(family.strip(), "")) for family in data.dataset.split(JOIN)]
 
 
-def asked_for_training(data: DataConfig) -> list[AskedSet]:
+def requested_for_training(data: DataConfig) -> list[RequestedSet]:
     """What is trained on, each set once. DataError for a name that has no reader."""
-    found = [pair for family, names in asked_families(data) for pair in training_sets(family, names)]
-    return [AskedSet(name, split, True) for name, split in dict.fromkeys(found)]
+    found = [pair for family, names in requested_families(data) for pair in training_sets(family, names)]
+    return [RequestedSet(name, split, True) for name, split in dict.fromkeys(found)]
 
 
-def asked_for_evaluation(val_dataset: str) -> list[AskedSet]:
+def requested_for_evaluation(val_dataset: str) -> list[RequestedSet]:
     """What --val_dataset names, each set once; nothing for an empty value. DataError for a name without a split."""
     found = evaluation_sets(val_dataset) if val_dataset.strip() else []
-    return [AskedSet(name, split, False) for name, split in dict.fromkeys(found)]
+    return [RequestedSet(name, split, False) for name, split in dict.fromkeys(found)]
 
 
-def absences(asked: Iterable[AskedSet], root: str | os.PathLike[str]) -> list[Absence]:
+def find_missing_files(requested: Iterable[RequestedSet], root: str | os.PathLike[str]) -> list[MissingPath]:
     """All parts of the data sets that are not below the data root, in order. DataError where there is no root."""
     path = DataRoot(root).path
-    return [absence for one in asked for absence in absent_parts(path, str(one), parts_of(one.name, one.split))]
+    return [
+        missing for one in requested for missing in find_missing(path, str(one), required_files_of(one.name, one.split))
+    ]
 
 
-def refuse_absent(asked: Iterable[AskedSet], root: str | os.PathLike[str]) -> None:
+def require_files(requested: Iterable[RequestedSet], root: str | os.PathLike[str]) -> None:
     """DataError when parts of the data sets are not below the data root; a table names all of them."""
-    missing = absences(asked, root)
+    missing = find_missing_files(requested, root)
     if missing:
         if len(missing) > 1:
-            logger.warning(f"missing in {root}:\n{absence_table(missing)}")
-        raise DataError(absence_sentence(missing), cause="missing file")
+            logger.warning(f"missing in {root}:\n{missing_table(missing)}")
+        raise DataError(missing_sentence(missing), cause="missing file")

@@ -14,16 +14,16 @@ _LAID_OUT = "as dataset/README.md draws it"
 
 
 @dataclass(frozen=True, slots=True)
-class Mention:
+class RequiredIf:
     """A folder is needed only where the file `file` holds `text`; while there is no such file, if `otherwise`."""
 
-    file: "Part"
+    file: "RequiredPath"
     text: str
     otherwise: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RequiredPath:
     """A file or a folder of the official layout.
 
     paths: below the data root, parted by "/"; any one of them will do, the first is looked for first. mention: what
@@ -32,23 +32,23 @@ class Part:
 
     paths: tuple[str, ...]
     is_folder: bool = False
-    mention: Mention | None = None
+    mention: RequiredIf | None = None
 
-    def needed(self, root: str) -> bool:
+    def is_required(self, root: str) -> bool:
         """Whether what is below `root` needs it."""
         if self.mention is None:
             return True
-        file = self.mention.file.found(root)
+        file = self.mention.file.find(root)
         return self.mention.otherwise if file is None else _holds(os.path.join(root, file), self.mention.text)
 
-    def found(self, root: str) -> str | None:
+    def find(self, root: str) -> str | None:
         """The path, below `root`, of the first that is there; None where none is."""
         exists = os.path.isdir if self.is_folder else os.path.isfile
         return next((path for path in self.paths if exists(os.path.join(root, path))), None)
 
 
 @dataclass(frozen=True, slots=True)
-class Absence:
+class MissingPath:
     """A part that is not there.
 
     data_set: which data set and split asks for it. path: where it was looked for. archive: what holds it, None where
@@ -66,26 +66,26 @@ class Absence:
         return f"it comes with {self.archive}" if self.archive else f"put it there {_LAID_OUT}"
 
 
-def file_part(*paths: str) -> Part:
+def required_file(*paths: str) -> RequiredPath:
     """A file, under any of `paths`."""
-    return Part(paths)
+    return RequiredPath(paths)
 
 
-def folder_part(*paths: str, mention: Mention | None = None) -> Part:
+def required_folder(*paths: str, mention: RequiredIf | None = None) -> RequiredPath:
     """A folder, under any of `paths`."""
-    return Part(paths, is_folder=True, mention=mention)
+    return RequiredPath(paths, is_folder=True, mention=mention)
 
 
-def absent_parts(root: str, data_set: str, parts: Iterable[Part]) -> list[Absence]:
+def find_missing(root: str, data_set: str, parts: Iterable[RequiredPath]) -> list[MissingPath]:
     """Those of `parts` that are not below `root`, in order."""
     return [
-        Absence(data_set, os.path.join(root, part.paths[0]), part.is_folder, archive_of(part.paths[0]))
+        MissingPath(data_set, os.path.join(root, part.paths[0]), part.is_folder, archive_of(part.paths[0]))
         for part in parts
-        if part.found(root) is None and part.needed(root)
+        if part.find(root) is None and part.is_required(root)
     ]
 
 
-def absence_table(absent: Sequence[Absence]) -> str:
+def missing_table(absent: Sequence[MissingPath]) -> str:
     """A line per absent part: what asks for it, where it was looked for, what to do. A path is told once."""
     asking: dict[str, list[str]] = {}
     for one in absent:
@@ -98,7 +98,7 @@ def absence_table(absent: Sequence[Absence]) -> str:
     return "\n".join(f"{names:{widths[0]}}  {path:{widths[1]}}  {remedy}" for names, path, remedy in rows)
 
 
-def absence_sentence(absent: Sequence[Absence]) -> str:
+def missing_sentence(absent: Sequence[MissingPath]) -> str:
     """What is missing in one sentence that names the first path; `absent` holds at least one."""
     first, others = absent[0], len({one.path for one in absent}) - 1
     kind = "the folder " if first.is_folder else ""
@@ -121,5 +121,5 @@ def _holds(path: str, text: str) -> bool:
         return False
 
 
-def _shown(absence: Absence) -> str:
-    return absence.path + os.sep if absence.is_folder else absence.path
+def _shown(one: MissingPath) -> str:
+    return one.path + os.sep if one.is_folder else one.path

@@ -31,18 +31,18 @@ class Phrasing:
 
     def question(self, asked: Sequence[str]) -> str:
         """The question for `asked`, one or several things."""
-        return _sentence(self.asking.replace(_ASKED, listed(asked)))
+        return _capitalise(self.asking.replace(_ASKED, join_names(asked)))
 
     def answer(self, names: Sequence[str]) -> str:
         """The answer that names `names`, each followed by SEG_MARKER; the number of several comes first, so that who
         lists them knows how far the list goes.
         """
         number = f"{number_word(len(names))}: " if len(names) > 1 else ""
-        return _sentence(self.found.replace(_NAMED, number + marked(names)))
+        return _capitalise(self.found.replace(_NAMED, number + mark_names(names)))
 
     def denial(self, asked: Sequence[str]) -> str:
         """The answer when nothing in the image is what was asked for."""
-        return _sentence(self.absent.replace(_ASKED, listed(asked)))
+        return _capitalise(self.absent.replace(_ASKED, join_names(asked)))
 
     def turn(self, asked: Sequence[str], targets: tuple[Target, ...]) -> Turn:
         """A turn that asks for `asked` and names every target, or says that there are none."""
@@ -117,26 +117,26 @@ _LIST_PUNCTUATION = str.maketrans(dict.fromkeys(",;:", " "))
 
 def pick_phrasing(rng: np.random.Generator, more: bool) -> Phrasing:
     """One of the phrasings; `more` draws from a list three times as long."""
-    return _drawn(rng, _ALL_PHRASINGS if more else _PHRASINGS)
+    return _draw(rng, _ALL_PHRASINGS if more else _PHRASINGS)
 
 
 def reasoning_question(rng: np.random.Generator, question: str, more: bool) -> str:
     """A question that is a sentence of its own, followed by the request for a mask."""
-    request = _drawn(rng, _ALL_REQUESTS if more else _REASONING_REQUESTS)
-    return f"{_ended(question)} {request}"
+    request = _draw(rng, _ALL_REQUESTS if more else _REASONING_REQUESTS)
+    return f"{_end_sentence(question)} {request}"
 
 
-def with_reason_asked(rng: np.random.Generator, question: str) -> str:
+def add_reason_request(rng: np.random.Generator, question: str) -> str:
     """The question, followed by the request for an explanation."""
-    return f"{question} {_drawn(rng, _REASONS_TOO)}"
+    return f"{question} {_draw(rng, _REASONS_TOO)}"
 
 
 def named_answer(names: Sequence[str]) -> str:
     """The plain answer that names `names`, each followed by SEG_MARKER."""
-    return _sentence(f"{marked(names)}.")
+    return _capitalise(f"{mark_names(names)}.")
 
 
-def nothing_fits() -> str:
+def no_match_answer() -> str:
     """The answer to a question of any form that nothing in the image answers."""
     return "Nothing in this picture fits."
 
@@ -165,7 +165,7 @@ def names_before_markers(answer: str) -> list[str]:
     return [_CLAUSE_ENDS.split(words)[-1].strip().removeprefix("and ") for words in before]
 
 
-def listed(things: Sequence[str]) -> str:
+def join_names(things: Sequence[str]) -> str:
     """'a', 'a and b', 'a and b and c'.
 
     With one word between all of them, an answer decides item by item whether more follows; "a, b and c" would have to
@@ -174,9 +174,9 @@ def listed(things: Sequence[str]) -> str:
     return " and ".join(things)
 
 
-def marked(names: Sequence[str]) -> str:
+def mark_names(names: Sequence[str]) -> str:
     """The list of `names`, each followed by SEG_MARKER."""
-    return listed([f"{name} {SEG_MARKER}" for name in names])
+    return join_names([f"{name} {SEG_MARKER}" for name in names])
 
 
 def number_word(number: int) -> str:
@@ -184,15 +184,15 @@ def number_word(number: int) -> str:
     return NUMBERS[number] if number < len(NUMBERS) else str(number)
 
 
-def _drawn(rng: np.random.Generator, choices: Sequence[Drawn]) -> Drawn:
+def _draw(rng: np.random.Generator, choices: Sequence[Drawn]) -> Drawn:
     return choices[int(rng.integers(len(choices)))]
 
 
-def _ended(text: str) -> str:
+def _end_sentence(text: str) -> str:
     text = text.strip()
     return text if text.endswith((".", "?", "!")) else text + "."
 
 
-def _sentence(text: str) -> str:
+def _capitalise(text: str) -> str:
     """With a capital first letter."""
     return text[:1].upper() + text[1:]

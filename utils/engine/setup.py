@@ -17,8 +17,8 @@ from utils.data.bad_samples import BadSamples
 from utils.data.collate import Batch
 from utils.data.dataset import TrainingDataset, build_loader
 from utils.data.errors import DataError, without_traceback
-from utils.data.mixture import Mixture, build_mixture
-from utils.data.requested_sets import asked_for_evaluation, asked_for_training, reader_options, refuse_absent
+from utils.data.mixture import Mixture
+from utils.data.requested_sets import requested_for_evaluation, requested_for_training, require_files
 from utils.engine.base import Engine
 from utils.engine.checkpoints import tags
 from utils.engine.fit import CHECKPOINT, Plan
@@ -139,25 +139,9 @@ def checkpoint_to_resume(run: RunConfig) -> Path | None:
 
 def refuse_missing_data(data: DataConfig, validation: ValidationConfig) -> None:
     """DataError before anything is loaded when files the run needs are not there; a table names all of them."""
-    asked = [] if validation.eval_only else asked_for_training(data)
-    asked += [] if validation.no_eval else asked_for_evaluation(validation.val_dataset)
-    refuse_absent(asked, data.dataset_dir)
-
-
-def make_mixture(data: DataConfig, seed: int) -> Mixture:
-    """The samples the flags ask for."""
-    return build_mixture(
-        data.dataset,
-        data.sample_rates,
-        data.dataset_dir,
-        sem_seg_data=data.sem_seg_data,
-        refer_seg_data=data.refer_seg_data,
-        vqa_data=data.vqa_data,
-        reason_seg_data=data.reason_seg_data,
-        custom_data=data.custom_data,
-        options=reader_options(data),
-        seed=seed,
-    )
+    asked = [] if validation.eval_only else requested_for_training(data)
+    asked += [] if validation.no_eval else requested_for_evaluation(validation.val_dataset)
+    require_files(asked, data.dataset_dir)
 
 
 class StepBatches:

@@ -25,6 +25,7 @@ from utils.checkpoints.run_model import save_run_model
 from utils.cli.config import TrainConfig, model_options
 from utils.cli.parser import flatten
 from utils.cli.run_card import write_run_card
+from utils.data.mixture import build_mixture
 from utils.engine.base import Engine
 from utils.engine.fit import Run
 from utils.engine.lock import lock_folder
@@ -35,7 +36,6 @@ from utils.engine.setup import (
     StepBatches,
     checkpoint_to_resume,
     make_engine,
-    make_mixture,
     make_plan,
     refuse_missing_data,
     run_facts,
@@ -71,7 +71,7 @@ def train(config: TrainConfig, make_validator: Callable[[TrainConfig, Engine, Bu
     seed_everything(settings.seed + runtime.rank)
     batches, flops = None, 0.0
     if not config.validation.eval_only:
-        mixture = make_mixture(config.data, settings.seed)
+        mixture = build_mixture(config.data, settings.seed)
         batches = StepBatches(config, runtime, mixture, built.processor)
         tokens = required_vocab_size(built.processor.tokenizer)
         preflight(config, runtime, built.model, tokens, mixture, zero_stage(settings, runtime))

@@ -14,7 +14,7 @@ from utils.cli.config import EvaluateConfig
 from utils.cli.parser import flatten
 from utils.cli.run_card import versions
 from utils.data.readers.registry import MUSE
-from utils.data.requested_sets import asked_for_evaluation, refuse_absent
+from utils.data.requested_sets import requested_for_evaluation, require_files
 from utils.evaluation import fingerprints
 from utils.evaluation import html_report as pages
 from utils.evaluation.ask import Progress, ask, ask_text, summary
@@ -69,7 +69,7 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluateConfig, words: Sequence[str], ranks: Ranks) -> None:
-        refuse_absent(asked_for_evaluation(config.val_dataset), config.dataset_dir)
+        require_files(requested_for_evaluation(config.val_dataset), config.dataset_dir)
         self.config, self.ranks, self.words = config, ranks, words
         self.sets = ScoredSets(config.val_dataset, config.dataset_dir)
         pair = FREE in config.protocols() and any(reader.name == MUSE for reader in self.sets.readers)

@@ -11,8 +11,8 @@ from model.image_processing_pixellm import open_image
 from utils.data.bad_samples import as_bad_sample
 from utils.data.check.report import BROKEN, HARMLESS
 from utils.data.dataset import decode_masks
-from utils.data.files import digest, image_size, read_bytes
-from utils.data.masks import reach_outside
+from utils.data.files import hash_bytes, image_size, read_bytes
+from utils.data.masks import pixels_outside_image
 from utils.data.readers.base import Reader
 from utils.data.samples import NO_IMAGE, Sample
 
@@ -23,7 +23,7 @@ _FAR_OUTSIDE = 2.0
 
 
 @dataclass(slots=True)
-class Examined:
+class ExaminedSample:
     """What a sample holds, its image's hash, and what is wrong with it: (level, cause, sentence) triples."""
 
     path: str
@@ -42,20 +42,20 @@ class Examination(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> Examined:
+    def __getitem__(self, place: int) -> ExaminedSample:
         index = self.indices[place]
-        found = Examined(self.reader.image(index))
+        found = ExaminedSample(self.reader.image_path(index))
         try:
             sample = self.reader.read_all(index, np.random.default_rng(0))
             self._look_into(sample, found)
         except Exception as error:
-            reason = named_trouble(error, found.path)
+            reason = describe_error(error, found.path)
             if reason is None:
                 raise
             found.findings.append((BROKEN, *reason))
         return found
 
-    def _look_into(self, sample: Sample, found: Examined) -> None:
+    def _look_into(self, sample: Sample, found: ExaminedSample) -> None:
         turns = [turn for conversation in sample.conversations for turn in conversation]
         found.questions = len(turns)
         if sample.image_path == NO_IMAGE:
@@ -63,16 +63,16 @@ class Examination(Dataset):
         image_size(sample.image_path)
         size = open_image(sample.image_path).shape[:2]
         if self.with_content:
-            found.content = digest(read_bytes(sample.image_path))
+            found.content = hash_bytes(read_bytes(sample.image_path))
         for target in (target for turn in turns for target in turn.targets):
             decode_masks([target], (size[0], size[1]), sample)
             found.targets += 1
-            if reach_outside(target.decode) > _FAR_OUTSIDE:
+            if pixels_outside_image(target.decode) > _FAR_OUTSIDE:
                 sentence = f"{target.name!r} in {sample.sample_id} of {sample.image_path}"
                 found.findings.append((HARMLESS, "target that reaches out of its image", sentence))
 
 
-def named_trouble(error: Exception, image: str = NO_IMAGE) -> tuple[str, str] | None:
+def describe_error(error: Exception, image: str = NO_IMAGE) -> tuple[str, str] | None:
     """(cause, sentence) of an error that a person can put right; None where it is a mistake in the program.
 
     Files that cannot be opened and files that are no images are told from damaged ones: `image` is the one at hand.

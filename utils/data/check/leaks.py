@@ -12,7 +12,7 @@ from utils.data.readers.custom.layout import CUSTOM
 from utils.data.readers.multi_reason_seg import MUSE_SPLITS
 from utils.data.readers.refer_seg import REFER_SETS, images_by_split
 from utils.data.readers.registry import MUSE, REASON_SEG, build_reader
-from utils.data.requested_sets import AskedSet
+from utils.data.requested_sets import RequestedSet
 
 _COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 _NUMBER = re.compile(r"(?:COCO_)?(?:[a-z]+\d{4}_)?0*(\d+)")
@@ -63,7 +63,7 @@ def _other_evaluation_images(
     found = _referring_images(data_root)
     for name in dict.fromkeys([*_OTHER_SPLITS, *(report.name for report in training)]):
         for split in _OTHER_SPLITS.get(name, ("val",)):
-            one = AskedSet(name, split, False)
+            one = RequestedSet(name, split, False)
             if name.partition("|")[0] not in REFER_SETS and str(one) not in asked:
                 found.append((str(one), _images_of(one, root, index_dir)))
     return [(name, keys) for name, keys in found if name not in asked and keys]
@@ -87,14 +87,16 @@ def _referring_images(root: DataRoot) -> list[tuple[str, set[str]]]:
     return found
 
 
-def _images_of(asked: AskedSet, root: str, index_dir: str) -> set[str]:
-    if asked.name.startswith(CUSTOM) and not os.path.isdir(os.path.join(root, *asked.name.split("|"), asked.split)):
+def _images_of(requested: RequestedSet, root: str, index_dir: str) -> set[str]:
+    if requested.name.startswith(CUSTOM) and not os.path.isdir(
+        os.path.join(root, *requested.name.split("|"), requested.split)
+    ):
         return set()
     try:
-        reader = build_reader(asked.name, root, asked.split, ReaderOptions(index_dir=index_dir))
+        reader = build_reader(requested.name, root, requested.split, ReaderOptions(index_dir=index_dir))
     except DataError:
         return set()  # not there, or not readable: nobody asked for it
-    return {image_key(path) for path in map(reader.image, range(len(reader))) if path}
+    return {image_key(path) for path in map(reader.image_path, range(len(reader))) if path}
 
 
 def _coco_key(number: int) -> str:

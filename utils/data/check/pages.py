@@ -5,8 +5,8 @@ import numpy as np
 from model.image_processing_pixellm import open_image
 from model.overlay import draw_overlay
 from model.processing_pixellm import PixelLMProcessor
-from utils.data.check.examine import named_trouble
-from utils.data.check.survey import spread
+from utils.data.check.examine import describe_error
+from utils.data.check.survey import spread_evenly
 from utils.data.readers.base import Reader
 from utils.data.samples import NO_IMAGE, Conversation, Sample
 from utils.drawing.pages import Article, Figure, Paragraph, Piece, Section, embed_image, render_page
@@ -19,7 +19,7 @@ def sample_page(title: str, reader: Reader, count: int, processor: PixelLMProces
 
     processor: conversations are shown as it writes them out; None: in plain words.
     """
-    chosen = spread(len(reader), count) if len(reader) else ()
+    chosen = spread_evenly(len(reader), count) if len(reader) else ()
     return render_page(title, [Section([_make_article(reader, index, processor) for index in chosen])], LEGEND)
 
 
@@ -29,7 +29,7 @@ def _make_article(reader: Reader, index: int, processor: PixelLMProcessor | None
         figures = [] if sample.image_path == NO_IMAGE else [_draw(sample, one) for one in sample.conversations]
         texts = [_write_out(one, sample, processor) for one in sample.conversations]
     except Exception as error:
-        reason = named_trouble(error)
+        reason = describe_error(error)
         if reason is None:
             raise
         return Article(before=[Paragraph.plain(": ".join(reason))])

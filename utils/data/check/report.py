@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.data.required_files import Absence
+from utils.data.required_files import MissingPath
 
 MISSING, BROKEN, LEFT_OUT, HARMLESS = "missing", "broken", "left out", "harmless"
 LEVELS = (MISSING, BROKEN, LEFT_OUT, HARMLESS)
@@ -39,7 +39,7 @@ class SetReport:
     name: str
     split: str
     is_training: bool
-    absent: list[Absence] = field(default_factory=list)
+    absent: list[MissingPath] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     images: int = 0
     opened: int = 0
@@ -96,22 +96,22 @@ class Leak:
     first: str
 
 
-def table(reports: Sequence[SetReport], leaks: Sequence[Leak], colour: bool) -> str:
+def format_table(reports: Sequence[SetReport], leaks: Sequence[Leak], colour: bool) -> str:
     """A line per data set with what was found below it, then the leaks. `colour`: with ANSI colours."""
     rows = [_HEADER, *(_row(report) for report in reports)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = [_line(rows[0], widths)]
     for report, row in zip(reports, rows[1:], strict=True):
-        lines.append(_painted(_line(row, widths), report.state, colour))
-        for absence in report.absent:
-            lines.append(_painted(f"    {MISSING}: {absence.path}: {absence.remedy}", MISSING, colour))
+        lines.append(_colour(_line(row, widths), report.state, colour))
+        for missing in report.absent:
+            lines.append(_colour(f"    {MISSING}: {missing.path}: {missing.remedy}", MISSING, colour))
         for one in sorted(report.findings, key=lambda one: LEVELS.index(one.level)):
-            lines.append(_painted(f"    {one.level}: {one.count} × {one.cause}; first: {one.first}", one.level, colour))
+            lines.append(_colour(f"    {one.level}: {one.count} × {one.cause}; first: {one.first}", one.level, colour))
     if leaks:
         lines.append("images of training that evaluation shows (--exclude_val leaves them out of refer_seg):")
     for leak in leaks:
         told = f"    {leak.training} and {leak.evaluation}: {leak.count} by {leak.by}; first: {leak.first}"
-        lines.append(_painted(told, LEFT_OUT, colour))
+        lines.append(_colour(told, LEFT_OUT, colour))
     return "\n".join(lines)
 
 
@@ -124,5 +124,5 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _painted(text: str, level: str, colour: bool) -> str:
+def _colour(text: str, level: str, colour: bool) -> str:
     return f"{_COLOURS[level]}{text}{_PLAIN}" if colour else text

@@ -12,9 +12,9 @@ from utils.cli.atomic_files import write_text
 from utils.cli.config import CheckConfig
 from utils.data.check.leaks import find_leaks
 from utils.data.check.pages import sample_page
-from utils.data.check.report import SetReport, table
+from utils.data.check.report import SetReport, format_table
 from utils.data.check.survey import survey
-from utils.data.requested_sets import asked_for_evaluation, asked_for_training, reader_options
+from utils.data.requested_sets import reader_options, requested_for_evaluation, requested_for_training
 
 
 def check_data(config: CheckConfig) -> tuple[bool, str]:
@@ -22,7 +22,7 @@ def check_data(config: CheckConfig) -> tuple[bool, str]:
     data, reports, told = config.data, list[SetReport](), list[str]()
     options = reader_options(data, check_index=config.full)
     processor = PixelLMProcessor.from_pretrained(config.version) if config.version else None
-    for asked in [*asked_for_training(data), *asked_for_evaluation(config.val_dataset)]:
+    for asked in [*requested_for_training(data), *requested_for_evaluation(config.val_dataset)]:
         report, reader = survey(asked, data.dataset_dir, options, full=config.full, workers=data.workers)
         reports.append(report)
         if config.show and reader is not None:
@@ -30,7 +30,7 @@ def check_data(config: CheckConfig) -> tuple[bool, str]:
             write_text(target, sample_page(str(report), reader, config.show, processor))
             told.append(f"written: {target}")
     leaks = find_leaks(reports, data.dataset_dir, data.index_dir)
-    told.append(table(reports, leaks, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    told.append(format_table(reports, leaks, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     if config.json:
         content = {
             "dataset_dir": data.dataset_dir,

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils.data.check.examine import Examination, Examined, named_trouble
+from utils.data.check.examine import Examination, ExaminedSample, describe_error
 from utils.data.check.leaks import image_key
 from utils.data.check.report import BROKEN, HARMLESS, LEFT_OUT, MISSING, SetReport
 from utils.data.files import DataRoot
 from utils.data.readers.base import Reader, ReaderOptions
-from utils.data.readers.registry import build_reader, parts_of
-from utils.data.requested_sets import AskedSet
-from utils.data.required_files import absent_parts
+from utils.data.readers.registry import build_reader, required_files_of
+from utils.data.requested_sets import RequestedSet
+from utils.data.required_files import find_missing
 
 QUICK_SAMPLES = 32
 """Samples of a data set that are opened without --full, spread over it."""
@@ -24,14 +24,14 @@ _ABSENT = ("missing file", "missing folder")
 
 
 def survey(
-    asked: AskedSet, root: str, options: ReaderOptions, *, full: bool, workers: int
+    asked: RequestedSet, root: str, options: ReaderOptions, *, full: bool, workers: int
 ) -> tuple[SetReport, Reader | None]:
     """The report on one data set, and its reader where one could be made.
 
     full: open every sample, in `workers` processes and with a bar, and hash the images; else QUICK_SAMPLES of them.
     """
     report = SetReport(asked.name, asked.split, asked.is_training)
-    reader = _tried(report, lambda: _read(report, asked, root, options))
+    reader = _try_build(report, lambda: _read(report, asked, root, options))
     if reader is None:
         return report, None
     report.images = len(reader)
@@ -39,8 +39,8 @@ def survey(
         for cause, count in sorted(counted.items()):
             if count:
                 report.add(level, cause, f"in {reader.source}", count)
-    report.keys = {image_key(path) for path in map(reader.image, range(len(reader))) if path}
-    for found in _examined(report, reader, full, workers):
+    report.keys = {image_key(path) for path in map(reader.image_path, range(len(reader))) if path}
+    for found in _examine_samples(report, reader, full, workers):
         report.opened += 1
         report.questions += found.questions
         report.targets += found.targets
@@ -51,18 +51,18 @@ def survey(
     return report, reader
 
 
-def spread(length: int, wanted: int) -> list[int]:
+def spread_evenly(length: int, wanted: int) -> list[int]:
     """Up to `wanted` of the numbers below `length`, evenly spread."""
     count = min(length, wanted)
     return [place * length // count for place in range(count)]
 
 
-def _tried(report: SetReport, make: Callable[[], Reader]) -> Reader | None:
+def _try_build(report: SetReport, make: Callable[[], Reader]) -> Reader | None:
     """What `make` gives, or None with the reason in the report."""
     try:
         return make()
     except Exception as error:
-        reason = named_trouble(error)
+        reason = describe_error(error)
         if reason is None:
             raise
         cause, sentence = reason
@@ -71,12 +71,12 @@ def _tried(report: SetReport, make: Callable[[], Reader]) -> Reader | None:
         return None
 
 
-def _read(report: SetReport, asked: AskedSet, root: str, options: ReaderOptions) -> Reader:
+def _read(report: SetReport, asked: RequestedSet, root: str, options: ReaderOptions) -> Reader:
     path = DataRoot(root).path
-    parts = parts_of(asked.name, asked.split)
-    report.absent = absent_parts(path, str(asked), parts)
+    parts = required_files_of(asked.name, asked.split)
+    report.absent = find_missing(path, str(asked), parts)
     for part in parts:
-        found = part.found(path)
+        found = part.find(path)
         if found is not None:
             _note_texts(report, os.path.join(path, found))
     return build_reader(asked.name, root, asked.split, options)
@@ -103,8 +103,8 @@ def _note_texts(report: SetReport, path: str) -> None:
                 report.add(HARMLESS, "text in cp1252 or another encoding than UTF-8", file)
 
 
-def _examined(report: SetReport, reader: Reader, full: bool, workers: int) -> Iterator[Examined]:
-    indices: Sequence[int] = range(len(reader)) if full else spread(len(reader), QUICK_SAMPLES)
+def _examine_samples(report: SetReport, reader: Reader, full: bool, workers: int) -> Iterator[ExaminedSample]:
+    indices: Sequence[int] = range(len(reader)) if full else spread_evenly(len(reader), QUICK_SAMPLES)
     examination = Examination(reader, indices, with_content=full)
     processes = min(workers, len(indices), os.cpu_count() or 1) if full else 0
     loader = DataLoader(examination, batch_size=_BATCH, num_workers=processes, collate_fn=list)

@@ -11,7 +11,7 @@ import numpy as np
 from model.structures import CLASSES_PER_SAMPLE
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
-from utils.data.index import Gathered, RecordIndex, open_index
+from utils.data.index import ParseNotes, RecordIndex, open_index
 from utils.data.samples import Sample
 
 Item = TypeVar("Item")
@@ -81,7 +81,7 @@ class Reader(ABC):
     def read_all(self, index: int, rng: np.random.Generator) -> Sample:
         """Image `index` with every question about it as a conversation of its own; `rng` draws the phrasing only."""
 
-    def image(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
         """Where the image `index` should be, as the annotations say, or NO_IMAGE; nothing is looked up on disk."""
         return self.read_all(index, np.random.default_rng(0)).image_path
 
@@ -94,7 +94,7 @@ class Reader(ABC):
         layout: a number that changes whenever the records do. variant: what else than name and split says what is in.
         """
 
-        def counted(gathered: Gathered) -> Iterable[Any]:
+        def counted(gathered: ParseNotes) -> Iterable[Any]:
             self.skipped, self.noted, self.facts = gathered.skipped, gathered.noted, gathered.facts
             return parse()
 
@@ -122,7 +122,7 @@ class Reader(ABC):
             )
 
 
-def draw(rng: np.random.Generator, items: Sequence[Item], most: int) -> list[Item]:
+def sample_items(rng: np.random.Generator, items: Sequence[Item], most: int) -> list[Item]:
     """Up to `most` different items in random order."""
     if len(items) == 1:
         return [items[0]]

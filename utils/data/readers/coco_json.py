@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.data.errors import EMPTY_CLASS_LIST, DataError
-from utils.data.files import field
+from utils.data.files import require_field
 
 TWICE_A_IMAGE = "image id listed twice for different images"
 ODD_BOX = "box of negative size (masks are read, boxes are not)"
@@ -36,16 +36,16 @@ def index_images(
     """
     images: dict[int, CocoImage] = {}
     ambiguous = set()
-    for record in field(content, "images", list, path):
-        number = field(record, "id", int, f"an image of {path}")
+    for record in require_field(content, "images", list, path):
+        number = require_field(record, "id", int, f"an image of {path}")
         if wanted is not None and number not in wanted:
             continue
         if number in images and images[number].record != record:
             ambiguous.add(number)
             continue
         where = f"image {number} of {path}"
-        name = field(record, "file_name", str, where)
-        height, width = (field(record, side, int, where) for side in ("height", "width"))
+        name = require_field(record, "file_name", str, where)
+        height, width = (require_field(record, side, int, where) for side in ("height", "width"))
         images[number] = CocoImage(number, name, height, width, record)
     if ambiguous:
         skipped[TWICE_A_IMAGE] += len(ambiguous)
@@ -55,9 +55,9 @@ def index_images(
 def index_categories(content: Any, path: str) -> dict[int, str]:
     """Names by id, in the file's order. DataError when there is none, one id has two names, or a name is empty."""
     names: dict[int, str] = {}
-    for record in field(content, "categories", list, path):
-        number = field(record, "id", int, f"a category of {path}")
-        name = field(record, "name", str, f"category {number} of {path}").strip()
+    for record in require_field(content, "categories", list, path):
+        number = require_field(record, "id", int, f"a category of {path}")
+        name = require_field(record, "name", str, f"category {number} of {path}").strip()
         if not name or names.get(number, name) != name:
             raise DataError(
                 f"category {number} of {path} is called {name!r}, and {names.get(number)!r} before; expected one name: "
@@ -80,9 +80,9 @@ def index_annotations(
     where = f"an annotation of {path}"
     annotations: dict[int, dict[str, Any]] = {}
     ambiguous = set()
-    for record in field(content, "annotations", list, path):
-        number = field(record, "id", int, where)
-        if field(record, "image_id", int, where) not in wanted:
+    for record in require_field(content, "annotations", list, path):
+        number = require_field(record, "id", int, where)
+        if require_field(record, "image_id", int, where) not in wanted:
             continue
         if number in annotations and annotations[number] != record:
             ambiguous.add(number)
@@ -94,7 +94,7 @@ def index_annotations(
 
 def category_name(annotation: dict[str, Any], names: dict[int, str], where: str) -> str:
     """The name of an annotation's category. DataError, starting with `where`, when "categories" does not list it."""
-    number = field(annotation, "category_id", int, where)
+    number = require_field(annotation, "category_id", int, where)
     if number not in names:
         raise DataError(
             f"{where} has category {number}, which 'categories' does not list: correct the file", "unlisted category"

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.data.errors import DataError
-from utils.data.files import expect, parse_json, read_bytes
+from utils.data.files import parse_json, read_bytes, require
 
 _PIECE = 8 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def items_of(path: str) -> Iterator[Any]:
+def iterate_json_list(path: str) -> Iterator[Any]:
     """The items of the list that the file holds, UTF-8 with or without a byte order mark.
 
     DataError, as of `parse_json`, at the first place that is no JSON, and where the file holds no list.
@@ -22,7 +22,7 @@ def items_of(path: str) -> Iterator[Any]:
         yield from _Text(path).items()
     except (_NotAsExpected, json.JSONDecodeError, RecursionError, UnicodeDecodeError, OSError) as error:
         # What is wrong, and in which line, the whole file tells.
-        expect(parse_json(read_bytes(path), path), list, path)
+        require(parse_json(read_bytes(path), path), list, path)
         raise DataError(f"{path} was changed while it was read; wait until it is complete, and start again") from error
 
 

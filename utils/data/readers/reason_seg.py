@@ -12,18 +12,27 @@ import numpy as np
 
 from model.structures import SEG_MARKER
 from utils.data.errors import NO_SUCH_SPLIT, DataError
-from utils.data.files import DataRoot, digest, expect, field, image_size, list_images, parse_json, read_bytes
-from utils.data.masks import PaintedMask, points_of
-from utils.data.readers.base import Reader, ReaderOptions, draw
-from utils.data.required_files import Part, folder_part
+from utils.data.files import (
+    DataRoot,
+    hash_bytes,
+    image_size,
+    list_images,
+    parse_json,
+    read_bytes,
+    require,
+    require_field,
+)
+from utils.data.masks import PaintedMask, parse_points
+from utils.data.readers.base import Reader, ReaderOptions, sample_items
+from utils.data.required_files import RequiredPath, required_folder
 from utils.data.samples import REASONING, TEXT, Conversation, Sample, Target, Turn
 from utils.data.templates import (
     REGION_ASKED_FOR,
+    add_reason_request,
     named_answer,
     pick_phrasing,
     reasoning_question,
     target_name,
-    with_reason_asked,
 )
 
 logger = logging.getLogger(__name__)
@@ -65,7 +74,7 @@ class ReasonSegReader(Reader):
         for part in _split_parts(name, split):
             folder = root.folder(*_FOLDER, part)
             for file_name in list_images(folder):
-                path = root.inside(folder, os.path.splitext(file_name)[0] + ".json", folder, "the file")
+                path = root.resolve_inside(folder, os.path.splitext(file_name)[0] + ".json", folder, "the file")
                 if not os.path.isfile(path):
                     self.skipped["image without a json file"] += 1
                     continue
@@ -78,7 +87,7 @@ class ReasonSegReader(Reader):
                     self.skipped["image without a polygon of the target"] += 1
                 else:
                     self._images.append(image)
-        self.fingerprint = digest(b"\0".join(contents))
+        self.fingerprint = hash_bytes(b"\0".join(contents))
         self._refuse_if_empty(self._images, os.path.join(root.path, *_FOLDER, split))
         self._explanations: dict[str, list[_Explanation]] = {}
         if options.explanatory >= 0 and "train" in _split_parts(name, split):
@@ -87,12 +96,12 @@ class ReasonSegReader(Reader):
     def __len__(self) -> int:
         return len(self._images)
 
-    def image(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
         return os.path.join(self._images[index].folder, self._images[index].file_name)
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         image = self._images[index]
-        texts = draw(rng, image.texts, self.options.num_classes_per_sample)
+        texts = sample_items(rng, image.texts, self.options.num_classes_per_sample)
         target = self._target(image)
         explanations = self._explanations.get(image.file_name)
         if explanations is None:
@@ -125,26 +134,26 @@ class ReasonSegReader(Reader):
         if rng.random() < 0.5:
             return (turn,)
         answer = f"{turn.answer} {explained.answer}"
-        return (Turn(with_reason_asked(rng, turn.question), answer, turn.targets, REASONING),)
+        return (Turn(add_reason_request(rng, turn.question), answer, turn.targets, REASONING),)
 
     def _target(self, image: _Image) -> PaintedMask:
         height, width = image_size(self._path(image))
         return PaintedMask(height, width, image.polygons, image.ignored)
 
     def _path(self, image: _Image) -> str:
-        return self._root.image(image.folder, image.file_name, image.folder)
+        return self._root.image_path(image.folder, image.file_name, image.folder)
 
     def _sample(self, image: _Image, conversations: list[Conversation]) -> Sample:
         number = f"{os.path.basename(image.folder)}/{os.path.splitext(image.file_name)[0]}"
         return Sample(self._path(image), tuple(conversations), self.name, f"{self.name}/{number}")
 
     def _image(self, folder: str, file_name: str, record: Any, path: str) -> _Image:
-        texts = [expect(text, str, f"a text of {path}").strip() for text in field(record, "text", list, path)]
+        texts = [require(text, str, f"a text of {path}").strip() for text in require_field(record, "text", list, path)]
         polygons, ignored = [], []
-        for shape in field(record, "shapes", list, path):
+        for shape in require_field(record, "shapes", list, path):
             where = f"a shape of {path}"
-            label = field(shape, "label", str, where).lower()
-            points = points_of(field(shape, "points", list, where), where)
+            label = require_field(shape, "label", str, where).lower()
+            points = parse_points(require_field(shape, "points", list, where), where)
             if label == _FLAG:
                 continue
             if len(points) < _POINTS_OF_A_TRIANGLE:
@@ -153,7 +162,7 @@ class ReasonSegReader(Reader):
             polygons.append(points)
             ignored.append(_IGNORE in label)
         usable = tuple(text for text in texts if text and SEG_MARKER not in text)
-        is_sentence = field(record, "is_sentence", bool, path)
+        is_sentence = require_field(record, "is_sentence", bool, path)
         return _Image(folder, file_name, usable, is_sentence, tuple(polygons), tuple(ignored))
 
     def _read_explanations(self) -> dict[str, list[_Explanation]]:
@@ -163,18 +172,18 @@ class ReasonSegReader(Reader):
             logger.warning("%s is missing: ReasonSeg is read without explanations (--explanatory has no effect)", path)
             return {}
         explanations: dict[str, list[_Explanation]] = {}
-        for record in expect(parse_json(read_bytes(path), path, _ENCODINGS), list, path):
+        for record in require(parse_json(read_bytes(path), path, _ENCODINGS), list, path):
             where = f"an explanation of {path}"
-            question, answer, image = (field(record, key, str, where) for key in ("query", "outputs", "image"))
+            question, answer, image = (require_field(record, key, str, where) for key in ("query", "outputs", "image"))
             if SEG_MARKER in question + answer:
                 raise DataError(f"{where} holds {SEG_MARKER}, which explanations do not: correct the file")
             explanations.setdefault(image, []).append(_Explanation(question, answer))
         return explanations
 
 
-def needed_parts(name: str, split: str) -> tuple[Part, ...]:
+def required_files(name: str, split: str) -> tuple[RequiredPath, ...]:
     """What `split`, which may join several, is made of; explanations may be absent."""
-    return tuple(folder_part("/".join((*_FOLDER, part))) for part in _split_parts(name, split))
+    return tuple(required_folder("/".join((*_FOLDER, part))) for part in _split_parts(name, split))
 
 
 def _split_parts(name: str, split: str) -> list[str]:

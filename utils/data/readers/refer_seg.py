@@ -9,9 +9,9 @@ from typing import Any
 
 from model.structures import SEG_MARKER
 from utils.data.errors import NO_SUCH_SPLIT, DataError
-from utils.data.files import DataRoot, expect, parse_json, read_bytes
-from utils.data.files import field as json_field
-from utils.data.masks import PlainMask, coco_mask, mask_of
+from utils.data.files import DataRoot, parse_json, read_bytes, require
+from utils.data.files import require_field as json_field
+from utils.data.masks import PlainMask, mask_from_plain, parse_coco_mask
 from utils.data.readers.base import ReaderOptions
 from utils.data.readers.coco_json import (
     CocoImage,
@@ -22,9 +22,9 @@ from utils.data.readers.coco_json import (
     is_crowd,
     note_odd_box,
 )
-from utils.data.readers.phrase_reader import Asked, PhraseReader
+from utils.data.readers.phrase_reader import PhraseReader, RequestedPhrase
 from utils.data.readers.pickles import load_plain_pickle
-from utils.data.required_files import Part, file_part, folder_part
+from utils.data.required_files import RequiredPath, required_file, required_folder
 from utils.data.samples import Target
 from utils.data.templates import target_name
 
@@ -105,17 +105,20 @@ class ReferSegReader(PhraseReader):
     def __len__(self) -> int:
         return len(self._images)
 
-    def image(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
         return f"{self._folder}/{self._images[index][0]}"
 
-    def _asked(self, index: int) -> Sequence[Asked]:
+    def _requested_phrases(self, index: int) -> Sequence[RequestedPhrase]:
         _, _, plain, asked = self._images[index]
-        masks = [mask_of(one) for one in plain]
-        return [Asked(said, tuple(Target(name, masks[place]) for name, place in targets)) for said, targets in asked]
+        masks = [mask_from_plain(one) for one in plain]
+        return [
+            RequestedPhrase(said, tuple(Target(name, masks[place]) for name, place in targets))
+            for said, targets in asked
+        ]
 
-    def _located(self, index: int) -> tuple[str, str]:
+    def _locate(self, index: int) -> tuple[str, str]:
         file_name, number, _, _ = self._images[index]
-        return self._root.image(self._folder, file_name, self._instances_path), str(number)
+        return self._root.image_path(self._folder, file_name, self._instances_path), str(number)
 
     def _parse(self) -> Iterator[_Record]:
         path, split = self.source, self.split
@@ -125,19 +128,19 @@ class ReferSegReader(PhraseReader):
             found = ", ".join(sorted({ref["split"] for ref in refs})) or "none"
             raise DataError(f"{path} has no split {split!r}; it has {found}: name one of these", NO_SUCH_SPLIT)
         if self._excluding:
-            chosen = self._without_held_out(chosen, path)
+            chosen = self._drop_held_out(chosen, path)
         instances = parse_json(read_bytes(self._instances_path), self._instances_path)
-        for image in self._gathered(chosen, path, instances):
+        for image in self._group_by_image(chosen, path, instances):
             if image.asked:
                 yield image.record()
 
-    def _without_held_out(self, refs: list[dict[str, Any]], refs_path: str) -> list[dict[str, Any]]:
+    def _drop_held_out(self, refs: list[dict[str, Any]], refs_path: str) -> list[dict[str, Any]]:
         held_out = _held_out_images(self._excluding)
         kept = [ref for ref in refs if json_field(ref, "image_id", int, f"a ref of {refs_path}") not in held_out]
         self.skipped["ref about an image of a val or test split"] += len(refs) - len(kept)
         return kept
 
-    def _gathered(self, refs: list[dict[str, Any]], refs_path: str, instances: Any) -> Iterable[_Image]:
+    def _group_by_image(self, refs: list[dict[str, Any]], refs_path: str, instances: Any) -> Iterable[_Image]:
         path = self._instances_path
         wanted = {json_field(ref, "image_id", int, f"a ref of {refs_path}") for ref in refs}
         listed = index_images(instances, path, self.skipped, wanted)
@@ -172,8 +175,10 @@ class ReferSegReader(PhraseReader):
     def _mask(self, annotation: dict[str, Any], listed: CocoImage) -> PlainMask | None:
         note_odd_box(annotation, self.noted)
         where = f"annotation {annotation['id']} of {self._instances_path}"
-        source = coco_mask(json_field(annotation, "segmentation", object, where), listed.height, listed.width, where)
-        return None if source is None else source.plain()
+        source = parse_coco_mask(
+            json_field(annotation, "segmentation", object, where), listed.height, listed.width, where
+        )
+        return None if source is None else source.to_plain()
 
     def _phrases(self, ref: dict[str, Any], refs_path: str) -> Iterator[str]:
         where = f"ref {ref.get('ref_id')} of {refs_path}"
@@ -186,34 +191,34 @@ class ReferSegReader(PhraseReader):
             yield phrase
 
 
-def needed_parts(name: str, split_by: str | None = None) -> tuple[Part, ...]:
+def required_files(name: str, split_by: str | None = None) -> tuple[RequiredPath, ...]:
     """What the referring set `name` is made of, split by the authors `split_by`."""
     layout = REFER_SETS[name]
     return (
         _refs_part(name, split_by or layout.split_by[0]),
-        file_part(f"{_FOLDER}/{name}/instances.json"),
-        folder_part("/".join((_FOLDER, *layout.images))),
+        required_file(f"{_FOLDER}/{name}/instances.json"),
+        required_folder("/".join((_FOLDER, *layout.images))),
     )
 
 
-def _refs_part(name: str, split_by: str) -> Part:
+def _refs_part(name: str, split_by: str) -> RequiredPath:
     layout = REFER_SETS[name]
     if split_by not in layout.split_by:
         raise DataError(f"{name} is split by {' or '.join(layout.split_by)}, not by {split_by!r}: name one of these")
-    return file_part(*(f"{_FOLDER}/{name}/{pattern.format(split_by)}" for pattern in layout.refs))
+    return required_file(*(f"{_FOLDER}/{name}/{pattern.format(split_by)}" for pattern in layout.refs))
 
 
 def _refs_path(root: DataRoot, name: str, split_by: str) -> str:
     refs = _refs_part(name, split_by)
-    return root.file(refs.found(root.path) or refs.paths[0])
+    return root.file(refs.find(root.path) or refs.paths[0])
 
 
 def _read_refs(path: str) -> list[dict[str, Any]]:
     content = read_bytes(path)
     loaded = parse_json(content, path) if path.endswith(".json") else load_plain_pickle(content, path)
-    found = expect(loaded, list, path)
+    found = require(loaded, list, path)
     for ref in found:
-        expect(ref, dict, f"a ref of {path}")
+        require(ref, dict, f"a ref of {path}")
     return found
 
 
@@ -235,7 +240,7 @@ def _held_out_refs(root: DataRoot, name: str) -> list[str]:
         if layout.images == REFER_SETS[name].images
         for split_by in layout.split_by
     ]
-    return [root.file(found) for part in parts if (found := part.found(root.path)) is not None]
+    return [root.file(found) for part in parts if (found := part.find(root.path)) is not None]
 
 
 def _held_out_images(paths: Sequence[str]) -> set[int]:
@@ -252,5 +257,5 @@ def _annotation_ids(ref: dict[str, Any], refs_path: str) -> list[int]:
     """The annotations a ref refers to: none for −1, one, or several."""
     where = f"ref {ref.get('ref_id')} of {refs_path}"
     found = json_field(ref, "ann_id", object, where)
-    ids = [expect(number, int, f"'ann_id' of {where}") for number in (found if isinstance(found, list) else [found])]
+    ids = [require(number, int, f"'ann_id' of {where}") for number in (found if isinstance(found, list) else [found])]
     return [number for number in ids if number != _NO_ANNOTATION]

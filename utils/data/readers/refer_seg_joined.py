@@ -35,7 +35,7 @@ class JoinedPhrasesReader(ReferSegReader):
         self.name = f"{PREFIX}{name}"
 
     def read_all(self, index: int, rng: np.random.Generator) -> Sample:
-        waiting = list(self._asked(index))
+        waiting = list(self._requested_phrases(index))
         conversations: list[Conversation] = []
         while waiting:
             most = _TOGETHER[len(conversations) % len(_TOGETHER)]

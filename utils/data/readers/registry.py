@@ -25,7 +25,7 @@ from utils.data.readers.sem_seg import parts as part_sets
 from utils.data.readers.sem_seg.label_maps import LABEL_MAP_SETS, LabelMapReader
 from utils.data.readers.sem_seg.parts import PART_SETS, PartReader
 from utils.data.readers.vqa import VQA_SETS, VqaReader
-from utils.data.required_files import Part
+from utils.data.required_files import RequiredPath
 from utils.data.samples import Sample
 
 JOIN = "||"
@@ -79,7 +79,7 @@ def training_sets(family: str, names: str) -> list[tuple[str, str]]:
     if family == "multi_reason_seg":
         return [(MUSE, "train")]
     flag = f"--{family}_data"
-    asked = _parted(names, flag)
+    asked = _split_names(names, flag)
     if family == CUSTOM:
         return [(f"{CUSTOM}|{name}", "train") for name in asked]
     for name in asked:
@@ -90,25 +90,25 @@ def training_sets(family: str, names: str) -> list[tuple[str, str]]:
     return [(name, "train") for name in asked]
 
 
-def parts_of(name: str, split: str) -> tuple[Part, ...]:
+def required_files_of(name: str, split: str) -> tuple[RequiredPath, ...]:
     """The files and folders that `build_reader` needs for `name` and `split`. DataError for what has no reader."""
     base, _, edition = name.partition("|")
     if base in REFER_SETS:
-        return refer_seg.needed_parts(base, edition or None)
+        return refer_seg.required_files(base, edition or None)
     if (joined := without_prefix(base)) is not None:
-        return refer_seg.needed_parts(joined, edition or None)
+        return refer_seg.required_files(joined, edition or None)
     if base in LABEL_MAP_SETS:
-        return label_maps.needed_parts(base, split, edition or None)
+        return label_maps.required_files(base, split, edition or None)
     if name in PART_SETS:
-        return part_sets.needed_parts(name, split)
+        return part_sets.required_files(name, split)
     if name in VQA_SETS:
-        return vqa.needed_parts(name, split)
+        return vqa.required_files(name, split)
     if name == MUSE:
-        return multi_reason_seg.needed_parts(split)
+        return multi_reason_seg.required_files(split)
     if name == REASON_SEG:
-        return reason_seg.needed_parts(name, split)
+        return reason_seg.required_files(name, split)
     if base == CUSTOM:
-        return custom_layout.needed_parts(edition, split)
+        return custom_layout.required_files(edition, split)
     raise DataError(_unknown(name))
 
 
@@ -150,7 +150,7 @@ def build_eval_reader(
 def evaluation_sets(spec: str) -> list[tuple[str, str]]:
     """(data set, split) of all that --val_dataset names. DataError for a name without a split."""
     found = []
-    for name in _parted(spec, "--val_dataset"):
+    for name in _split_names(spec, "--val_dataset"):
         base, _, split = name.rpartition("|")
         if not base:
             raise DataError(f"{name!r} in --val_dataset names no split; expected DATASET|SPLIT, such as ReasonSeg|val")
@@ -204,7 +204,7 @@ def _no_reader(name: str, named_in: str, supported: tuple[str, ...]) -> str:
     return f"there is no reader for {name!r} ({named_in}); supported are {', '.join(supported)}: leave it out"
 
 
-def _parted(names: str, flag: str) -> list[str]:
+def _split_names(names: str, flag: str) -> list[str]:
     """The names between JOINs. DataError when one is empty."""
     parts = [part.strip() for part in names.split(JOIN)]
     if not all(parts):

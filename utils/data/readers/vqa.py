@@ -12,12 +12,12 @@ import numpy as np
 
 from model.structures import SEG_MARKER
 from utils.data.errors import NO_SUCH_SPLIT, DataError
-from utils.data.files import DataRoot, field
-from utils.data.readers.base import Reader, ReaderOptions, draw
-from utils.data.readers.json_stream import items_of
-from utils.data.required_files import Mention, Part, file_part, folder_part
+from utils.data.files import DataRoot, require_field
+from utils.data.readers.base import Reader, ReaderOptions, sample_items
+from utils.data.readers.json_stream import iterate_json_list
+from utils.data.required_files import RequiredIf, RequiredPath, required_file, required_folder
 from utils.data.samples import NO_IMAGE, TEXT, Sample, Turn
-from utils.data.text import exchanges
+from utils.data.text import parse_turns
 
 _COCO = "coco/train2017"
 _MIXED = ("gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
@@ -65,28 +65,28 @@ class VqaReader(Reader):
     def __len__(self) -> int:
         return len(self._items)
 
-    def image(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
         _, name, _ = self._items[index]
         return "/".join(self._placed(name)) if name else NO_IMAGE
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         sample_id, name, conversations = self._items[index]
-        return self._sample(sample_id, name, draw(rng, conversations, self.options.num_classes_per_sample))
+        return self._sample(sample_id, name, sample_items(rng, conversations, self.options.num_classes_per_sample))
 
     def read_all(self, index: int, rng: np.random.Generator) -> Sample:
         return self._sample(*self._items[index])
 
     def _sample(self, sample_id: str, name: str, conversations: Sequence[_PlainConversation]) -> Sample:
-        path = self._root.image(*self._placed(name), self._path) if name else NO_IMAGE
+        path = self._root.image_path(*self._placed(name), self._path) if name else NO_IMAGE
         told = tuple(tuple(Turn(asked, said, (), TEXT) for asked, said in pairs) for pairs in conversations)
         return Sample(path, told, self.name, f"{self.name}/{self.split}/{sample_id}")
 
     def _placed(self, name: str) -> tuple[str, str]:
-        return self._root.placed((), self._layout.folders, name, self._path)
+        return self._root.resolve_folder((), self._layout.folders, name, self._path)
 
     def _parse(self) -> Iterator[_Record]:
         items: dict[str, tuple[str, list[_PlainConversation]]] = {}
-        for number, record in enumerate(items_of(self._path)):
+        for number, record in enumerate(iterate_json_list(self._path)):
             self._add(record, number, items)
         for sample_id, (name, conversations) in items.items():
             yield sample_id, name, tuple(conversations)
@@ -94,8 +94,8 @@ class VqaReader(Reader):
     def _add(self, record: Any, number: int, items: dict[str, tuple[str, list[_PlainConversation]]]) -> None:
         """Put a record's conversation to its image, whose item has the image's name."""
         where = f"record {number} of {self._path}"
-        messages = field(record, "conversations", list, where)
-        image = field(record, "image", str, where) if "image" in record else None
+        messages = require_field(record, "conversations", list, where)
+        image = require_field(record, "image", str, where) if "image" in record else None
         conversation = self._conversation(messages, where)
         if not conversation:
             return
@@ -110,19 +110,19 @@ class VqaReader(Reader):
 
     def _conversation(self, messages: list[Any], where: str) -> _PlainConversation:
         """The turns, or none where they cannot be used (counted)."""
-        pairs = exchanges(messages, where, self.skipped)
+        pairs = parse_turns(messages, where, self.skipped)
         if any(SEG_MARKER in text for pair in pairs for text in pair):
             self.skipped["conversation with a marker"] += 1
             return ()
         return tuple(pairs)
 
 
-def needed_parts(name: str, split: str) -> tuple[Part, ...]:
+def required_files(name: str, split: str) -> tuple[RequiredPath, ...]:
     """What the data set `name` is made of."""
     _check_split(name, split)
-    layout, records = _LAYOUTS[name], file_part(f"llava_dataset/{name}.json")
+    layout, records = _LAYOUTS[name], required_file(f"llava_dataset/{name}.json")
     named = {folder: '"image"' if layout.before else f'"{folder}/' for folder in layout.folders}
-    return records, *(folder_part(folder, mention=Mention(records, text)) for folder, text in named.items())
+    return records, *(required_folder(folder, mention=RequiredIf(records, text)) for folder, text in named.items())
 
 
 def _check_split(name: str, split: str) -> None:

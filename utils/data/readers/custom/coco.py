@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from model.structures import SEG_MARKER
-from utils.data.files import DataRoot, expect, field, parse_json, read_bytes
-from utils.data.masks import PlainMask, coco_mask, union_of
+from utils.data.files import DataRoot, parse_json, read_bytes, require, require_field
+from utils.data.masks import PlainMask, make_union, parse_coco_mask
 from utils.data.readers.base import ReaderOptions
 from utils.data.readers.coco_json import (
     CocoImage,
@@ -21,7 +21,7 @@ from utils.data.readers.coco_json import (
     note_odd_box,
 )
 from utils.data.readers.custom.layout import COCO_FILE, CUSTOM, IMAGES
-from utils.data.readers.phrase_reader import Asked, PhraseReader
+from utils.data.readers.phrase_reader import PhraseReader, RequestedPhrase
 from utils.data.samples import Target
 from utils.data.templates import target_name
 
@@ -48,17 +48,17 @@ class CustomCocoReader(PhraseReader):
     def __len__(self) -> int:
         return len(self._images)
 
-    def image(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
         return f"{self._folder}/{self._images[index][0]}"
 
-    def _asked(self, index: int) -> Sequence[Asked]:
+    def _requested_phrases(self, index: int) -> Sequence[RequestedPhrase]:
         _, _, targets, asked = self._images[index]
-        masks = [union_of(*regions) for regions in targets]
-        return [Asked(phrase, (Target(phrase, masks[place]),)) for phrase, place in asked]
+        masks = [make_union(*regions) for regions in targets]
+        return [RequestedPhrase(phrase, (Target(phrase, masks[place]),)) for phrase, place in asked]
 
-    def _located(self, index: int) -> tuple[str, str]:
+    def _locate(self, index: int) -> tuple[str, str]:
         file_name, number, _, _ = self._images[index]
-        return self._root.image(self._folder, file_name, self.source), str(number)
+        return self._root.image_path(self._folder, file_name, self.source), str(number)
 
     def _parse(self) -> Iterator[_Record]:
         path = self.source
@@ -93,7 +93,7 @@ class CustomCocoReader(PhraseReader):
             if is_crowd(record):
                 self.skipped["annotation of a crowd"] += 1
                 continue
-            phrases = [self._phrase(told, where) for told in expect(record.get("sentences") or [], list, where)]
+            phrases = [self._phrase(told, where) for told in require(record.get("sentences") or [], list, where)]
             if any(phrases):
                 asked.append((list(filter(None, phrases)), ((source,), ())))
             else:
@@ -101,8 +101,8 @@ class CustomCocoReader(PhraseReader):
         return asked
 
     def _phrase(self, told: Any, where: str) -> str:
-        text = field(told, "sent", str, f"a sentence of {where}") if isinstance(told, dict) else told
-        phrase = target_name(expect(text, str, f"a sentence of {where}"))
+        text = require_field(told, "sent", str, f"a sentence of {where}") if isinstance(told, dict) else told
+        phrase = target_name(require(text, str, f"a sentence of {where}"))
         return "" if SEG_MARKER in phrase else phrase
 
     def _by_category(
@@ -121,8 +121,8 @@ class CustomCocoReader(PhraseReader):
 
     def _mask(self, record: dict[str, Any], image: CocoImage, where: str) -> PlainMask | None:
         note_odd_box(record, self.noted)
-        source = coco_mask(field(record, "segmentation", object, where), image.height, image.width, where)
+        source = parse_coco_mask(require_field(record, "segmentation", object, where), image.height, image.width, where)
         if source is None:
             self.skipped["annotation without a polygon that has an inside"] += 1
             return None
-        return source.plain()
+        return source.to_plain()

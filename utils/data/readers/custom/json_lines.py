@@ -13,14 +13,14 @@ import numpy as np
 
 from model.structures import SEG_MARKER
 from utils.data.errors import DataError
-from utils.data.files import DataRoot, expect, field, image_size, parse_json, read_bytes
-from utils.data.masks import coco_mask
-from utils.data.readers.base import Reader, ReaderOptions, draw
+from utils.data.files import DataRoot, image_size, parse_json, read_bytes, require, require_field
+from utils.data.masks import parse_coco_mask
+from utils.data.readers.base import Reader, ReaderOptions, sample_items
 from utils.data.readers.custom.layout import CUSTOM, IMAGES, LINES_FILE, mask_file
 from utils.data.readers.custom.mask_files import FileMask
 from utils.data.samples import FEWER_MARKERS, MORE_MARKERS, TEXT, Conversation, Sample, Target, Turn, kind_by_count
 from utils.data.templates import names_before_markers
-from utils.data.text import exchanges
+from utils.data.text import parse_turns
 
 _RECORDS = 1
 """Layout of the index."""
@@ -47,12 +47,12 @@ class JsonLinesReader(Reader):
     def __len__(self) -> int:
         return len(self._images)
 
-    def image(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
         return f"{self._folder}/{self._images[index][0]}"
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         name, lines = self._images[index]
-        return self._sample(name, draw(rng, lines, self.options.num_classes_per_sample))
+        return self._sample(name, sample_items(rng, lines, self.options.num_classes_per_sample))
 
     def read_all(self, index: int, rng: np.random.Generator) -> Sample:
         return self._sample(*self._images[index])
@@ -66,15 +66,15 @@ class JsonLinesReader(Reader):
         yield from images.items()
 
     def _add(self, record: Any, where: str, images: dict[str, list[_Line]]) -> None:
-        image = field(record, "image", str, where)
-        masks = expect(record.get("masks") or [], list, f"'masks' of {where}")
+        image = require_field(record, "image", str, where)
+        masks = require(record.get("masks") or [], list, f"'masks' of {where}")
         for mask in masks:
             if not isinstance(mask, str | list | dict):
                 raise DataError(
                     f"a mask of {where} is {mask!r}; expected polygons, run lengths or the name of a file: correct it",
                     cause="malformed segmentation",
                 )
-        pairs = exchanges(field(record, "conversations", list, where), where, self.skipped)
+        pairs = parse_turns(require_field(record, "conversations", list, where), where, self.skipped)
         if not pairs:
             return
         if any(SEG_MARKER in question for question, _ in pairs):
@@ -87,7 +87,7 @@ class JsonLinesReader(Reader):
         images.setdefault(image, []).append((where, tuple(pairs), masks))
 
     def _sample(self, name: str, lines: list[_Line]) -> Sample:
-        path = self._root.image(self._folder, name, self.source)
+        path = self._root.image_path(self._folder, name, self.source)
         size = image_size(path)
         conversations = tuple(self._conversation(line, size) for line in lines)
         return Sample(path, conversations, self.name, f"{self.name}/{self.split}/{name}")
@@ -105,7 +105,7 @@ class JsonLinesReader(Reader):
         if isinstance(mask, str):
             return Target(name, FileMask(mask_file(self._root, self._home, mask, where)))
         flat = isinstance(mask, list) and bool(mask) and not isinstance(mask[0], list | dict)
-        source = coco_mask([mask] if flat else mask, *size, f"the mask of {name!r} in {where}")
+        source = parse_coco_mask([mask] if flat else mask, *size, f"the mask of {name!r} in {where}")
         if source is None:
             raise DataError(
                 f"the mask of {name!r} in {where} has no polygon with an inside: give three points or more",

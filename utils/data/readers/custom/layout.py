@@ -8,7 +8,7 @@ import os
 
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
-from utils.data.required_files import Part, folder_part
+from utils.data.required_files import RequiredPath, required_folder
 
 CUSTOM = "custom"
 IMAGES = "images"
@@ -17,10 +17,10 @@ COCO_FILE, LINES_FILE, MASKS = "annotations.json", "annotations.jsonl", "masks"
 _FORMS = (COCO_FILE, LINES_FILE, MASKS)
 
 
-def needed_parts(name: str, split: str) -> tuple[Part, ...]:
+def required_files(name: str, split: str) -> tuple[RequiredPath, ...]:
     """The folders that every form has. DataError when name or split is no plain folder name."""
     folder = f"{CUSTOM}/{_plain(name)}/{_plain(split)}"
-    return folder_part(folder), folder_part(f"{folder}/{IMAGES}")
+    return required_folder(folder), required_folder(f"{folder}/{IMAGES}")
 
 
 def form_of(root: DataRoot, name: str, split: str) -> str:
@@ -39,7 +39,7 @@ def form_of(root: DataRoot, name: str, split: str) -> str:
 
 def mask_file(root: DataRoot, folder: str, name: str, named_by: str) -> str:
     """Path of a mask below `folder`. DataError when it leads out of the root or is not there; `named_by` names it."""
-    path = root.inside(folder, name, named_by, "the mask")
+    path = root.resolve_inside(folder, name, named_by, "the mask")
     if not os.path.isfile(path):
         raise DataError(
             f"the mask {path}, named by {named_by}, is missing; add it or take its entries out", cause="missing mask"

@@ -16,18 +16,18 @@ from utils.data.errors import EMPTY_CLASS_LIST, DataError
 from utils.data.files import (
     OTHER_EDITION,
     DataRoot,
-    digest,
-    expect,
+    hash_bytes,
     list_images,
     parse_json,
     read_binary_mask,
     read_bytes,
     read_label_map,
+    require,
 )
 from utils.data.masks import LabelMask
 from utils.data.readers.base import ReaderOptions
 from utils.data.readers.custom.layout import CUSTOM, IMAGES, MASKS, mask_file
-from utils.data.readers.phrase_reader import Asked, PhraseReader
+from utils.data.readers.phrase_reader import PhraseReader, RequestedPhrase
 from utils.data.samples import Target
 from utils.data.templates import target_name
 
@@ -58,12 +58,12 @@ class MaskFolderReader(PhraseReader):
     def __len__(self) -> int:
         return len(self._images)
 
-    def image(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
         return f"{self._folder}/{self._images[index]}"
 
-    def _located(self, index: int) -> tuple[str, str]:
+    def _locate(self, index: int) -> tuple[str, str]:
         name = self._images[index]
-        return self._root.image(self._folder, name, self._folder), _stem(name)
+        return self._root.image_path(self._folder, name, self._folder), _stem(name)
 
     def _settle(self, named: set[str], fingerprint: bytes) -> None:
         """Keep the images whose name, less its ending, is in `named`; count what has no partner."""
@@ -74,7 +74,7 @@ class MaskFolderReader(PhraseReader):
             "mask without an image": len(named - {_stem(image) for image in there}),
         }
         self.skipped.update({cause: count for cause, count in without.items() if count})
-        self.fingerprint = digest("\n".join(self._images).encode() + b"\0" + fingerprint)
+        self.fingerprint = hash_bytes("\n".join(self._images).encode() + b"\0" + fingerprint)
         self._refuse_if_empty(self._images, self._masks)
 
 
@@ -89,7 +89,7 @@ class ClassMaskReader(MaskFolderReader):
         labels = [file for file in list_images(self._masks) if file.endswith(".png")]
         self._settle({_stem(file) for file in labels}, content)
 
-    def _asked(self, index: int) -> Sequence[Asked]:
+    def _requested_phrases(self, index: int) -> Sequence[RequestedPhrase]:
         path = mask_file(self._root, self._masks, f"{_stem(self._images[index])}.png", self._masks)
         labels = read_label_map(path)
         present = [int(value) for value in np.unique(labels) if value not in (_BACKGROUND, IGNORE_LABEL)]
@@ -103,8 +103,8 @@ class ClassMaskReader(MaskFolderReader):
         shown = dict.fromkeys(self._names[value] for value in present)
         if not shown:
             absent = sorted(set(self._names.values()))
-            return [Asked(absent[index % len(absent)], ())]
-        return [Asked(name, (Target(name, self._mask(labels, name)),)) for name in shown]
+            return [RequestedPhrase(absent[index % len(absent)], ())]
+        return [RequestedPhrase(name, (Target(name, self._mask(labels, name)),)) for name in shown]
 
     def _mask(self, labels: np.ndarray, name: str) -> LabelMask:
         """All values of one name as one class, number 1."""
@@ -132,12 +132,12 @@ class TargetMaskReader(MaskFolderReader):
             named, "\n".join(f"{folder}/{file}" for folder in folders for file in self._files[folder]).encode()
         )
 
-    def _asked(self, index: int) -> Sequence[Asked]:
+    def _requested_phrases(self, index: int) -> Sequence[RequestedPhrase]:
         folder = _stem(self._images[index])
         asked = []
         for file in self._files[folder]:
             path = mask_file(self._root, self._masks, f"{folder}/{file}", self._masks)
-            asked.append(Asked(_spoken(file), (Target(_spoken(file), FileMask(path)),)))
+            asked.append(RequestedPhrase(_spoken(file), (Target(_spoken(file), FileMask(path)),)))
         return asked
 
 
@@ -149,8 +149,8 @@ def mask_folder_reader(name: str, root: DataRoot, split: str, options: ReaderOpt
 
 def _class_names(content: object, path: str) -> dict[int, str]:
     names = {}
-    for key, name in expect(content, dict, path).items():
-        said = target_name(expect(name, str, f"class {key} of {path}"))
+    for key, name in require(content, dict, path).items():
+        said = target_name(require(name, str, f"class {key} of {path}"))
         if not (key.isascii() and key.isdigit() and _BACKGROUND < int(key) < IGNORE_LABEL) or not said:
             raise DataError(
                 f"{path} calls class {key!r} {name!r}; expected numbers from 1 to {IGNORE_LABEL - 1} with a name each: "

@@ -17,19 +17,19 @@ from utils.data.errors import EMPTY_CLASS_LIST, NO_SUCH_SPLIT, DataError
 from utils.data.files import (
     OTHER_EDITION,
     DataRoot,
-    digest,
-    expect,
-    field,
+    hash_bytes,
     list_images,
     parse_json,
     read_bytes,
     read_label_map,
+    require,
+    require_field,
 )
 from utils.data.masks import LabelMask
 from utils.data.readers.base import ReaderOptions
 from utils.data.readers.sem_seg.class_reader import ClassReader
 from utils.data.readers.sem_seg.label_map_classes import ADE20K_CLASSES, COCO_STUFF_CLASSES
-from utils.data.required_files import Part, file_part, folder_part
+from utils.data.required_files import RequiredPath, required_file, required_folder
 from utils.data.samples import Target
 
 _LABEL_VALUES = 256
@@ -89,7 +89,7 @@ class LabelMapReader(ClassReader):
             "label map without an image": len(labelled) - len({_label_file(image) for image in self._names}),
         }
         self.skipped.update({cause: count for cause, count in without.items() if count})
-        self.fingerprint = digest("\n".join(self._names).encode() + b"\0" + layout.source)
+        self.fingerprint = hash_bytes("\n".join(self._names).encode() + b"\0" + layout.source)
         self._refuse_if_empty(self._names, layout.images)
         self._classes = list(dict.fromkeys(name for name in layout.names if name != _IGNORED))
         self._class_of = _classes_of_labels(layout, self._classes)
@@ -97,19 +97,19 @@ class LabelMapReader(ClassReader):
     def __len__(self) -> int:
         return len(self._names)
 
-    def image(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
         return os.path.join(self._layout.images, self._names[index])
 
     def _class_names(self) -> Sequence[str]:
         return self._classes
 
-    def _located(self, index: int) -> tuple[str, str]:
+    def _locate(self, index: int) -> tuple[str, str]:
         name = self._names[index]
-        return self._root.image(self._layout.images, name, self._layout.images), os.path.splitext(name)[0]
+        return self._root.image_path(self._layout.images, name, self._layout.images), os.path.splitext(name)[0]
 
     def _targets(self, index: int) -> Sequence[Target]:
         layout = self._layout
-        path = self._root.image(layout.labels, _label_file(self._names[index]), layout.labels)
+        path = self._root.image_path(layout.labels, _label_file(self._names[index]), layout.labels)
         labels = read_label_map(path)
         present = np.flatnonzero(np.bincount(labels.ravel(), minlength=_LABEL_VALUES))
         unknown = [int(label) for label in present if label >= len(layout.names) and label != layout.other]
@@ -180,16 +180,16 @@ def _mapillary(root: DataRoot, split: str, version: str | None) -> _Layout:
     )
 
 
-def needed_parts(name: str, split: str, version: str | None = None) -> tuple[Part, ...]:
+def required_files(name: str, split: str, version: str | None = None) -> tuple[RequiredPath, ...]:
     """What the data set `name` is made of; of Mapillary the edition `version`, or any."""
     if name != _MAPILLARY:
         folder = _folder_of(name, split, _FOLDERS[name])
-        return tuple(folder_part(pattern.format(folder)) for pattern in _PARTS[name])
+        return tuple(required_folder(pattern.format(folder)) for pattern in _PARTS[name])
     folder = _folder_of(name, split, _FOLDERS[name])
     editions = _mapillary_editions(version)
     labels = ["/".join((name, folder, *below)) for _, below in editions]
     configs = [f"{name}/{config}" for config, _ in editions]
-    return file_part(*configs), folder_part(f"{name}/{folder}/images"), folder_part(*labels)
+    return required_file(*configs), required_folder(f"{name}/{folder}/images"), required_folder(*labels)
 
 
 def _mapillary_editions(version: str | None) -> list[tuple[str, tuple[str, ...]]]:
@@ -202,10 +202,10 @@ def _mapillary_editions(version: str | None) -> list[tuple[str, tuple[str, ...]]
 def _mapillary_names(config: Any, path: str) -> tuple[str, ...]:
     """The name of every label of a Mapillary config, in the order of the labels."""
     names = []
-    for number, record in enumerate(field(config, "labels", list, path)):
+    for number, record in enumerate(require_field(config, "labels", list, path)):
         where = f"label {number} of {path}"
-        kind, readable = (field(record, key, str, where) for key in ("name", "readable"))
-        counts = expect(record.get("evaluate", True), bool, f"'evaluate' of {where}")
+        kind, readable = (require_field(record, key, str, where) for key in ("name", "readable"))
+        counts = require(record.get("evaluate", True), bool, f"'evaluate' of {where}")
         vague = kind.startswith("void--") or kind.endswith("--ambiguous")
         names.append(_spoken(readable) if counts and not vague else _IGNORED)
     if not any(names) or len(names) >= _LABEL_VALUES:

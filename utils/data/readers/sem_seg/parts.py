@@ -12,9 +12,8 @@ from typing import Any
 
 from model.structures import SEG_MARKER
 from utils.data.errors import NO_SUCH_SPLIT, DataError
-from utils.data.files import DataRoot, expect, parse_json, read_bytes
-from utils.data.files import field as json_field
-from utils.data.masks import PlainMask, coco_mask, union_of
+from utils.data.files import DataRoot, parse_json, read_bytes, require, require_field
+from utils.data.masks import PlainMask, make_union, parse_coco_mask
 from utils.data.readers.base import ReaderOptions
 from utils.data.readers.coco_json import (
     CocoImage,
@@ -26,7 +25,7 @@ from utils.data.readers.coco_json import (
 )
 from utils.data.readers.sem_seg.class_reader import ClassReader
 from utils.data.readers.sem_seg.part_names import paco_names, partimagenet_names, pascal_part_names
-from utils.data.required_files import Part, file_part, folder_part
+from utils.data.required_files import RequiredPath, required_file, required_folder
 from utils.data.samples import Target
 
 _PASCAL = ("vlpart", "pascal_part")
@@ -81,8 +80,8 @@ class PartReader(ClassReader):
 
     def __init__(self, name: str, root: DataRoot, split: str, options: ReaderOptions) -> None:
         super().__init__(name, split, options)
-        annotations, _ = needed_parts(name, split)
-        path = root.file(*(annotations.found(root.path) or annotations.paths[0]).split("/"))
+        annotations, _ = required_files(name, split)
+        path = root.file(*(annotations.find(root.path) or annotations.paths[0]).split("/"))
         self.source = self._path = path
         self._root = root
         self._images: Sequence[_Record] = self._index(root, [path], self._parse, _RECORDS)
@@ -91,18 +90,18 @@ class PartReader(ClassReader):
     def __len__(self) -> int:
         return len(self._images)
 
-    def image(self, index: int) -> str:
+    def image_path(self, index: int) -> str:
         return os.path.join(*self._placed(self._images[index][0]))
 
     def _class_names(self) -> Sequence[str]:
         return self.facts[_NAMES]
 
-    def _located(self, index: int) -> tuple[str, str]:
+    def _locate(self, index: int) -> tuple[str, str]:
         file_name, number, _ = self._images[index]
-        return self._root.image(*self._placed(file_name), self._path), str(number)
+        return self._root.image_path(*self._placed(file_name), self._path), str(number)
 
     def _targets(self, index: int) -> Sequence[Target]:
-        return [Target(name, union_of(sources, crowds)) for name, sources, crowds in self._images[index][-1]]
+        return [Target(name, make_union(sources, crowds)) for name, sources, crowds in self._images[index][-1]]
 
     def _placed(self, file_name: str) -> tuple[str, str]:
         return _LAYOUTS[self.name].place(self._root, self.split, file_name, self._path)
@@ -116,7 +115,7 @@ class PartReader(ClassReader):
         for one in listed.values():
             self._placed(one.file_name)  # refuses names that lie elsewhere
         images = {number: _Image(one) for number, one in listed.items()}
-        for annotation in json_field(annotated, "annotations", list, path):
+        for annotation in require_field(annotated, "annotations", list, path):
             self._add(annotation, images, names)
         for image in images.values():
             self._settle(image, names)
@@ -129,26 +128,26 @@ class PartReader(ClassReader):
                 yield image.listed.file_name, image.listed.number, tuple(classes)
 
     def _add(self, annotation: Any, images: Mapping[int, _Image], names: dict[int, str]) -> None:
-        image = images.get(json_field(annotation, "image_id", int, f"an annotation of {self._path}"))
+        image = images.get(require_field(annotation, "image_id", int, f"an annotation of {self._path}"))
         if image is None:
             self.skipped["annotation of an image that is not listed"] += 1
             return
         where = f"annotation {annotation.get('id')} of {self._path}"
         name = category_name(annotation, names, where)
         note_odd_box(annotation, self.noted)
-        segmentation = json_field(annotation, "segmentation", object, where)
-        source = coco_mask(segmentation, image.listed.height, image.listed.width, where)
+        segmentation = require_field(annotation, "segmentation", object, where)
+        source = parse_coco_mask(segmentation, image.listed.height, image.listed.width, where)
         if source is None:
             self.skipped["annotation without a polygon that has an inside"] += 1
             return
         regions = image.classes.setdefault(name, _Regions())
-        (regions.crowds if is_crowd(annotation) else regions.sources).append(source.plain())
+        (regions.crowds if is_crowd(annotation) else regions.sources).append(source.to_plain())
 
     def _settle(self, image: _Image, names: dict[int, str]) -> None:
         """Take out the classes that cannot be asked for, such as those LVIS says it did not mark everywhere."""
         where = f"'{_PARTIAL}' of image {image.listed.number} of {self._path}"
-        numbers = expect(image.listed.record.get(_PARTIAL) or [], list, where)
-        partial = {names.get(expect(number, int, f"a number in {where}")) for number in numbers}
+        numbers = require(image.listed.record.get(_PARTIAL) or [], list, where)
+        partial = {names.get(require(number, int, f"a number in {where}")) for number in numbers}
         for name, regions in list(image.classes.items()):
             if not regions.sources:
                 self.skipped["class of an image with a crowd region only"] += 1
@@ -161,29 +160,29 @@ class PartReader(ClassReader):
             del image.classes[name]
 
 
-def needed_parts(name: str, split: str) -> tuple[Part, Part]:
+def required_files(name: str, split: str) -> tuple[RequiredPath, RequiredPath]:
     """What the data set `name` is made of: its annotations and its images."""
     if split not in _SPLITS:
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(_SPLITS)}: name one of these", NO_SUCH_SPLIT)
     layout = _LAYOUTS[name]
     return (
-        file_part(*(pattern.format(split) for pattern in layout.files)),
-        folder_part(*(pattern.format(split) for pattern in layout.images)),
+        required_file(*(pattern.format(split) for pattern in layout.files)),
+        required_folder(*(pattern.format(split) for pattern in layout.images)),
     )
 
 
 def _pascal_place(root: DataRoot, split: str, name: str, named_by: str) -> tuple[str, str]:
-    return root.placed(_PASCAL, (_VOC_IMAGES,), f"{_VOC_IMAGES}/{name}", named_by)
+    return root.resolve_folder(_PASCAL, (_VOC_IMAGES,), f"{_VOC_IMAGES}/{name}", named_by)
 
 
 def _paco_place(root: DataRoot, split: str, name: str, named_by: str) -> tuple[str, str]:
     """PACO names images "train2017/NAME.jpg" below coco/."""
-    return root.placed(("coco",), _COCO_FOLDERS, name, named_by)
+    return root.resolve_folder(("coco",), _COCO_FOLDERS, name, named_by)
 
 
 def _partimagenet_place(root: DataRoot, split: str, name: str, named_by: str) -> tuple[str, str]:
     """Images lie in a folder per ImageNet class, with which their names begin ("n01440764_1.JPEG"), or all in one."""
-    folder, name = root.placed(_PARTIMAGENET, (split,), f"{split}/{name}", named_by)
+    folder, name = root.resolve_folder(_PARTIMAGENET, (split,), f"{split}/{name}", named_by)
     in_class = f"{name.partition('_')[0]}/{name}"
     flat = "/" in name or not os.path.exists(os.path.join(folder, in_class))
     return folder, name if flat else in_class
