@@ -1,6 +1,6 @@
 """Which files and folders data sets need, and which of them are not there: told without reading annotations.
 
-Each reader's module says what its data sets are made of (`needed_parts`); training and check_data.py both ask here.
+Each reader's module says what its data sets are made of (`required_files`); training and check_data.py both ask here.
 """
 
 import mmap
