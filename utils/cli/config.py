@@ -196,9 +196,7 @@ class DataConfig:
         0.02, "share of samples that may be unreadable before training stops", low=0.0, high=1.0
     )
     strict_data: bool = option(False, "stop at the first sample that cannot be read")
-    fast_resize: bool = option(
-        False, "prepare images faster: large JPEGs lose fine detail, a few edge values are off by 1"
-    )
+    fast_resize: bool = option(False, "prepare images faster: large JPEGs lose fine detail, values may be off by 1")
     index_dir: str = option("", "folder of annotation indexes; empty: PIXELLM_INDEX_DIR, else .index in the data root")
 
     def families(self) -> list[tuple[str, float]]:
