@@ -19,7 +19,7 @@ from utils.checkpoints.builder import (
     is_released_training_state,
     language_tensors,
 )
-from utils.checkpoints.export import fill_and_merge, lora_of, read_trained_weights, write_folder
+from utils.checkpoints.export import export_model, find_lora, load_and_merge, read_trained_weights
 from utils.checkpoints.run_model import RunModel
 from utils.cli.commands import MERGE, parse_merge
 from utils.cli.config import MergeConfig, model_options
@@ -60,13 +60,13 @@ def merge_without_record(config: MergeConfig) -> int:
     quantized = config.load_in_8bit or config.load_in_4bit
     built = build_model(version, tower, options, load_weights=False, to_train=True)
     frozen = language_tensors(Path(version).expanduser()) if quantized else {}
-    layers = fill_and_merge(built, weights, config.weight, alpha, frozen)
+    layers = load_and_merge(built, weights, config.weight, alpha, frozen)
     return save(built, config, f"LoRA of {layers} layers merged", config.train_mask_decoder)
 
 
 def check_lora(config: MergeConfig, weights: dict[str, torch.Tensor], lora_alpha: float) -> None:
     """UserError where flags say otherwise than the weights, or than `lora_alpha`, with which they were trained."""
-    lora = lora_of(weights, config.weight)
+    lora = find_lora(weights, config.weight)
     if lora is not None and config.lora_r is not None and config.lora_r != lora[0]:
         raise UserError(f"--lora_r is {config.lora_r}, but {config.weight} holds LoRA of rank {lora[0]}: leave it out")
     if config.lora_alpha is not None and config.lora_alpha != lora_alpha:
@@ -92,7 +92,7 @@ def save(built: BuiltModel, config: MergeConfig, what: str, has_masks: bool) -> 
         has_masks: whether the parts for masks trained; left as they were initialised they are not worth keeping.
     """
     built.model.to(DTYPES[config.precision])
-    write_folder(built, config.save_path, config.max_shard_size, () if has_masks else MASK_PARTS)
+    export_model(built, config.save_path, config.max_shard_size, () if has_masks else MASK_PARTS)
     size = sum(parameter.numel() for parameter in built.model.parameters())
     print(f"{config.save_path}: {size:,} parameters in {config.precision}, {what}")
     return 0

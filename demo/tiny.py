@@ -151,7 +151,9 @@ def make_tiny(texts: Iterable[str], shape: TinyShape, seed: int, names: Sequence
     torch.manual_seed(seed)
     model = PixelLMForCausalLM(config).eval()
     look_at_neighbours(model.vision_tower)
-    built = BuiltModel(model, processor, LoadReport(fresh=dict.fromkeys(model.state_dict(), "made from nothing")))
+    built = BuiltModel(
+        model, processor, LoadReport(newly_initialized=dict.fromkeys(model.state_dict(), "made from nothing"))
+    )
     balance_residuals(model.language_model)
     look_back(model, [word_id(processor, name) for name in names])
     return built

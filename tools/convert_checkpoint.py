@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.checkpoints.builder import build_model
-from utils.checkpoints.export import write_folder, write_published
+from utils.checkpoints.export import export_model, export_published
 from utils.cli.errors import run_script
 
 
@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     built = build_model(args.source, args.vision_tower, dtype=None)
     print(built.report.table())
     if args.to == "ours":
-        write_folder(built, args.target, args.max_shard_size)
+        export_model(built, args.target, args.max_shard_size)
     else:
-        for sentence in write_published(built, args.target, args.max_shard_size):
+        for sentence in export_published(built, args.target, args.max_shard_size):
             print(sentence)
     print(f"{args.target}: written")
 

@@ -6,12 +6,8 @@ import torch
 
 from model import PixelLMForCausalLM
 from tests.golden import recipe, vectors
-from utils.checkpoints.released_checkpoints import (
-    config_from_release,
-    name_from_clip,
-    name_from_pixellm,
-    state_dict_from_release,
-)
+from tests.golden.release_names import name_from_clip, state_dict_from_release
+from utils.checkpoints.layouts.published_names import config_from_release, name_from_pixellm
 
 CONSTANTS = {"codebook.token_weights", "pixel_decoder.scale_weights"}  # in no checkpoint (fact M1)
 WRAPPER, TOWER = "base_model.model.", "model.vision_tower.vision_tower."

@@ -41,7 +41,7 @@ from model.release_text import (
 from model.structures import CONVERSATION_FORMATS, IGNORE_TOKEN, LLAVA_V1, SEG_MARKER
 from tests.golden import vectors
 from utils.checkpoints.folders import load_tokenizer
-from utils.checkpoints.released_checkpoints import RELEASE_IMAGE_TOKEN_POOL
+from utils.checkpoints.layouts.published_names import RELEASE_IMAGE_TOKEN_POOL
 from utils.data.collate import Batch, Example, collate
 from utils.data.text import remove_image_marker
 

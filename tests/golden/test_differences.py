@@ -22,7 +22,7 @@ from model.structures import TOWER_KEY
 from model.vision_tower import resize_position_table
 from tests.golden import recipe, released_model, test_collate, training, vectors
 from utils.checkpoints.builder import TrainingRecipe, choose_trainable
-from utils.checkpoints.released_checkpoints import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
+from utils.checkpoints.layouts.published_names import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
 from utils.engine.stepping import OptimizerSettings, count_step, shared_counts, weighted_loss
 
 

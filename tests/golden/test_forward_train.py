@@ -4,7 +4,7 @@ import pytest
 
 from model.modeling_pixellm import PixelLMOutput
 from tests.golden import kinks, released_model, training, vectors
-from utils.checkpoints.released_checkpoints import name_from_pixellm
+from utils.checkpoints.layouts.published_names import name_from_pixellm
 
 GROUP = "forward_train"
 CASES = vectors.case_names(GROUP, "cases")

@@ -9,7 +9,7 @@ from PIL import Image
 from model.geometry import resized_shape
 from model.image_processing_pixellm import encode_image, open_image, prepare_image
 from tests.golden import vectors
-from utils.checkpoints.released_checkpoints import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
+from utils.checkpoints.layouts.published_names import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
 
 GROUP = "preprocess"
 IMAGES = vectors.case_names(GROUP, "images")

@@ -6,9 +6,10 @@ import torch
 
 from model import PixelLMForCausalLM
 from tests.golden import released_model, vectors
+from tests.golden.release_names import CLIP_CLASS_TOKENS, CLIP_POSITION_TABLE
 from utils.checkpoints.builder import TrainingRecipe, choose_trainable
-from utils.checkpoints.export import WHOLE_NAMES
-from utils.checkpoints.released_checkpoints import CLIP_CLASS_TOKENS, CLIP_POSITION_TABLE, name_from_pixellm
+from utils.checkpoints.layouts.published_names import name_from_pixellm
+from utils.checkpoints.tensor_files import WHOLE_NAMES
 
 PUBLISHED, WRAPPED = "state_dict_keys_published", "state_dict_keys_lora_wrapped"
 CONFIG, GENERATION = "published_config", "published_generation_config"

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.golden import released_model, vectors
-from utils.checkpoints.released_checkpoints import config_from_release, name_from_clip, name_from_pixellm
+from tests.golden.release_names import name_from_clip
+from utils.checkpoints.layouts.published_names import config_from_release, name_from_pixellm
 
 
 def test_no_two_published_tensors_become_one() -> None:

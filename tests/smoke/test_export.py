@@ -14,7 +14,7 @@ from model.predictor import Predictor
 from tests.smoke.conftest import ROOT, SmokeRun
 from tests.unit.tiny_pixellm import noise
 from utils.checkpoints.builder import TrainingRecipe, build_model, choose_trainable
-from utils.checkpoints.export import fill_and_merge, read_trained_weights
+from utils.checkpoints.export import load_and_merge, read_trained_weights
 from utils.engine.checkpoints import tags
 
 QUESTION = "Where is the red circle?"
@@ -134,7 +134,7 @@ def test_it_can_be_trained_further_and_exported_again(exported: Path) -> None:
             torch.nn.init.normal_(parameter, std=10.0)  # enough to be seen in the masks
     weights = {name: value.clone() for name, value in built.model.state_dict().items()}
     again = build_model(str(exported), load_weights=False)
-    assert fill_and_merge(again, weights, "the second run", lora_alpha=4) == 4
+    assert load_and_merge(again, weights, "the second run", lora_alpha=4) == 4
     image, given = noise(20, 30), [("Where?", "the red circle {seg} and the blue square {seg}.")]
     trained = Predictor(built.model, built.processor).segment([image], [given], [0])[0]
     merged = Predictor(again.model, again.processor).segment([image], [given], [0])[0]

@@ -15,7 +15,7 @@ from model.predictor import Predictor
 from tests.unit.tiny_pixellm import make_model
 from utils.checkpoints import export
 from utils.checkpoints.builder import BuildError, TrainingRecipe, choose_trainable
-from utils.checkpoints.export import fill_and_merge, lora_of, read_trained_weights, write_folder
+from utils.checkpoints.export import export_model, find_lora, load_and_merge, read_trained_weights
 from utils.cli.errors import run_script
 from utils.cli.run_card import write_run_card
 
@@ -77,11 +77,11 @@ def test_weights_are_read_in_every_form(weights: Weights, tmp_path: Path, form: 
 
 
 def test_lora_is_read_off_the_weights(weights: Weights) -> None:
-    assert lora_of(weights, "x") == (4, "q_proj,v_proj")
-    assert lora_of({"a.weight": torch.zeros(1)}, "x") is None
+    assert find_lora(weights, "x") == (4, "q_proj,v_proj")
+    assert find_lora({"a.weight": torch.zeros(1)}, "x") is None
     uneven = {"a.q_proj.lora_A.default.weight": torch.zeros(2, 3), "a.v_proj.lora_A.default.weight": torch.zeros(4, 3)}
     with pytest.raises(BuildError, match="several ranks"):
-        lora_of(uneven, "x")
+        find_lora(uneven, "x")
 
 
 class Surprise:
@@ -150,11 +150,11 @@ def test_weights_that_do_not_fit_are_named(weights: Weights, change: Any, said: 
     changed = dict(weights)
     change(changed)
     with pytest.raises(BuildError, match=said):
-        fill_and_merge(make_model(), changed, "the checkpoint", lora_alpha=16)
+        load_and_merge(make_model(), changed, "the checkpoint", lora_alpha=16)
 
 
 def base_folder(place: Path) -> Path:
-    write_folder(make_model(), place / "base")
+    export_model(make_model(), place / "base")
     return place / "base"
 
 
@@ -227,7 +227,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
 
     monkeypatch.setattr(export, "save_model", fail)
     with pytest.raises(BuildError, match="no space left to write the model"):
-        write_folder(make_model(), tmp_path / "out")
+        export_model(make_model(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,5 +240,5 @@ def test_an_earlier_export_survives_a_failed_one(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(export, "save_model", fail)
     with pytest.raises(BuildError):
-        write_folder(make_model(seed=2), folder)
+        export_model(make_model(seed=2), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -14,7 +14,7 @@ from model.predictor import Predictor
 from tests.smoke.conftest import training_flags
 from tests.unit.tiny_pixellm import make_model
 from utils.checkpoints.builder import BuildError, TrainingRecipe, build_model, choose_trainable, save_model
-from utils.checkpoints.export import write_folder
+from utils.checkpoints.export import export_model
 from utils.checkpoints.run_model import ADAPTER_SETTINGS, MODEL_FOLDER, RunModel, save_run_model
 from utils.cli.errors import run_script
 
@@ -155,7 +155,7 @@ def test_a_model_of_before_is_trained_on_and_exported(saved_before: Path, smoke_
     assert run_script(train_ds.main, flags) == 0
     assert run_merge(tmp_path, weight="run/ckpt_model") == 0
     built = build_model(str(model))
-    write_folder(built, tmp_path / "again")
+    export_model(built, tmp_path / "again")
     before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items()) and set(before) == set(after)
     assert Predictor.from_pretrained(tmp_path / "again", device="cpu").model.config.num_scales == 2

@@ -147,7 +147,7 @@ def test_pretraining_in_words_and_starting_from_its_weights(
     built, trained = build_for_training(args)
     assert all(torch.equal(value, weights[name].to(value.dtype)) for name, value in built.model.state_dict().items())
     assert not any("lora" in name for name in trained)
-    assert load_weights_into(built.model, weights, "the same").fresh == {}
+    assert load_weights_into(built.model, weights, "the same").newly_initialized == {}
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from model.processing_pixellm import IMAGE_END_TOKEN, IMAGE_START_TOKEN
+from tests.golden.release_names import CLIP_POSITION_TABLE
 from tests.unit.tokenizer_kinds import FIXTURES
-from utils.checkpoints.released_checkpoints import CLIP_POSITION_TABLE
 
 Tensors = dict[str, torch.Tensor]
 FORMS = ("model.safetensors", "pytorch_model.bin", "sharded model.safetensors", "sharded pytorch_model.bin")

@@ -49,7 +49,7 @@ def test_plain_folders_become_a_pixellm_that_goes_on(
     built = build_model(str(base), str(eye), options(conversation))
     check_groups(built.processor)
     _carries(built, base, eye)
-    fresh = {name.split(".")[0] for name in built.report.fresh}
+    fresh = {name.split(".")[0] for name in built.report.newly_initialized}
     assert fresh == {"projector", "mask_projector", "codebook", "pixel_decoder", "language_model"}
     assert ("text_model" in built.report.table()) == ("whole" in tower), "what is not the tower is named as ignored"
 
@@ -60,7 +60,7 @@ def test_plain_folders_become_a_pixellm_that_goes_on(
 
     save_model(built.model, built.processor, tmp_path / "saved")
     again = build_model(str(tmp_path / "saved"))
-    assert not again.report.fresh and not again.report.ignored
+    assert not again.report.newly_initialized and not again.report.ignored
     assert again.processor.settings() == built.processor.settings()
     assert torch.equal(batch_for(again)["input_ids"], batch["input_ids"])
     assert same(outputs(built, batch), outputs(again, batch))
@@ -98,7 +98,7 @@ def test_spare_rows_of_a_table_are_used_first(tmp_path: Path) -> None:
     built = build_model(str(base), str(write_tower(tmp_path / "tower", "clip")), options())
     assert built.model.get_input_embeddings().num_embeddings == 512
     assert max(built.processor.seg_token_ids) < 512
-    assert "language_model.embeddings" not in built.report.fresh
+    assert "language_model.embeddings" not in built.report.newly_initialized
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
@@ -179,7 +179,7 @@ def test_scales_and_tokens_are_chosen_with_the_first_mask_parts(scales: int, tok
         assert output.embeddings.shape[1] == scales and torch.isfinite(output.losses["bce"].sum)
     old = words.model.get_input_embeddings().weight
     assert torch.equal(continued.model.get_input_embeddings().weight[: len(old)], old)
-    assert ("language_model.embeddings" in continued.report.fresh) == (scales * tokens > 6)
+    assert ("language_model.embeddings" in continued.report.newly_initialized) == (scales * tokens > 6)
 
 
 def test_a_tower_beside_a_pixellm_is_said_to_be_ignored(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ UP, PATCHES, FUSION = "model.layers.1.mlp.up_proj.weight", "embeddings.patch_emb
 def spoilt(name: str) -> list[tuple[Change, str]]:
     """Every way a file of weights can be spoilt, and what is said."""
     return [
-        (half("model.safetensors"), "is cut off: tensor"),
+        (half("model.safetensors"), "is not a whole file of weights"),
         (without("model.safetensors"), "model.safetensors"),
         (tensors(lambda t: t.pop(name)), rf"tensor '?{name}'? is missing"),
         (tensors(lambda t: t[name].view(-1)[:1].fill_(torch.nan)), rf"tensor '?{name}'? holds values that are not"),

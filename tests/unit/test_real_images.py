@@ -77,7 +77,7 @@ def test_the_config_enlarges_a_tiny_base(tmp_path: Path, repository: Path) -> No
     # A patch of the small grid lies between four of the large one, which average to about what it was.
     between = table[1:].unflatten(0, (7, 2, 7, 2)).mean(dim=(1, 3)).flatten(0, 1)
     assert (between - own[1:]).norm() < 0.1 * own[1:].norm()
-    assert {name.split(".")[0] for name in large.report.fresh} == set(MASK_PARTS)
+    assert {name.split(".")[0] for name in large.report.newly_initialized} == set(MASK_PARTS)
 
 
 def test_several_kinds_of_data_are_mixed_and_sentences_dominate(repository: Path) -> None:

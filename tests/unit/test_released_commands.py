@@ -16,7 +16,7 @@ from demo.scenes.planning import SceneDataSettings
 from tests.unit import released_folders as folders
 from tests.unit.tiny_bases import write_language_model, write_tower
 from tests.unit.tiny_pixellm import noise
-from utils.checkpoints.tensor_files import stored_in
+from utils.checkpoints.tensor_files import open_tensors
 
 pytestmark = pytest.mark.timeout(900)  # programs in a row, each of which loads torch
 
@@ -131,7 +131,7 @@ def test_converting_there_and_back(shell: Shell) -> None:
     shell.run(score, "--limit=2 --max_new_tokens=4 --device=cpu")
     assert (shell.place / "scores" / "results.json").is_file()
     shell.run(back, PATH_TO_WRITE="written")
-    found = {name: stored.read() for name, stored in stored_in(shell.place / "written").items()}
+    found = {name: stored.read() for name, stored in open_tensors(shell.place / "written").items()}
     assert set(found) == set(tensors) and all(torch.equal(found[name], tensors[name]) for name in tensors)
 
     # The original's training state takes the same way.
@@ -140,4 +140,4 @@ def test_converting_there_and_back(shell: Shell) -> None:
     said = shell.run(merge, PATH_TO_LLaVA="base", PATH_TO_CLIP=tower)
     assert "LoRA of 6 layers merged with alpha 16" in said
     shell.run(back, PATH_TO_WRITE="written_again")
-    assert set(stored_in(shell.place / "written_again")) == set(tensors)
+    assert set(open_tensors(shell.place / "written_again")) == set(tensors)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.unit import released_folders as folders
-from utils.checkpoints.tensor_files import stored_in, weight_files
-from utils.checkpoints.weight_loading import draw_rows
+from utils.checkpoints.tensor_files import open_tensors, weight_files
+from utils.checkpoints.weight_loading import initialize_new_rows
 
 MOST = 1.3  # times the checkpoint
 
@@ -79,7 +79,7 @@ def test_a_small_checkpoint_is_held_once(form: str, child_env: dict[str, str], t
 @pytest.mark.parametrize(
     ("form", "kind", "asked"),
     [
-        *((form, torch.bfloat16, "bfloat16") for form in (*folders.FORMS, folders.OLD)),
+        *((form, torch.bfloat16, "bfloat16") for form in folders.FORMS),
         ("sharded pytorch_model.bin", torch.float16, "float16"),
         ("model.safetensors", torch.float16, "bfloat16"),
     ],
@@ -98,13 +98,13 @@ def test_a_gigabyte_is_held_once(
 
 def test_a_tensor_is_not_in_memory_before_it_is_read(tmp_path: Path) -> None:
     folders.write_weights({"a": torch.ones(4), "b": torch.ones(2)}, tmp_path, "model.safetensors")
-    assert {name: stored.shape for name, stored in stored_in(tmp_path).items()} == {"a": (4,), "b": (2,)}
+    assert {name: stored.shape for name, stored in open_tensors(tmp_path).items()} == {"a": (4,), "b": (2,)}
 
 
 def test_drawn_rows_lie_around_the_mean() -> None:
     torch.manual_seed(0)
     table = torch.cat([3 + 2 * torch.randn(5000, 8), torch.full((500, 8), torch.nan)])
-    draw_rows(table, 5000)
+    initialize_new_rows(table, 5000)
     mean, deviation = table[:5000].mean(0), table[:5000].std(0)
     new = (table[5000:] - mean) / deviation
     # A hundredth of the others' deviation, within four standard errors of 500 draws.

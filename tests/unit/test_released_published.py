@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import merge_lora_weights_and_save_hf_model as merge
 from model.predictor import ModelFolderError, Predictor
+from tests.golden.release_names import CLIP_POSITION_TABLE, state_dict_from_release
 from tests.unit import released_folders as folders
 from tests.unit.tiny_batches import ONE, make_batch, total_loss
 from tools import convert_checkpoint
@@ -24,16 +25,14 @@ from utils.checkpoints.builder import (
     choose_trainable,
     merge_lora,
 )
-from utils.checkpoints.export import write_folder, write_published
-from utils.checkpoints.published import unused_shapes
-from utils.checkpoints.released_checkpoints import (
-    CLIP_POSITION_TABLE,
+from utils.checkpoints.export import export_model, export_published
+from utils.checkpoints.layouts.published_names import (
     RELEASE_CONSTANTS,
     RELEASE_IMAGE_MEAN,
     RELEASE_IMAGE_STD,
-    state_dict_from_release,
 )
-from utils.checkpoints.tensor_files import stored_in
+from utils.checkpoints.published_export import unused_shapes
+from utils.checkpoints.tensor_files import open_tensors
 from utils.cli.errors import explain, run_script
 
 SIXTH, HALF = torch.full((2, 3), 1 / 6), torch.full((2,), 1 / 2)
@@ -52,7 +51,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path) -> folders.Tensors:
-    return {name: stored.read() for name, stored in stored_in(folder).items()}
+    return {name: stored.read() for name, stored in open_tensors(folder).items()}
 
 
 def same(first: folders.Tensors, second: folders.Tensors) -> None:
@@ -91,7 +90,7 @@ def test_there_and_back_changes_no_bit(form: str, kind: torch.dtype, eye: str, t
 
 def test_release_numerics_are_chosen_and_saved(published: Path, eye: str, tmp_path: Path) -> None:
     built = build_model(str(published), eye)
-    write_folder(built, tmp_path / "ours")
+    export_model(built, tmp_path / "ours")
     again = build_model(str(tmp_path / "ours"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     for one in (built, again, BuiltModel(loaded, again.processor, again.report)):
@@ -131,7 +130,7 @@ def test_elsewhere_logits_and_masks_are_the_same(
 ) -> None:
     """ours -> safetensors -> from_pretrained in a process that has nothing of this repository but the folder."""
     built = build_model(str(published), eye)
-    write_folder(built, tmp_path / "ours", max_shard_size="9MB")
+    export_model(built, tmp_path / "ours", max_shard_size="9MB")
     batch = make_batch(built.processor, [(0, ONE)], [(24, 40)])
     torch.save(batch, tmp_path / "batch.pt")
     (tmp_path / "script.py").write_text(ELSEWHERE)
@@ -163,7 +162,7 @@ def test_the_folder_gives_what_the_golden_numbers_were_checked_with(published: P
 
 def test_nothing_is_random_and_all_is_said(published: Path, eye: str) -> None:
     report = build_model(str(published), eye).report
-    assert set(report.fresh) == {"codebook.token_weights", "pixel_decoder.scale_weights"}
+    assert set(report.newly_initialized) == {"codebook.token_weights", "pixel_decoder.scale_weights"}
     unused = {name for name in report.ignored if "vision_model" not in name}
     assert unused == {
         name for name in folders.NAMES["published"] if "inv_freq" in name or "point" in name or "downsc" in name
@@ -182,7 +181,7 @@ def test_made_up_tensors_have_the_published_names_and_shapes(published: Path, ey
     expected = {name: shape for name, shape in folders.NAMES["published"].items() if name in build_ignored(built)}
     assert shapes == expected
     built.published = None
-    said = write_published(built, tmp_path / "back")
+    said = export_published(built, tmp_path / "back")
     assert any("were made up" in sentence for sentence in said)
     found = {name: list(value.shape) for name, value in read(tmp_path / "back").items()}
     assert found == folders.NAMES["published"]
@@ -195,7 +194,7 @@ def build_ignored(built: BuiltModel) -> set[str]:
 
 
 def test_it_trains_on_under_our_recipe(published: Path, eye: str, tmp_path: Path) -> None:
-    write_folder(build_model(str(published), eye), tmp_path / "ours")
+    export_model(build_model(str(published), eye), tmp_path / "ours")
     for version, tower in ((published, eye), (tmp_path / "ours", None)):
         built = build_model(str(version), tower, to_train=True)
         config = built.model.config
@@ -248,9 +247,9 @@ def test_trained_with_fixed_fusion_it_goes_back(published: Path, eye: str, tmp_p
     unmerged = outputs(built)
     merge_lora(built.model)
     assert (outputs(built) - unmerged).abs().max() <= 1e-5 * max(1.0, float(unmerged.abs().max()))
-    write_folder(built, tmp_path / "trained")
+    export_model(built, tmp_path / "trained")
     again = build_model(str(tmp_path / "trained"))
-    write_published(again, tmp_path / "back")
+    export_published(again, tmp_path / "back")
     found, before = read(tmp_path / "back"), read(published)
     assert set(found) == set(before)
     assert not torch.equal(found["model.image_feature_neck.0.weight"], before["model.image_feature_neck.0.weight"])
@@ -267,7 +266,7 @@ def test_learned_fusion_does_not_go_back_and_says_where_it_differs(published: Pa
         built.model.pixel_decoder.scale_weights[0] = 0.75
     built.processor.image_mean = [1.0, 2.0, 3.0]
     with pytest.raises(BuildError) as error:
-        write_published(built, tmp_path / "back")
+        export_published(built, tmp_path / "back")
     said = str(error.value)
     assert "codebook.token_weights: found 0.25, expected 0.166667" in said
     assert "pixel_decoder.scale_weights: found 0.75, expected 0.5" in said
@@ -360,10 +359,10 @@ def test_a_sentencepiece_tokenizer_as_it_was_published(eye: str, tmp_path: Path)
         (tmp_path / "theirs" / name).write_bytes(content)
     built = build_model(str(tmp_path / "theirs"), eye)
     assert built.processor.seg_token_ids == list(range(560, 566))
-    write_folder(built, tmp_path / "ours")
+    export_model(built, tmp_path / "ours")
     again = build_model(str(tmp_path / "ours"))
     assert torch.equal(outputs(again), outputs(built))
-    write_published(again, tmp_path / "back")
+    export_published(again, tmp_path / "back")
     assert all((tmp_path / "back" / name).read_bytes() == content for name, content in files.items())
     same(read(tmp_path / "back"), tensors)
 
@@ -371,10 +370,10 @@ def test_a_sentencepiece_tokenizer_as_it_was_published(eye: str, tmp_path: Path)
 def test_what_no_weight_depends_on_may_be_ours(published: Path, eye: str, tmp_path: Path) -> None:
     """A broken group costs its own mask alone then, a long conversation loses whole turns; going back stays free."""
     built = build_model(str(published), eye, ModelOptions(group_rule="adjacent", text_rules="turns"))
-    write_folder(built, tmp_path / "ours")
+    export_model(built, tmp_path / "ours")
     again = build_model(str(tmp_path / "ours"))
     assert (again.model.config.group_rule, again.processor.text_rules) == ("adjacent", "turns")
-    assert write_published(again, tmp_path / "back")
+    assert export_published(again, tmp_path / "back")
 
 
 def test_options_against_what_its_weights_fix(published: Path, eye: str) -> None:
@@ -411,7 +410,7 @@ def test_the_originals_training_state_is_merged(eye: str, tmp_path: Path) -> Non
     built = build_model(str(tmp_path / "folder"), eye)
     assert "LoRA of 6 layers merged with alpha 16" in built.report.table()
     same(dict(built.model.state_dict()), own)
-    write_published(built, tmp_path / "back")
+    export_published(built, tmp_path / "back")
     assert {n: list(v.shape) for n, v in read(tmp_path / "back").items()} == folders.NAMES["published"]
 
 

@@ -66,7 +66,7 @@ def test_a_base_of_words_lacks_mask_parts_and_gets_new_ones(tmp_path: Path) -> N
     base = make_model()
     save_model(base.model, base.processor, tmp_path / "base", left_out=MASK_PARTS)
     built = build_model(str(tmp_path / "base"))
-    assert {name.split(".")[0] for name in built.report.fresh} == set(MASK_PARTS)
+    assert {name.split(".")[0] for name in built.report.newly_initialized} == set(MASK_PARTS)
     assert {name.split(".")[0] for name in built.report.loaded} == {"language_model", "vision_tower", "projector"}
     table = built.report.table()
     assert all(f"new      {part} (" in table for part in MASK_PARTS), table

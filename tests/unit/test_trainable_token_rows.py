@@ -9,8 +9,8 @@ from torch import nn
 from tests.unit.tiny_batches import TWO, make_batch, total_loss
 from tests.unit.tiny_pixellm import make_model
 from utils.checkpoints.builder import BuildError, TrainingRecipe, choose_trainable, load_weights_into
-from utils.checkpoints.export import fill_and_merge
-from utils.checkpoints.trainable_token_rows import parted_tables, train_rows_from, whole_tables
+from utils.checkpoints.export import load_and_merge
+from utils.checkpoints.trainable_token_rows import join_tables, make_rows_trainable, split_tables
 
 RECIPE = {"lora_r": 2, "lora_dropout": 0.0}
 
@@ -32,14 +32,14 @@ def test_tied_tables_stay_tied() -> None:
     table = nn.Embedding(6, 3)
     head = nn.Linear(3, 6, bias=False)
     head.weight = table.weight
-    train_rows_from([table, head], 4)
+    make_rows_trainable([table, head], 4)
     both = nn.ModuleList([table, head])
     assert [tuple(p.shape) for p in both.parameters()] == [(4, 3), (2, 3)]
     with torch.no_grad():
         table.parametrizations["weight"].original1.add_(1.0)
     assert torch.equal(head.weight, table.weight)
     with pytest.raises(BuildError, match=r"begin at row 6 of a table of 6 rows"):
-        train_rows_from([nn.Embedding(6, 3)], 6)
+        make_rows_trainable([nn.Embedding(6, 3)], 6)
 
 
 def test_names_go_there_and_back(tmp_path: Path) -> None:
@@ -48,9 +48,9 @@ def test_names_go_there_and_back(tmp_path: Path) -> None:
     choose_trainable(built.model, TrainingRecipe(lora_r=0, train_new_tokens_only=True))
     parted = built.model.state_dict()
     assert parted.keys() != plain.keys()
-    again = whole_tables(parted)
+    again = join_tables(parted)
     assert again.keys() == plain.keys() and all(torch.equal(again[name], plain[name]) for name in plain)
-    assert parted_tables(built.model, plain).keys() == parted.keys()
+    assert split_tables(built.model, plain).keys() == parted.keys()
     load_weights_into(built.model, {name: value + 0 for name, value in plain.items()}, "plain")
 
 
@@ -63,7 +63,7 @@ def test_what_it_trains_is_merged_into_whole_tables() -> None:
                 parameter.add_(0.01 * torch.randn_like(parameter))
     trained = {name: value.clone() for name, value in built.model.state_dict().items()}
     fresh = make_model(seed=5)
-    fill_and_merge(fresh, trained, "trained", 16)
+    load_and_merge(fresh, trained, "trained", 16)
     wanted, found = built.model.get_output_embeddings().weight, fresh.model.get_output_embeddings().weight
     assert isinstance(found, nn.Parameter) and torch.equal(found, wanted)
     assert not any("parametrizations" in name for name in fresh.model.state_dict())

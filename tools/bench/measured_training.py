@@ -9,7 +9,7 @@ import torch
 from model.modeling_pixellm import PixelLMForCausalLM
 from tools.bench.baselines import SHAPES, Shape, measured_model, training_batch
 from utils.checkpoints.builder import TrainingRecipe, choose_trainable
-from utils.checkpoints.quantized_layers import hold_in_bits
+from utils.checkpoints.quantized_layers import quantize_frozen
 
 TRAINED_SHAPES = {
     "7b": Shape(4096, 32, 32, 11008, 32000, 1024, 24, 256, 2048),
@@ -32,7 +32,7 @@ def model_to_train(
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
     if bits is not None:
-        hold_in_bits(model, bits, torch.bfloat16, device)
+        quantize_frozen(model, bits, torch.bfloat16, device)
     trained = choose_trainable(model, TrainingRecipe())
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,31 +1,25 @@
-"""Base + options -> a PixelLM ready to train: what is loaded, what is new, what trains, and LoRA in and out again."""
+"""A folder + options -> a PixelLM, ready to train; and a PixelLM -> a folder."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
-from model.configuration_pixellm import PixelLMConfig
 from model.modeling_pixellm import PixelLMForCausalLM
-from model.onednn_linear import use_onednn
-from model.processing_pixellm import PixelLMProcessor, check_groups, required_vocab_size
-from model.structures import FLASH_ATTENTION, LORA_ALPHA, LORA_DROPOUT, LORA_RANK, LORA_TARGET_MODULES, SDPA
-from model.vision_tower import resize_position_table
-from utils.checkpoints.bases import LANGUAGE, POSITION_TABLE, TOWER, llava
-from utils.checkpoints.folders import BuildError, first_sentence, local_folder, read_config
-from utils.checkpoints.from_bases import from_language_model, from_llava
-from utils.checkpoints.from_released import build_training_state, is_released_training_state, released
-from utils.checkpoints.layouts import LLAVAS, OURS, PUBLISHED_PIXELLM, recognise
+from model.processing_pixellm import PixelLMProcessor, check_groups
+from model.structures import FLASH_ATTENTION, SDPA
+from utils.checkpoints.adapters import TrainingRecipe, choose_trainable, inject_lora, merge_lora
+from utils.checkpoints.folders import BuildError, first_sentence, local_folder
+from utils.checkpoints.layouts import ModelSource, recognise
+from utils.checkpoints.layouts.published_pixellm import is_released_training_state, read_training_state
 from utils.checkpoints.load_report import LoadReport
-from utils.checkpoints.options import MASK_PARTS, BuiltModel, Manner, ModelOptions, finish, learn_fusion, token_ids
-from utils.checkpoints.published import PublishedRest, lora_alpha_in, merged_lora, sort_published
-from utils.checkpoints.tensor_files import Stored, StoredTensor, stored_in
-from utils.checkpoints.trainable_token_rows import train_rows_from
-from utils.checkpoints.weight_loading import MISMATCH, Origin, Settle, load_weights_into
+from utils.checkpoints.options import MASK_PARTS, BuiltModel, ModelOptions
+from utils.checkpoints.published_extras import PublishedExtras
+from utils.checkpoints.tensor_files import StoredTensors, no_weights
+from utils.checkpoints.weight_loading import OnParameterLoaded, empty_model, fill_model, load_weights_into
 
 # What scripts and tests ask of this package comes from here.
 __all__ = [
@@ -34,17 +28,20 @@ __all__ = [
     "BuiltModel",
     "LoadReport",
     "ModelOptions",
-    "Settle",
+    "OnParameterLoaded",
     "TrainingRecipe",
     "build_model",
     "build_training_state",
     "choose_trainable",
     "inject_lora",
     "is_released_training_state",
+    "language_tensors",
     "load_weights_into",
     "merge_lora",
     "save_model",
 ]
+
+NEW_ROWS = "rows of the added tokens are drawn around the mean of the others"
 
 
 def build_model(
@@ -56,7 +53,7 @@ def build_model(
     attn_implementation: str = SDPA,
     load_weights: bool = True,
     to_train: bool = False,
-    settle: Settle | None = None,
+    on_parameter_loaded: OnParameterLoaded | None = None,
 ) -> BuiltModel:
     """Build from local folders.
 
@@ -69,8 +66,8 @@ def build_model(
         load_weights: False leaves the weights as initialised, for callers that load all of them themselves.
         to_train: the fusion weights that a release holds constant become learned and start at those constants, unless
             the options say otherwise.
-        settle: called with every parameter as soon as it has its numbers: to keep only a rank's part of them, say, so
-            that no process ever holds all.
+        on_parameter_loaded: called with every parameter as soon as it has its numbers: to keep only a rank's part of
+            them, say, so that no process ever holds all.
 
     Raises:
         BuildError: a folder is missing or is not what is expected, tensors do not fit, or parts do not work together.
@@ -82,214 +79,99 @@ def build_model(
             f"--attn_implementation {FLASH_ATTENTION} needs the package flash-attn and a CUDA GPU, which are not here: "
             "install it, or choose sdpa"
         )
-    manner = Manner(dtype, attn_implementation, load_weights, to_train, settle)
-    try:
-        built = _build(folder, vision_tower, options, manner)
-    except BuildError:
-        raise
-    except (ValueError, KeyError, ImportError) as error:
-        raise BuildError(f"cannot build a PixelLM from {folder}: {first_sentence(error)}") from error
-    check_groups(built.processor)
-    built.model.eval()
+    options = replace(options, learn_fusion=to_train)
+    with _explain_refusal(folder):
+        checkpoint = recognise(folder)
+        source = checkpoint.layout.read(checkpoint, vision_tower, options)
+        if load_weights and not checkpoint.tensors:
+            raise no_weights(folder)
+        built = _load_model(source, dtype, attn_implementation, load_weights, on_parameter_loaded)
+    if to_train:
+        # Random Fourier features lose what they are for in 16 bits, whatever type they were saved in.
+        for buffer in built.model.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.float()
     return built
 
 
-def _build(folder: Path, vision_tower: str | None, options: ModelOptions, manner: Manner) -> BuiltModel:
-    checkpoint = recognise(folder)
-    if checkpoint.layout is OURS:
-        config = read_config(folder, "--version")
-        built = _continue_pixellm(folder, config, options, manner)
-        if vision_tower:
-            built.report.ignored["--vision-tower"] = f"{folder} is a PixelLM, which has its own"
-        return built
-    if checkpoint.layout is PUBLISHED_PIXELLM:
-        return released(checkpoint, f"--version {folder}", vision_tower, options, manner, lora_alpha_in(folder))
-    if checkpoint.layout in LLAVAS:
-        return from_llava(checkpoint, vision_tower, options, manner)
-    return from_language_model(checkpoint, vision_tower, options, manner)
+def build_training_state(
+    weight: str,
+    version: str,
+    vision_tower: str | None,
+    options: ModelOptions | None = None,
+    *,
+    lora_alpha: float,
+    dtype: torch.dtype | None = torch.float32,
+) -> BuiltModel:
+    """Build what the original's training left: the PEFT-wrapped state of a published PixelLM, its LoRA merged.
+
+    Args:
+        weight: the file or folder with the state. version: the LLaVA it was trained over, for config and tokenizer.
+        vision_tower: the tower's folder, for its config.
+
+    Raises:
+        BuildError: as `build_model`.
+    """
+    with _explain_refusal(Path(weight)):
+        source = read_training_state(weight, version, vision_tower, options or ModelOptions(), lora_alpha)
+        return _load_model(source, dtype, SDPA, True, None)
 
 
-def language_tensors(folder: Path) -> Stored:
+@contextmanager
+def _explain_refusal(place: Path) -> Iterator[None]:
+    """Turn what configs and libraries raise for values that do not go together into BuildError."""
+    try:
+        yield
+    except BuildError:
+        raise
+    except (ValueError, KeyError, ImportError) as error:
+        raise BuildError(f"cannot build a PixelLM from {place}: {first_sentence(error)}") from error
+
+
+def _load_model(
+    source: ModelSource,
+    dtype: torch.dtype | None,
+    attn_implementation: str,
+    load_weights: bool,
+    on_parameter_loaded: OnParameterLoaded | None,
+) -> BuiltModel:
+    """The model of a source with its weights, in evaluation mode; the other arguments are those of `build_model`."""
+    if load_weights:
+        model = empty_model(source.config, attn_implementation)
+        report = fill_model(
+            model,
+            source.tensors,
+            source.origins,
+            dtype=dtype,
+            allow_missing=source.allow_missing,
+            rows=source.token_rows,
+            on_parameter_loaded=on_parameter_loaded,
+        )
+        report.newly_initialized |= source.newly_initialized
+        if source.config.text_config.vocab_size > source.token_rows:
+            report.newly_initialized["language_model.embeddings"] = NEW_ROWS
+        if source.check is not None:
+            source.check(model.eval())
+    else:
+        source.config._attn_implementation = attn_implementation
+        model = PixelLMForCausalLM(source.config).to(dtype or torch.float32)
+        report = LoadReport()
+    report.layout = source.layout
+    report.ignored |= source.ignored
+    check_groups(source.processor)
+    return BuiltModel(model.eval(), source.processor, report, source.published)
+
+
+def language_tensors(folder: Path) -> StoredTensors:
     """The language model's tensors in a folder that `build_model` takes, by their names in our model.
 
     Raises:
         BuildError: the folder holds no weights, or is of a model that this program does not run.
     """
     checkpoint = recognise(folder)
-    if checkpoint.layout is OURS:
-        return stored_in(folder)
-    if checkpoint.layout is PUBLISHED_PIXELLM:
-        return sort_published(str(folder), checkpoint.tensors, lora_alpha_in(folder)).model
-    tensors, _ = merged_lora(str(folder), checkpoint.tensors, lora_alpha_in(folder))
-    if checkpoint.layout in LLAVAS:
-        return llava(replace(checkpoint, tensors=tensors)).language.tensors
-    return {f"{LANGUAGE}{name}": stored for name, stored in tensors.items()}
-
-
-# --- a PixelLM that goes on ---------------------------------------------------------------------------------------
-
-
-def _continue_pixellm(folder: Path, saved: PixelLMConfig, options: ModelOptions, manner: Manner) -> BuiltModel:
-    processor = _changed_processor(_saved_processor(folder, saved), options)
-    rows = saved.text_config.vocab_size
-    config = _changed_config(saved, processor, options)
-    config.text_config.vocab_size = max(rows, required_vocab_size(processor.tokenizer))
-    if manner.to_train:
-        learn_fusion(config, options)
-    tensors = stored_in(folder) if manner.load_weights else {}
-    if POSITION_TABLE in tensors:
-        tensors[POSITION_TABLE] = _on_the_grid(tensors, config)
-    may_lack = {
-        part: f"not in {folder}, initialised"
-        for part in MASK_PARTS
-        if not any(name.startswith(f"{part}.") for name in tensors)
-    }
-    built = finish(config, processor, tensors, [Origin("", str(folder), advice=MISMATCH)], may_lack, manner, rows)
-    built.published = PublishedRest.load(folder)
-    built.report.layout = OURS.title
-    return built
-
-
-def _on_the_grid(tensors: Stored, config: PixelLMConfig) -> StoredTensor:
-    """The tower's stored position table, brought to the config's grid."""
-    table = tensors[POSITION_TABLE]
-    class_tokens = int(f"{TOWER}embeddings.class_embedding" in tensors)
-    grid, method = config.grid_size, config.position_resize
-    return table.made(
-        (class_tokens + grid**2, *table.shape[1:]),
-        lambda value: resize_position_table(value, grid, class_tokens, method),
-    )
-
-
-def _saved_processor(folder: Path, saved: PixelLMConfig) -> PixelLMProcessor:
-    """The processor of a PixelLM folder; BuildError where it is not the one that belongs to the model."""
-    path = folder / "processor_config.json"
-    if not path.is_file():
-        raise BuildError(f"{path} is missing: the folder must hold the processor that was saved with the model")
-    try:
-        processor = PixelLMProcessor.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises Exception itself
-        raise BuildError(f"the processor in {folder} cannot be read: {first_sentence(error)}") from error
-    shared = ("image_size", "patch_size", "image_token_pool", "num_scales", "tokens_per_scale")
-    for name in (*shared, "seg_token_ids", "image_token_id"):
-        found, expected = getattr(processor, name), getattr(saved, name)
-        if found != expected:
-            raise BuildError(
-                f"{folder}: the processor's {name} is {found}, the model's {expected}: its files are not of one model"
-            )
-    return processor
-
-
-def _changed_processor(saved: PixelLMProcessor, options: ModelOptions) -> PixelLMProcessor:
-    """The saved processor with the chosen options changed."""
-    settings = {**saved.settings(), **options.chosen(PixelLMProcessor)}
-    PixelLMProcessor.prepare_tokenizer(saved.tokenizer, settings["num_scales"], settings["tokens_per_scale"])
-    return PixelLMProcessor(saved.tokenizer, **settings)
-
-
-def _changed_config(saved: PixelLMConfig, processor: PixelLMProcessor, options: ModelOptions) -> PixelLMConfig:
-    fields = saved.to_dict()
-    chosen = options.chosen(PixelLMConfig)
-    for name, owner in (("token_fusion_value", "tokens_per_scale"), ("scale_fusion_value", "num_scales")):
-        if owner in chosen and chosen[owner] != fields[owner]:
-            fields[name] = None
-    fields.update(chosen)
-    fields["vision_config"] = {**fields["vision_config"], "image_size": fields["image_size"]}
-    fields.update(token_ids(processor))
-    return PixelLMConfig(**fields)
-
-
-# --- what trains --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainingRecipe:
-    """What trains. The defaults are the paper's recipe: LoRA on a frozen language model plus everything around it.
-
-    lora_target_modules: comma-separated names of linear layers of the language model, or "all-linear".
-    train_mask_neck: whether what stands between the decoder's feature maps and its transformers trains, the neck and
-        the no-mask embedding. False is the release, which left them at their random start (golden fact M10).
-    train_new_tokens_only: of the embedding table and lm_head only the rows of seg tokens and those after them train.
-    """
-
-    lora_r: int = LORA_RANK
-    lora_alpha: int = LORA_ALPHA
-    lora_dropout: float = LORA_DROPOUT
-    lora_target_modules: str = LORA_TARGET_MODULES
-    train_projector: bool = True
-    train_mask_decoder: bool = True
-    train_mask_neck: bool = True
-    train_vision_tower: bool = False
-    train_language_model: bool = False
-    train_new_tokens_only: bool = False
-
-
-def choose_trainable(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> list[str]:
-    """Inject LoRA and set what requires gradients.
-
-    Returns:
-        Names of the parameters that train.
-    """
-    model.requires_grad_(False)
-    if recipe.train_language_model:
-        model.language_model.requires_grad_(True)
-    elif recipe.lora_r > 0:
-        inject_lora(model, recipe)
-    parts = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if recipe.train_projector:
-        parts.append(model.projector)
-    kept_frozen: list[nn.Module] = []
-    if recipe.train_mask_decoder:
-        parts += model.mask_parts()
-        kept_frozen += model.pixel_decoder.parts_without_loss()
-        if not recipe.train_mask_neck:
-            kept_frozen += [model.pixel_decoder.neck, model.pixel_decoder.no_mask_embed]
-    if recipe.train_vision_tower:
-        parts.append(model.vision_tower)
-        kept_frozen += model.vision_tower.parts_without_loss()
-    for part in parts:
-        part.requires_grad_(True)
-    for part in kept_frozen:
-        part.requires_grad_(False)
-    if recipe.train_new_tokens_only:
-        train_rows_from([model.get_input_embeddings(), model.get_output_embeddings()], min(model.config.seg_token_ids))
-    use_onednn(model)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def inject_lora(model: PixelLMForCausalLM, recipe: TrainingRecipe) -> None:
-    """Put LoRA into the language model in place; parameter names gain no wrapper prefix."""
-    linear = {
-        name for name, module in model.language_model.get_decoder().named_modules() if isinstance(module, nn.Linear)
-    }
-    leaves = {name.split(".")[-1] for name in linear}
-    wanted = [name.strip() for name in recipe.lora_target_modules.split(",") if name.strip()]
-    if wanted == ["all-linear"]:
-        wanted = sorted(leaves)
-    unknown = [name for name in wanted if name not in leaves]
-    if unknown or not wanted:
-        raise BuildError(
-            f"--lora_target_modules names {', '.join(unknown) or 'nothing'}: expected some of "
-            f"{', '.join(sorted(leaves))}, or all-linear"
-        )
-    lora = LoraConfig(
-        r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=wanted
-    )
-    inject_adapter_in_model(lora, model.language_model.get_decoder())
-
-
-def merge_lora(model: nn.Module) -> int:
-    """Add every adapter to the weight it belongs to and take it out. A second call finds nothing to do.
-
-    Returns:
-        How many layers were merged.
-    """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    for name, layer in layers:
-        layer.merge()
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
-    return len(layers)
+    if not checkpoint.tensors:
+        raise no_weights(folder)
+    return checkpoint.layout.language_tensors(checkpoint)
 
 
 def save_model(
@@ -298,7 +180,7 @@ def save_model(
     folder: str | Path,
     max_shard_size: str = "5GB",
     left_out: tuple[str, ...] = (),
-    published: PublishedRest | None = None,
+    published: PublishedExtras | None = None,
 ) -> None:
     """One Hugging Face folder: safetensors, config, processor, and the code that both need.
 

@@ -20,9 +20,10 @@ from utils.checkpoints.builder import (
     merge_lora,
     save_model,
 )
-from utils.checkpoints.published import REST_FOLDER, differences_from_release, published_config, published_state
-from utils.checkpoints.tensor_files import INDEX_NAMES, WHOLE_NAMES, Stored, as_dict, stored_in, weight_files
-from utils.checkpoints.trainable_token_rows import whole_tables
+from utils.checkpoints.published_export import find_differences, published_config, published_state
+from utils.checkpoints.published_extras import EXTRAS_FOLDER
+from utils.checkpoints.tensor_files import INDEX_NAMES, WHOLE_NAMES, StoredTensors, open_tensors, read_all, weight_files
+from utils.checkpoints.trainable_token_rows import join_tables
 from utils.cli.atomic_files import open_atomic_folder
 
 LATEST = "latest"
@@ -48,11 +49,11 @@ def read_trained_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """
     place = Path(path).expanduser()
     if place.is_file():
-        return as_dict(stored_in(place))
+        return read_all(open_tensors(place))
     if not place.is_dir():
         raise BuildError(f"--weight {path} does not exist: give the file or folder that zero_to_fp32.py wrote")
     if weight_files(place) is not None:
-        return as_dict(stored_in(place))
+        return read_all(open_tensors(place))
     tag = place / LATEST
     if tag.is_file() and (inside := place / tag.read_text(encoding="utf-8").strip()) != place and inside.is_dir():
         if any((inside / name).is_file() for name in (*INDEX_NAMES, *WHOLE_NAMES)):
@@ -66,7 +67,7 @@ def read_trained_weights(path: str | Path) -> dict[str, torch.Tensor]:
     )
 
 
-def lora_of(weights: dict[str, torch.Tensor], source: str) -> tuple[int, str] | None:
+def find_lora(weights: dict[str, torch.Tensor], source: str) -> tuple[int, str] | None:
     """(rank, layer names joined by commas) of the LoRA in a state dict, or None; BuildError if ranks differ."""
     found = {match["layer"]: int(value.shape[0]) for name, value in weights.items() if (match := _LORA_A.search(name))}
     if not found:
@@ -76,12 +77,12 @@ def lora_of(weights: dict[str, torch.Tensor], source: str) -> tuple[int, str] | 
     return next(iter(found.values())), ",".join(sorted(found))
 
 
-def fill_and_merge(
+def load_and_merge(
     built: BuiltModel,
     weights: dict[str, torch.Tensor],
     source: str,
     lora_alpha: int,
-    frozen: Stored | None = None,
+    frozen: StoredTensors | None = None,
 ) -> int:
     """Put trained weights into a model strictly and merge the LoRA among them, whose rank and layers they tell.
 
@@ -95,21 +96,21 @@ def fill_and_merge(
     Raises:
         BuildError: names a tensor that is missing, superfluous or of another shape.
     """
-    lora = lora_of(weights, source)
+    lora = find_lora(weights, source)
     if lora is not None:
         rank, layers = lora
         recipe = TrainingRecipe(lora_r=rank, lora_alpha=lora_alpha, lora_dropout=0.0, lora_target_modules=layers)
         inject_lora(built.model, recipe)
     if frozen:
         weights = {name: value for name, value in weights.items() if value.is_floating_point()}
-        lacking = [name for name in built.model.state_dict() if name not in whole_tables(weights)]
-        base_names = {name: name.replace(".base_layer.", ".") for name in lacking}
+        missing_keys = [name for name in built.model.state_dict() if name not in join_tables(weights)]
+        base_names = {name: name.replace(".base_layer.", ".") for name in missing_keys}
         weights |= {name: frozen[theirs].read() for name, theirs in base_names.items() if theirs in frozen}
     load_weights_into(built.model, weights, source)
     return merge_lora(built.model)
 
 
-def write_folder(
+def export_model(
     built: BuiltModel, folder: str | Path, max_shard_size: str = "5GB", left_out: tuple[str, ...] = ()
 ) -> None:
     """Save model, processor and their code; `folder` gets them only when all of it is written.
@@ -121,10 +122,10 @@ def write_folder(
     def save(scratch: Path) -> None:
         save_model(built.model, built.processor, scratch, max_shard_size, left_out, built.published)
 
-    _write_whole(folder, save)
+    _write_folder(folder, save)
 
 
-def write_published(built: BuiltModel, folder: str | Path, max_shard_size: str = "5GB") -> list[str]:
+def export_published(built: BuiltModel, folder: str | Path, max_shard_size: str = "5GB") -> list[str]:
     """Save a model in the layout in which PixelLM was published, without its vision tower.
 
     Returns:
@@ -134,7 +135,7 @@ def write_published(built: BuiltModel, folder: str | Path, max_shard_size: str =
         BuildError: the model has numbers that the original code has otherwise, all of which are told, or the folder
             cannot be written.
     """
-    unlike = differences_from_release(built.model, built.processor, built.published)
+    unlike = find_differences(built.model, built.processor, built.published)
     if unlike:
         raise BuildError(
             "the original code would give other results, because it has these numbers fixed: "
@@ -149,11 +150,11 @@ def write_published(built: BuiltModel, folder: str | Path, max_shard_size: str =
         _save_tokenizer(built, scratch)
         (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    _write_whole(folder, save)
-    said = ["the vision tower is not in it: the original code takes it from --vision-tower"]
+    _write_folder(folder, save)
+    remarks = ["the vision tower is not in it: the original code takes it from --vision-tower"]
     if made_up:
-        said.append(f"{len(made_up)} tensors that no number depends on were made up, such as {made_up[-1]}")
-    return said
+        remarks.append(f"{len(made_up)} tensors that no number depends on were made up, such as {made_up[-1]}")
+    return remarks
 
 
 def _save_shards(state: dict[str, torch.Tensor], folder: Path, max_shard_size: str) -> None:
@@ -177,7 +178,7 @@ def _save_tokenizer(built: BuiltModel, folder: Path) -> None:
         built.processor.tokenizer.save_pretrained(folder)
 
 
-def _write_whole(folder: str | Path, save: Callable[[Path], None]) -> None:
+def _write_folder(folder: str | Path, save: Callable[[Path], None]) -> None:
     """Let `save` fill a new folder, and put what it wrote into `folder` when all of it is there."""
     target = Path(folder).expanduser()
     if target.exists() and not target.is_dir():
@@ -188,8 +189,8 @@ def _write_whole(folder: str | Path, save: Callable[[Path], None]) -> None:
             for pattern in _WEIGHT_FILES:
                 for old in target.glob(pattern):
                     old.unlink()
-            if (target / REST_FOLDER).is_dir():
-                shutil.rmtree(target / REST_FOLDER)
+            if (target / EXTRAS_FOLDER).is_dir():
+                shutil.rmtree(target / EXTRAS_FOLDER)
     except (OSError, SafetensorError) as error:
         raise BuildError(_why_not_written(error, target)) from error
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import AddedToken, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
@@ -91,17 +90,17 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _sentencepiece_tokenizer(folder: Path) -> Any:
-    settings = _json(folder / "tokenizer_config.json")
-    special = {name: _content(settings.get(name)) or default for name, default in _SPECIAL_TOKENS.items()}
-    pad = _content(_json(folder / "special_tokens_map.json").get("pad_token") or settings.get("pad_token"))
+    settings = _read_settings(folder / "tokenizer_config.json")
+    special = {name: _token_text(settings.get(name)) or default for name, default in _SPECIAL_TOKENS.items()}
+    pad = _token_text(_read_settings(folder / "special_tokens_map.json").get("pad_token") or settings.get("pad_token"))
     tokenizer = SentencePieceBackend(
         vocab_file=str(folder / SENTENCEPIECE),
         legacy=settings.get("legacy", True) is not False,
         **special,
         **({"pad_token": pad} if pad else {}),
     )
-    added = dict(_json(folder / "added_tokens.json"))
-    added |= {_content(entry): int(number) for number, entry in settings.get("added_tokens_decoder", {}).items()}
+    added = dict(_read_settings(folder / "added_tokens.json"))
+    added |= {_token_text(entry): int(number) for number, entry in settings.get("added_tokens_decoder", {}).items()}
     for content, number in sorted(added.items(), key=lambda item: item[1]):
         if content not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(content, normalized=False, special=True)], special_tokens=True)
@@ -113,24 +112,28 @@ def _sentencepiece_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none, or none that can be read: those who need it say so."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _content(entry: Any) -> Any:
+def _token_text(entry: Any) -> Any:
     """A special token, written as a text or as a record of one."""
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def load_whole(
-    auto_class: Any,
-    folder: Path,
-    flag: str,
-    config: PretrainedConfig,
-    dtype: torch.dtype | str,
-    attn_implementation: str,
+def load_pretrained(
+    auto_class: Any, folder: Path, flag: str, config: PretrainedConfig
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A transformers model with all of its tensors.
+    """A transformers model with all of its tensors, in the type they are stored in.
 
     Returns:
         The model, and the names of tensors in the folder that it has no place for.
@@ -143,8 +146,7 @@ def load_whole(
             model, loading = auto_class.from_pretrained(
                 folder,
                 config=config,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
+                dtype="auto",
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they come back by name, and are refused below

@@ -12,7 +12,7 @@ class LoadReport:
     """
 
     loaded: list[str] = field(default_factory=list)
-    fresh: dict[str, str] = field(default_factory=dict)
+    newly_initialized: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     layout: str = ""
 
@@ -22,7 +22,7 @@ class LoadReport:
             "layout": self.layout,
             "loaded": len(self.loaded),
             "loaded_parts": self._loaded_parts(),
-            "fresh": _by_part(self.fresh),
+            "newly_initialized": _by_part(self.newly_initialized),
             "ignored": _by_part(self.ignored),
         }
 
@@ -31,7 +31,7 @@ class LoadReport:
         lines = [f"layout   {self.layout}"] if self.layout else []
         parts = ", ".join(self._loaded_parts())
         lines.append(f"loaded   {len(self.loaded)} tensors" + (f": {parts}" if parts else ""))
-        for title, groups in (("new", _by_part(self.fresh)), ("ignored", _by_part(self.ignored))):
+        for title, groups in (("new", _by_part(self.newly_initialized)), ("ignored", _by_part(self.ignored))):
             lines += [f"{title:<8} {name}: {reason}" for name, reason in groups.items()]
         return "\n".join(lines)
 

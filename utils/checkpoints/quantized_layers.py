@@ -1,7 +1,7 @@
-"""Training on a language model whose frozen layers are held in 8 or 4 bits (QLoRA).
+"""Training on a language model whose frozen layers are quantised to 8 or 4 bits (QLoRA).
 
-What is held so comes from the base's folder at every start, rounded the same way each time, and never changes; so it is
-no part of a state dict. Checkpoints hold what trains, and merging takes the layers from the base again, unrounded.
+They come from the base's folder at every start, rounded the same way each time, and never change; so they are no part
+of a state dict. Checkpoints hold what trains, and merging takes the layers from the base again, unrounded.
 """
 
 from importlib import import_module
@@ -14,12 +14,9 @@ from model.modeling_pixellm import PixelLMForCausalLM
 from model.quantization import require_bitsandbytes
 from utils.checkpoints.folders import BuildError
 
-LAYERS = "language_model.model.layers"
-"""Where the layers are that are held in few bits, by their names in the model."""
 
-
-def hold_in_bits(model: PixelLMForCausalLM, bits: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Hold every linear layer of the language model, but not its head, in 8 (LLM.int8) or 4 bits (NF4) on `device`.
+def quantize_frozen(model: PixelLMForCausalLM, bits: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Quantise every linear layer of the language model, but not its head, to 8 (LLM.int8) or 4 bits (NF4) on `device`.
 
     To be called before LoRA is put on. Each weight is sent to the device by itself.
 
@@ -40,33 +37,33 @@ def hold_in_bits(model: PixelLMForCausalLM, bits: int, dtype: torch.dtype, devic
     layers = [(name, part) for name, part in decoder.named_modules() if isinstance(part, nn.Linear)]
     for name, layer in layers:
         parent, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(parent), leaf, _held(layer, bits, dtype, device))
+        setattr(decoder.get_submodule(parent), leaf, _quantize_layer(layer, bits, dtype, device))
     # By this peft knows how to put LoRA on such layers.
     setattr(decoder, f"is_loaded_in_{bits}bit", True)
     return len(layers)
 
 
-def _held(layer: nn.Linear, bits: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _quantize_layer(layer: nn.Linear, bits: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
     library: Any = import_module("bitsandbytes").nn
     shape = (layer.in_features, layer.out_features, layer.bias is not None)
     with torch.device("meta"):
         if bits == 4:
-            held = library.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
+            quantized = library.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
         else:
-            held = library.Linear8bitLt(*shape, has_fp16_weights=False)
+            quantized = library.Linear8bitLt(*shape, has_fp16_weights=False)
     if bits == 4:
-        weight = library.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=held)
+        weight = library.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=quantized)
     else:
         # These are rounded only on their way from a CPU.
         weight = library.Int8Params(layer.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
-    held.weight = weight.to(device)
+    quantized.weight = weight.to(device)
     if layer.bias is not None:
-        held.bias = nn.Parameter(layer.bias.data.to(device), requires_grad=False)
-    held.__class__ = type(type(held).__name__, (_OfTheBase, type(held)), {})
-    return held
+        quantized.bias = nn.Parameter(layer.bias.data.to(device), requires_grad=False)
+    quantized.__class__ = type(type(quantized).__name__, (_NotInStateDict, type(quantized)), {})
+    return quantized
 
 
-class _OfTheBase:
+class _NotInStateDict:
     """A module that no state dict holds, nor gives anything to."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from utils.checkpoints.builder import BuiltModel, ModelOptions, TrainingRecipe, build_model, language_tensors
-from utils.checkpoints.export import fill_and_merge
+from utils.checkpoints.export import load_and_merge
 from utils.checkpoints.folders import BuildError
 from utils.cli.atomic_files import open_atomic_folder, write_json
 
@@ -70,7 +70,7 @@ class RunModel:
         """
         built = build_model(str(self.folder), options=options, load_weights=False)
         frozen = language_tensors(self._base(base, source)) if self.bits else {}
-        return built, fill_and_merge(built, weights, source, self.recipe.lora_alpha, frozen)
+        return built, load_and_merge(built, weights, source, self.recipe.lora_alpha, frozen)
 
     def _base(self, base: str, source: str) -> Path:
         place = Path(base or self.version).expanduser()

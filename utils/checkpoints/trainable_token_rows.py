@@ -1,7 +1,7 @@
 """Tables of which only the new rows train: those of the seg tokens and of what was added with them.
 
-The rest of a table rests as it was, in the type it is stored in, without gradients or moments. A table is put together
-of its two parts where it is used, and under its own name again where it is written.
+The rest of a table stays frozen in the type it is stored in, without gradients or moments. A table is put together of
+its two parts where it is used, and has its own name again where it is written.
 """
 
 import re
@@ -17,8 +17,8 @@ _PARTS = re.compile(r"^(?P<module>.*)\.parametrizations\.weight\.original(?P<par
 Weights = dict[str, torch.Tensor]
 
 
-class RowsBelow(nn.Module):
-    """A table (rows, width) as two: the first `known` rows, and the ones below them."""
+class SplitTable(nn.Module):
+    """A table (rows, width) kept as two: the first `known` rows, which are frozen, and the new ones below them."""
 
     def __init__(self, known: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class RowsBelow(nn.Module):
         return table[: self.known].clone(), table[self.known :].clone()
 
 
-def train_rows_from(tables: list[Any], first: int) -> None:
+def make_rows_trainable(tables: list[Any], first: int) -> None:
     """Let of every module's `weight` only the rows from number `first` on train; tied tables stay tied.
 
     Raises:
@@ -48,22 +48,22 @@ def train_rows_from(tables: list[Any], first: int) -> None:
                 "that nothing, or all of it, would train: leave the flag out"
             )
         key = id(weight)
-        parametrize.register_parametrization(module, "weight", RowsBelow(first), unsafe=True)
-        parts = parts_of(module)
+        parametrize.register_parametrization(module, "weight", SplitTable(first), unsafe=True)
+        parts = table_parts(module)
         if key in done:
-            twin = parts_of(done[key])
+            twin = table_parts(done[key])
             parts.original0, parts.original1 = twin.original0, twin.original1
         done.setdefault(key, module)
         parts.original0.requires_grad_(False)
         parts.original1.requires_grad_(True)
 
 
-def parts_of(module: Any) -> Any:
+def table_parts(module: Any) -> Any:
     """Where a module keeps the parts of its table: original0, original1, and how to put them together."""
     return module.parametrizations["weight"]
 
 
-def whole_tables(weights: Weights) -> Weights:
+def join_tables(weights: Weights) -> Weights:
     """A state dict in which every table that was in two parts is one, under its own name."""
     found = dict(weights)
     for name in weights:
@@ -76,13 +76,13 @@ def whole_tables(weights: Weights) -> Weights:
     return found
 
 
-def parted_tables(model: nn.Module, weights: Weights) -> Weights:
+def split_tables(model: nn.Module, weights: Weights) -> Weights:
     """A state dict with whole tables in the parts that `model` has them in."""
     found = dict(weights)
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight") and f"{name}.weight" in found:
             table = found.pop(f"{name}.weight")
-            (split,) = parts_of(module)
+            (split,) = table_parts(module)
             for part, value in enumerate(split.right_inverse(table)):
                 found[f"{name}.parametrizations.weight.original{part}"] = value
     return found

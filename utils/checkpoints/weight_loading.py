@@ -7,7 +7,6 @@ error.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -17,15 +16,15 @@ from model.configuration_pixellm import PixelLMConfig
 from model.modeling_pixellm import PixelLMForCausalLM
 from utils.checkpoints.folders import BuildError
 from utils.checkpoints.load_report import LoadReport
-from utils.checkpoints.tensor_files import Stored, StoredTensor, all_finite
-from utils.checkpoints.trainable_token_rows import parted_tables, whole_tables
+from utils.checkpoints.tensor_files import StoredTensor, StoredTensors, all_finite
+from utils.checkpoints.trainable_token_rows import join_tables, split_tables
 
 MISMATCH = "the checkpoint and the flags that shape the model do not match"
 # New rows of a table begin at the mean of the others, this share of their deviation around it.
 ROW_NOISE = 0.01
 _ROWS_TOGETHER = 4096
-# What is done with a parameter as soon as it has its numbers, such as keeping a part of them only.
-Settle = Callable[[nn.Parameter], None]
+# Called with a parameter as soon as it has its numbers, to keep a part of them only, say.
+OnParameterLoaded = Callable[[nn.Parameter], None]
 
 
 def empty_model(config: PixelLMConfig, attn_implementation: str) -> PixelLMForCausalLM:
@@ -49,15 +48,15 @@ class Origin:
     advice: str = "copy the model again"
 
 
-def fill(
+def fill_model(
     model: PixelLMForCausalLM,
-    tensors: Stored,
+    tensors: StoredTensors,
     origins: Sequence[Origin],
     *,
     dtype: torch.dtype | None,
-    may_lack: Mapping[str, str],
+    allow_missing: Mapping[str, str],
     rows: int,
-    settle: Settle | None = None,
+    on_parameter_loaded: OnParameterLoaded | None = None,
 ) -> LoadReport:
     """Give every tensor of an empty model its numbers.
 
@@ -65,62 +64,51 @@ def fill(
         tensors: by the names they have in the model.
         origins: a tensor's is the first whose prefix its name begins with.
         dtype: of all parameters and saved buffers; None keeps each in the type it is stored in, new ones in float32.
-        may_lack: name, or beginning of names up to a dot, of tensors that may be absent, and why they are new then.
+        allow_missing: name, or beginning of names up to a dot, of tensors that may be absent, and why they are new.
         rows: of the stored embedding table and head; the model's further ones are drawn around the mean of those.
-        settle: called with every parameter, once: with those of the language model and the tower before the next one is
-            read.
+        on_parameter_loaded: called with every parameter, once: with those of the language model and the tower before
+            the next one is read.
 
     Raises:
         BuildError: a tensor is missing, superfluous, of another shape, or not finite; the sentence names it.
     """
     own = dict(model.state_dict(keep_vars=True))
     owners = _owners(model)
-    tables = _tables(model)
+    tables = _token_tables(model)
     expected = {
         name: ((rows, *value.shape[1:]) if id(value) in tables else tuple(value.shape)) for name, value in own.items()
     }
-    held = {id(own[name]) for name in tensors if name in own}
-    lacking = [name for name, value in own.items() if id(value) not in held]
+    stored_ids = {id(own[name]) for name in tensors if name in own}
+    missing_keys = [name for name, value in own.items() if id(value) not in stored_ids]
     refuse_mismatch(
         origins,
         {name: (stored.shape, expected[name]) for name, stored in tensors.items() if name in own},
-        [name for name in lacking if _why(name, may_lack) is None],
+        [name for name in missing_keys if _why_missing(name, allow_missing) is None],
         [(name, stored.name) for name, stored in tensors.items() if name not in own],
     )
     report = LoadReport(loaded=list(tensors))
-    settled: set[int] = set()
+    done: set[int] = set()
     for name, stored in tensors.items():
         value = _read(stored, tuple(own[name].shape), dtype)
         if value.shape != stored.shape:
-            draw_rows(value, rows)
+            initialize_new_rows(value.view(len(value), -1), rows)
         full = _put(owners, own[name], value)
         # Initialisation looks at the shapes of our own parts, which are small, once more.
         small = any(getattr(module, "_is_own_part", False) for module, _ in owners[id(own[name])])
-        if settle is not None and isinstance(full, nn.Parameter) and not small:
-            settle(full)
-            settled.add(id(full))
-    for name in lacking:
-        report.fresh[name] = _why(name, may_lack) or ""
+        if on_parameter_loaded is not None and isinstance(full, nn.Parameter) and not small:
+            on_parameter_loaded(full)
+            done.add(id(full))
+    for name in missing_keys:
+        report.newly_initialized[name] = _why_missing(name, allow_missing) or ""
         _put(owners, own[name], torch.empty(own[name].shape, dtype=dtype or torch.float32), ready=False)
     for _, buffer in list(model.named_non_persistent_buffers()):
         _put(owners, buffer, torch.empty(buffer.shape, dtype=buffer.dtype), ready=False)
     model.initialize_weights()
-    _unmark(model)
-    for parameter in model.parameters() if settle is not None else ():
-        if id(parameter) not in settled and settle is not None:
-            settle(parameter)
+    _remove_marks(model)
+    for parameter in model.parameters() if on_parameter_loaded is not None else ():
+        if id(parameter) not in done and on_parameter_loaded is not None:
+            on_parameter_loaded(parameter)
     return report
-
-
-def stored_dict(weights: Mapping[str, torch.Tensor], place: str) -> Stored:
-    """Tensors that are in memory already, as if they were read from `place`."""
-
-    def holding(value: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return lambda: value
-
-    return {
-        name: StoredTensor(name, Path(place), tuple(value.shape), holding(value)) for name, value in weights.items()
-    }
 
 
 def load_weights_into(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> LoadReport:
@@ -129,14 +117,13 @@ def load_weights_into(model: nn.Module, weights: dict[str, torch.Tensor], source
     Raises:
         BuildError: a tensor is missing, superfluous, of another shape, or not finite; the sentence names it.
     """
-    weights = parted_tables(model, whole_tables(weights))
+    weights = split_tables(model, join_tables(weights))
     own = model.state_dict()
-    lacking = [name for name in own if name not in weights]
-    tied = {name for name in lacking if _is_tied(own, name, weights)}
+    missing_keys = [name for name in own if name not in weights]
     refuse_mismatch(
         [Origin("", source, advice=MISMATCH)],
         {name: (value.shape, own[name].shape) for name, value in weights.items() if name in own},
-        [name for name in lacking if name not in tied],
+        [name for name in missing_keys if not _is_tied(own, name, weights)],
         [(name, name) for name in weights if name not in own],
     )
     for name, value in weights.items():
@@ -153,7 +140,7 @@ def _is_tied(own: dict[str, torch.Tensor], name: str, weights: dict[str, torch.T
     return any(other in weights and own[other].data_ptr() == own[name].data_ptr() for other in own if other != name)
 
 
-def draw_rows(table: torch.Tensor, known: int) -> None:
+def initialize_new_rows(table: torch.Tensor, known: int) -> None:
     """Draw the rows of a table (rows, width) from number `known` on around the mean of those before it, in place."""
     width = table.shape[1]
     total, squares = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
@@ -167,10 +154,10 @@ def draw_rows(table: torch.Tensor, known: int) -> None:
     table[known:] = (mean + noise).to(table.dtype)
 
 
-def _tables(model: PixelLMForCausalLM) -> set[int]:
+def _token_tables(model: PixelLMForCausalLM) -> set[int]:
     """The tensors with a row for every token."""
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {id(part.weight) for part in parts if part is not None}
+    return {id(table) for part in parts if part is not None for table in part.parameters(recurse=False)}
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -199,7 +186,7 @@ def _put(
     return full
 
 
-def _unmark(model: nn.Module) -> None:
+def _remove_marks(model: nn.Module) -> None:
     """Take transformers' marks off: they would keep modules from ever being initialised again."""
     for holder in [*model.modules(), *model.parameters(), *model.buffers()]:
         if hasattr(holder, "_is_hf_initialized"):
@@ -220,8 +207,8 @@ def _read(stored: StoredTensor, shape: tuple[int, ...], dtype: torch.dtype | Non
     return full
 
 
-def _why(name: str, may_lack: Mapping[str, str]) -> str | None:
-    for beginning, reason in may_lack.items():
+def _why_missing(name: str, allow_missing: Mapping[str, str]) -> str | None:
+    for beginning, reason in allow_missing.items():
         if name == beginning or name.startswith(f"{beginning}."):
             return reason
     return None

@@ -13,14 +13,14 @@ from utils.checkpoints.builder import (
     MASK_PARTS,
     BuiltModel,
     ModelOptions,
-    Settle,
+    OnParameterLoaded,
     TrainingRecipe,
     build_model,
     choose_trainable,
     load_weights_into,
 )
 from utils.checkpoints.export import read_trained_weights
-from utils.checkpoints.quantized_layers import hold_in_bits
+from utils.checkpoints.quantized_layers import quantize_frozen
 from utils.checkpoints.run_model import save_run_model
 from utils.cli.config import TrainConfig, model_options
 from utils.cli.parser import flatten
@@ -66,8 +66,8 @@ def train(config: TrainConfig, make_validator: Callable[[TrainConfig, Engine, Bu
     if runtime.rank == 0 and not config.validation.eval_only:
         lock_folder(config.run.folder)
     seed_everything(settings.seed)
-    settle = sharder(config, runtime)
-    built, trained = build_for_training(config, settle)
+    on_parameter_loaded = sharder(config, runtime)
+    built, trained = build_for_training(config, on_parameter_loaded)
     seed_everything(settings.seed + runtime.rank)
     batches, flops = None, 0.0
     if not config.validation.eval_only:
@@ -75,7 +75,7 @@ def train(config: TrainConfig, make_validator: Callable[[TrainConfig, Engine, Bu
         batches = StepBatches(config, runtime, mixture, built.processor)
         tokens = required_vocab_size(built.processor.tokenizer)
         preflight(config, runtime, built.model, tokens, mixture, zero_stage(settings, runtime))
-        flops = 0.0 if settle else probe(config, runtime, built, trained, batches)
+        flops = 0.0 if on_parameter_loaded else probe(config, runtime, built, trained, batches)
     engine = make_engine(config, runtime, built.model, tuple(f"{part}." for part in MASK_PARTS))
     validator = make_validator(config, engine, built)
     hooks = (validator.scores, validator.images) if validator else (None, None)
@@ -98,7 +98,9 @@ def train(config: TrainConfig, make_validator: Callable[[TrainConfig, Engine, Bu
     engine.close()
 
 
-def build_for_training(config: TrainConfig, settle: Settle | None = None) -> tuple[BuiltModel, list[str]]:
+def build_for_training(
+    config: TrainConfig, on_parameter_loaded: OnParameterLoaded | None = None
+) -> tuple[BuiltModel, list[str]]:
     """The model with what trains chosen, in the run's precision, and the names of those parameters."""
     # As stored: `to_precision` then gives every tensor the type it trains or rests in.
     built = build_model(
@@ -108,14 +110,14 @@ def build_for_training(config: TrainConfig, settle: Settle | None = None) -> tup
         dtype=None,
         attn_implementation=config.engine.attn_implementation,
         to_train=True,
-        settle=settle,
+        on_parameter_loaded=on_parameter_loaded,
     )
     logger.info(built.report.table())
     if not built.model.shares_prefixes:
         attention = config.engine.attn_implementation
         logger.warning(f"every conversation is a row of its own: {attention} attention takes no mask of ours")
     if config.adapter.bits:
-        hold_in_bits(built.model, config.adapter.bits, DTYPES[config.engine.precision], device_here())
+        quantize_frozen(built.model, config.adapter.bits, DTYPES[config.engine.precision], device_here())
     trained = choose_trainable(built.model, training_recipe(config))
     if config.run.weight:
         load_weights_into(built.model, read_trained_weights(config.run.weight), f"--weight {config.run.weight}")

@@ -1,26 +1,24 @@
-"""The released PixelLM (facts M, golden set): which of its tensors is which of ours, and which numerics it needs.
+"""The released PixelLM (docs/facts.md, M): which of its tensors is which of ours, and which numerics it needs.
 
 What it holds: its state dict without vision tower. Beside it stands a CLIP tower of its own.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from model.configuration_pixellm import PixelLMConfig
-from model.vision_tower import resize_position_table
+from utils.checkpoints.layouts.names import match_name, translate_name
 
-# Fixed inside the release's code, whatever its config says (facts M2, M5).
+# Fixed inside the release's code, whatever its config says (docs/facts.md, M2, M5).
 RELEASE_NUM_SCALES = 2
 RELEASE_FINE_LAYER = -11
 RELEASE_IMAGE_TOKEN_POOL = 2
 RELEASE_DECODER = {"decoder_depth": 2, "decoder_num_heads": 8, "decoder_mlp_dim": 2048, "decoder_num_mask_tokens": 4}
 
 # The release normalises its images with SAM's statistics, per channel in units of 0..255, and pads with zeros after
-# that (fact P1).
+# that (docs/facts.md, P1).
 RELEASE_IMAGE_MEAN = (123.675, 116.28, 103.53)
 RELEASE_IMAGE_STD = (58.395, 57.12, 57.375)
 
@@ -91,35 +89,6 @@ PIXELLM_UNUSED = (
 )
 # Of ours, what the release has as numbers in its code.
 RELEASE_CONSTANTS = ("codebook.token_weights", "pixel_decoder.scale_weights")
-CLIP_NAMES: tuple[tuple[str, str], ...] = (("vision_model.*", "vision_tower.model.*"),)
-CLIP_UNUSED = ("vision_model.embeddings.position_ids",)
-CLIP_POSITION_TABLE = "vision_model.embeddings.position_embedding.weight"
-CLIP_CLASS_TOKENS = 1
-
-
-def matches(pattern: str, name: str) -> tuple[str, ...] | None:
-    """What stands for the numbers and the rest of a name pattern, or None where the name does not fit it."""
-    expression = re.escape(pattern).replace(r"\{\}", r"(\d+)").replace(r"\*", r"(.+)")
-    found = re.fullmatch(expression, name)
-    return found.groups() if found else None
-
-
-def renamed(name: str, names: Iterable[tuple[str, str]]) -> str | None:
-    """A name translated by the first pair whose left pattern it fits; None where it fits none."""
-    for theirs, ours in names:
-        groups = matches(theirs, name)
-        if groups is not None:
-            return ours.replace("*", "{}").format(*groups)
-    return None
-
-
-def _translate(name: str, names: Sequence[tuple[str, str]], unused: Sequence[str], layout: str) -> str | None:
-    if any(matches(pattern, name) is not None for pattern in unused):
-        return None
-    found = renamed(name, names)
-    if found is None:
-        raise ValueError(f"tensor {name!r} does not belong to {layout}; check that the checkpoint is one")
-    return found
 
 
 def name_from_pixellm(published: str) -> str | None:
@@ -127,44 +96,19 @@ def name_from_pixellm(published: str) -> str | None:
 
     Raises ValueError for a name that no published PixelLM holds.
     """
-    return _translate(published, PIXELLM_NAMES, PIXELLM_UNUSED, "a published PixelLM")
+    if any(match_name(pattern, published) is not None for pattern in PIXELLM_UNUSED):
+        return None
+    found = translate_name(published, PIXELLM_NAMES)
+    if found is None:
+        raise ValueError(
+            f"tensor {published!r} does not belong to a published PixelLM; check that the checkpoint is one"
+        )
+    return found
 
 
 def name_in_pixellm(own: str) -> str | None:
     """The name a published PixelLM has for one of our tensors; None for what it does not hold."""
-    return renamed(own, [(ours, theirs) for theirs, ours in PIXELLM_NAMES])
-
-
-def name_from_clip(published: str) -> str | None:
-    """Our name of a tensor of a stand-alone CLIP vision tower; None for its table of position numbers.
-
-    Raises ValueError for a name that no such tower holds.
-    """
-    return _translate(published, CLIP_NAMES, CLIP_UNUSED, "a stand-alone CLIP vision tower")
-
-
-def _renamed(tensors: Mapping[str, torch.Tensor], translate: Callable[[str], str | None]) -> dict[str, torch.Tensor]:
-    named = ((translate(name), tensor) for name, tensor in tensors.items())
-    return {name: tensor for name, tensor in named if name is not None}
-
-
-def state_dict_from_release(
-    pixellm: Mapping[str, torch.Tensor], clip: Mapping[str, torch.Tensor], config: PixelLMConfig
-) -> dict[str, torch.Tensor]:
-    """Our state dict from a published PixelLM and the CLIP tower it was trained over.
-
-    Args:
-        pixellm: published names -> tensors. clip: names of a stand-alone tower -> tensors, the position table still at
-            the tower's own resolution; it is brought to `config`'s grid as `config.position_resize` says.
-
-    Returns:
-        Every parameter and buffer of our model, save fusion weights that are constants of the config.
-    """
-    clip = dict(clip)
-    clip[CLIP_POSITION_TABLE] = resize_position_table(
-        clip[CLIP_POSITION_TABLE], config.grid_size, CLIP_CLASS_TOKENS, config.position_resize
-    )
-    return {**_renamed(pixellm, name_from_pixellm), **_renamed(clip, name_from_clip)}
+    return translate_name(own, [(ours, theirs) for theirs, ours in PIXELLM_NAMES])
 
 
 def text_config(kind: str, published: Mapping[str, Any]) -> PretrainedConfig:
@@ -187,7 +131,7 @@ def config_from_release(
     Args:
         published: content of its config.json.
         clip_dims: config of its CLIP vision tower, at the tower's own resolution.
-        seg_token_ids: ids of its seg tokens in order; the release saves neither them nor their number (fact M2).
+        seg_token_ids: ids of its seg tokens in order; the release saves neither (docs/facts.md, M2).
         image_token_id: id that stands for the image in our inputs; it is never embedded.
         overrides: fields of PixelLMConfig to set otherwise, such as `refinement_alpha`.
     """
@@ -215,7 +159,7 @@ def config_from_release(
         "embedding_dim": published.get("out_dim") or RELEASE_EMBEDDING_DIM,
         **RELEASE_DECODER,
         "token_fusion": "constant",
-        "token_fusion_value": 1 / group,  # of all seg tokens, not of those of a scale (fact M1)
+        "token_fusion_value": 1 / group,  # of all seg tokens, not of those of a scale (docs/facts.md, M1)
         "scale_fusion": "constant",
         "scale_fusion_value": 1 / RELEASE_NUM_SCALES,
         "position_resize": "release",
