@@ -150,12 +150,13 @@ def collate(examples: list[Example], pad_token_id: int = 0) -> Batch:
     conversations = [conversation for example in examples for conversation in example.conversations]
     lengths = torch.tensor([conversation.input_ids.shape[0] for conversation in conversations])
     input_ids = pad_sequence([one.input_ids for one in conversations], batch_first=True, padding_value=pad_token_id)
+    pixels = torch.stack([example.pixel_values.movedim(0, -1) for example in examples]).movedim(-1, 1)
     image_index = [b for b, example in enumerate(examples) for _ in example.conversations]
     return Batch(
         input_ids=input_ids,
         attention_mask=torch.arange(input_ids.shape[1]) < lengths[:, None],
         labels=pad_sequence([one.labels for one in conversations], batch_first=True, padding_value=IGNORE_TOKEN),
-        pixel_values={TOWER_KEY: torch.stack([example.pixel_values for example in examples])},
+        pixel_values={TOWER_KEY: pixels},  # channels last in memory, as images come
         resized_sizes=torch.tensor([example.resized_size for example in examples], dtype=torch.long),
         original_sizes=torch.tensor([example.original_size for example in examples], dtype=torch.long),
         image_index=torch.tensor(image_index, dtype=torch.long),

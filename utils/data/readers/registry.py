@@ -14,7 +14,7 @@ from utils.data.readers.base import Reader, ReaderOptions
 from utils.data.readers.custom import layout as custom_layout
 from utils.data.readers.custom.coco import CustomCocoReader
 from utils.data.readers.custom.json_lines import JsonLinesReader
-from utils.data.readers.custom.layout import COCO_FILE, CUSTOM, LINES_FILE, MASKS, form_of
+from utils.data.readers.custom.layout import COCO_FILE, CUSTOM, LINES_FILE, MASKS, find_form
 from utils.data.readers.custom.mask_files import mask_folder_reader
 from utils.data.readers.multi_reason_seg import MultiReasonSegReader
 from utils.data.readers.reason_seg import ReasonSegReader
@@ -42,11 +42,12 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     CUSTOM: (f"{CUSTOM}|NAME",),
 }
 
-_CUSTOM_READERS: Mapping[str, Callable[[str, DataRoot, str, ReaderOptions], Reader]] = {
+CUSTOM_FORMS: Mapping[str, Callable[[str, DataRoot, str, ReaderOptions], Reader]] = {
     COCO_FILE: CustomCocoReader,
     LINES_FILE: JsonLinesReader,
     MASKS: mask_folder_reader,
 }
+"""The file or folder beside images/ that tells a form of annotations, and what makes its reader."""
 
 _EVALUATION_SEED = 20231204
 
@@ -192,7 +193,7 @@ def _new_reader(name: str, root: DataRoot, split: str, options: ReaderOptions) -
     if name == REASON_SEG:
         return ReasonSegReader(name, root, split, options)
     if base == CUSTOM:
-        return _CUSTOM_READERS[form_of(root, edition, split)](edition, root, split, options)
+        return CUSTOM_FORMS[find_form(root, edition, split, tuple(CUSTOM_FORMS))](edition, root, split, options)
     raise DataError(_unknown(name))
 
 

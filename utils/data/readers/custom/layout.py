@@ -1,10 +1,11 @@
-"""Where a data set of one's own lies and which of three forms it has.
+"""Where a data set of one's own lies and which form it has.
 
 <root>/custom/NAME/SPLIT/images/ holds the images. Beside it lies one of: annotations.json (COCO's form, with or
 without sentences), annotations.jsonl (conversations, a line each), masks/ (PNGs).
 """
 
 import os
+from collections.abc import Sequence
 
 from utils.data.errors import DataError
 from utils.data.files import DataRoot
@@ -14,8 +15,6 @@ CUSTOM = "custom"
 IMAGES = "images"
 COCO_FILE, LINES_FILE, MASKS = "annotations.json", "annotations.jsonl", "masks"
 
-_FORMS = (COCO_FILE, LINES_FILE, MASKS)
-
 
 def required_files(name: str, split: str) -> tuple[RequiredPath, ...]:
     """The folders that every form has. DataError when name or split is no plain folder name."""
@@ -23,14 +22,14 @@ def required_files(name: str, split: str) -> tuple[RequiredPath, ...]:
     return required_folder(folder), required_folder(f"{folder}/{IMAGES}")
 
 
-def form_of(root: DataRoot, name: str, split: str) -> str:
-    """Which of annotations.json, annotations.jsonl and masks is there. DataError unless exactly one is."""
+def find_form(root: DataRoot, name: str, split: str, forms: Sequence[str]) -> str:
+    """Which of `forms`, files or folders of annotations, is there. DataError unless exactly one is."""
     parts = (CUSTOM, _plain(name), _plain(split))
     folder = root.folder(*parts)
-    found = [form for form in _FORMS if root.has(*parts, form)]
+    found = [form for form in forms if root.has(*parts, form)]
     if len(found) != 1:
         raise DataError(
-            f"{folder} holds {' and '.join(found) or 'no annotations'}; expected one of {', '.join(_FORMS)}: "
+            f"{folder} holds {' and '.join(found) or 'no annotations'}; expected one of {', '.join(forms)}: "
             f"{'take the others away' if found else 'add one, as dataset/README.md draws it'}",
             cause="no annotations" if not found else "annotations in two forms",
         )
