@@ -295,6 +295,13 @@ def missing_paths(prose: str) -> list[str]:
     return sorted(path for path in paths if not list(ROOT.glob(path)))
 
 
+def unknown_names(prose: str, sources: str) -> list[str]:
+    """`some_name`, `some_name()` and `SomeName` in running text that stand nowhere in the code."""
+    names = {match[1] for code in inline_code(prose) if (match := re.fullmatch(r"([A-Za-z]\w*)(\(\))?", code))}
+    ours = {name for name in names if re.search(r"[a-z]_[a-z]|[a-z][A-Z]", name)}
+    return sorted(name for name in ours if not re.search(rf"\b{name}\b", sources))
+
+
 def repeated_passages(pages: dict[str, str]) -> list[str]:
     """Lines of more than REPEATED_LINE characters, and REPEATED_WORDS words of running text, that stand twice."""
     lines, passages = defaultdict(set), defaultdict(set)
@@ -400,6 +407,13 @@ def test_no_page_says_what_another_says() -> None:
     assert not repeated, "\n".join(repeated[:20])
 
 
+def test_names_of_functions_and_classes_are_in_the_code() -> None:
+    sources = "\n".join(read(path) for path in [*CODE, *ROOT.glob("configs/**/*.yaml")] if path != Path(__file__))
+    exempt = {CHANGES, ROOT / "docs" / "facts.md"}  # these name what is gone, or the release's
+    unknown = {page.name: unknown_names(split_page(read(page))[1], sources) for page in PAGES if page not in exempt}
+    assert not any(unknown.values()), {page: names for page, names in unknown.items() if names}
+
+
 def test_messages_that_troubleshooting_explains_are_in_the_code() -> None:
     sources = "\n".join(read(path) for path in [*CODE, ROOT / "Makefile"] if "tests" not in path.parts)
     sources = re.sub(r"\"\s*\n\s*f?\"", "", sources)  # a sentence over two lines of source
@@ -461,6 +475,10 @@ def test_checker_finds_broken_links_paths_flags_and_repetitions(tmp_path: Path, 
     assert broken_links(page, text) == ["page.md: absent.md: no such file", "page.md: #absent: no such heading"]
     assert unknown_flags("`--lr 1` `--learning-rate`", known_flags) == ["--learning-rate"]
     assert missing_paths("`utils/engine/fit.py`, `utils/engine/absent.py`, `model/`") == ["utils/engine/absent.py"]
+    assert unknown_names("`some_name`, `SomeName`, `other_name()`, `plain`", "def other_name():") == [
+        "SomeName",
+        "some_name",
+    ]
     sentence = " ".join(f"word{number}" for number in range(REPEATED_WORDS))
     assert repeated_passages({"a": sentence, "b": f"Other. {sentence}\nmore"})
     assert not repeated_passages({"a": sentence, "b": sentence.replace("word7", "word")})
