@@ -26,7 +26,7 @@ define install
 		cat requirements.txt $(1) > $(VENV)/$(1).installed; }
 endef
 
-.PHONY: help venv setup setup-dev demo real-images bench bench-data bench-training test test-long check format
+.PHONY: help venv setup setup-dev demo real-images bench bench-data bench-training gpu test test-long check format
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -56,16 +56,19 @@ real-images: setup  ## learn the real images in the folder PIXELLM_REALDATA by h
 	@$(BIN)/python -m demo.real_images
 
 bench-data: setup  ## how fast data are read, and what a large data set costs: runs/bench/data.json
-	@$(BIN)/python tools/bench/data.py
+	@$(BIN)/python -m tools.bench.data
 
 bench: setup  ## answering and training against the release's way and a plain cache: runs/bench/ (a quarter of an hour)
-	@$(BIN)/python tools/bench/answering.py
+	@$(BIN)/python -m tools.bench.answering
 
 bench-training: setup  ## what a training step costs: 7B on a GPU, the tiny shape without one: runs/bench/training.json
-	@$(BIN)/python tools/bench/training.py
+	@$(BIN)/python -m tools.bench.training
+
+gpu: setup-dev  ## tests, benches and a 7B-shaped decode on CUDA: runs/gpu/summary.json; ends with 2 where there is none
+	@$(BIN)/python tools/gpu.py
 
 test: setup-dev  ## every test but the long ones, without network
-	@$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not long and not gpu" $(PYTEST_ARGS)
 
 test-long: setup-dev  ## the long tests
 	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS)

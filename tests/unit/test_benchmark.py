@@ -108,7 +108,17 @@ print(json.dumps({"over": peak_bytes() - loaded}))
 
 @pytest.mark.long
 def test_the_bench_walks_its_road(tmp_path: Path, repository: Path, child_env: dict[str, str]) -> None:
-    command = [sys.executable, "tools/bench/answering.py", "--size", "smoke", "--out", str(tmp_path), "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.bench.answering",
+        "--size",
+        "smoke",
+        "--out",
+        str(tmp_path),
+        "--threads",
+        "1",
+    ]
     done = subprocess.run(command, cwd=repository, env=child_env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())

@@ -1,7 +1,7 @@
 """Measure answering and training against the release's way and against a plain cache, on one model of random weights.
 
-python tools/bench/answering.py               some 170 million parameters, two threads; runs/bench/summary.json
-python tools/bench/answering.py --size smoke  the same road in seconds; its ratios mean nothing
+python -m tools.bench.answering               some 170 million parameters, two threads; runs/bench/summary.json
+python -m tools.bench.answering --size smoke  the same road in seconds; its ratios mean nothing
 """
 
 import argparse
@@ -11,8 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -109,7 +107,16 @@ def main(argv: list[str] | None = None) -> int:
     seconds, differences = phases.do("answering", lambda: answering(model, full))
     step = phases.do("decoding steps", lambda: steps(model, full))
     train, loss_difference = phases.do("training", lambda: training(args.size, full))
-    again = [sys.executable, __file__, "--size", args.size, "--threads", str(args.threads), "--peak_of"]
+    again = [
+        sys.executable,
+        "-m",
+        "tools.bench.answering",
+        "--size",
+        args.size,
+        "--threads",
+        str(args.threads),
+        "--peak_of",
+    ]
     kinds = ("answer_ours", "answer_plain_cache", "train_ours", "train_release")
     used, read = phases.do("memory", lambda: measure.peaks(again, kinds)), measure.bandwidth()
     spent = phases.do("costs", lambda: costs(model, full))

@@ -26,7 +26,7 @@ def model_to_train(
 
     bits: the frozen layers of the language model are held in so many, 4 or 8; None in bfloat16.
     """
-    with torch.device(device), _default_type(torch.bfloat16):
+    with torch.device(device), default_dtype(torch.bfloat16):
         model = measured_model(shape)
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -55,7 +55,8 @@ def batch_to_train(model: PixelLMForCausalLM, images: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _default_type(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are of this type inside."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,8 +1,8 @@
 """What a training step costs: its parts, the share of the GPU's peak, memory; by batch size and by checkpointing.
 
-python tools/bench/training.py               on a GPU: 7B, LoRA, bfloat16, ZeRO-2; runs/bench/training.json
-python tools/bench/training.py --bits 4      the same with frozen layers in 4 bits
-python tools/bench/training.py --size tiny   the same road in a minute on a CPU, where this is the size by itself
+python -m tools.bench.training               on a GPU: 7B, LoRA, bfloat16, ZeRO-2; runs/bench/training.json
+python -m tools.bench.training --bits 4      the same with frozen layers in 4 bits
+python -m tools.bench.training --size tiny   the same road in a minute on a CPU, where this is the size by itself
 """
 
 import argparse
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -126,7 +124,17 @@ def main(argv: list[str] | None = None) -> None:
         setting = Setting(args.size, int(batch), checkpointing == "on", args.steps, args.bits)
         print(json.dumps(case(setting, args.engine)))
         return
-    command = [sys.executable, __file__, "--size", args.size, "--steps", str(args.steps), "--engine", args.engine]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.bench.training",
+        "--size",
+        args.size,
+        "--steps",
+        str(args.steps),
+        "--engine",
+        args.engine,
+    ]
     command += ["--bits", str(args.bits)]
     cases: dict[str, dict[str, Any]] = {}
     for batch, checkpointing in product(args.batches.split(","), ("on", "off")):
