@@ -23,16 +23,16 @@ from demo.pipelines import ROOT
 from demo.scenes import (
     COLOURS,
     FORMS,
-    LESSONS,
     MEANINGS,
     PATCH_WORDS,
+    PRETRAINING_TARGETS,
     Scene,
-    mask_lessons,
-    patch_lessons,
+    draw_patch_targets,
+    encode_conversations,
+    label_patches,
+    read_mask_targets,
     read_scenes,
     tokenizer_corpus,
-    word_lessons,
-    words_of_patches,
 )
 from demo.tiny import TinyShape, make_tiny
 from utils.checkpoints.builder import BuiltModel, TrainingRecipe, choose_trainable, save_model
@@ -58,12 +58,14 @@ SHAPE = {field.name: field.default for field in fields(TinyShape) if isinstance(
 def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: int, folder: Path) -> None:
     """Teach the tower and the projector which colour, form, size and place each patch shows."""
     torch.nn.ModuleList(built.model.vision_tower.requires_grad_(True).parts_without_loss()).requires_grad_(False)
-    reader, settings = PatchReader(built, **LESSONS), OptimizerSettings()
+    reader, settings = PatchReader(built, **PRETRAINING_TARGETS), OptimizerSettings()
     engine = PlainEngine(reader, settings, "fp32", runtime.device, make_muon(reader, settings))
-    lessons = patch_lessons(scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size)
+    targets = draw_patch_targets(
+        scenes, built.processor, TOWER_BATCH // engine.world_size, engine.rank, engine.world_size
+    )
 
     def batches(_: int) -> Iterator[list[PatchBatch]]:
-        return ([PatchBatch(pixels, words)] for pixels, words in lessons)
+        return ([PatchBatch(pixels, words)] for pixels, words in targets)
 
     schedule = Schedule(TOWER_RATE, steps, min(TOWER_WARMUP, steps // 2), "cosine")
     Run(engine, Plan(schedule, steps, 0, 0, print_every=10), folder).fit(batches)
@@ -73,8 +75,8 @@ def warm_tower(built: BuiltModel, scenes: list[Scene], runtime: Runtime, steps: 
 def start_lookups(built: BuiltModel, scenes: list[Scene], seed: int) -> None:
     """Let the language model begin by looking up in the image what words name."""
     torch.manual_seed(seed)
-    asked = word_lessons(scenes, built.processor, random.Random(seed))
-    labels = words_of_patches(scenes, built.model.vision_tower.patch_size)[:, : len(PATCH_WORDS)]
+    asked = encode_conversations(scenes, built.processor, random.Random(seed))
+    labels = label_patches(scenes, built.model.vision_tower.patch_size)[:, : len(PATCH_WORDS)]
     read = start_looking_up(built, list(PATCH_WORDS.values()), Meant(**MEANINGS), asked, labels)
     shares = ", ".join(f"{share:.0%} in layer {layer}" for layer, share in read.items())
     logger.info(f"queries read, of what is named in {len(scenes)} conversations: {shares}")
@@ -105,10 +107,10 @@ def start_masks(built: BuiltModel, data: str, count: int, seed: int) -> None:
     """Give the base mask parts that begin at the words it knows, so that training on masks begins with a match."""
     torch.manual_seed(seed)
     config = parse_train(["--config", MASKS_CONFIG, "--version", ".", "--dataset_dir", data])
-    lessons = mask_lessons(
+    targets = read_mask_targets(
         TrainingDataset(build_mixture(config.data, config.engine.seed), built.processor, count), count
     )
-    read = start_masks_at_words(built, lessons)
+    read = start_masks_at_words(built, targets)
     logger.info(f"the codebook reads {read:.0%} of the words that name the targets of {count} images")
 
 

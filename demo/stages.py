@@ -61,7 +61,7 @@ class StageFailed(PixelLMError):
 
 @contextmanager
 def _terminate_is_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside, so that one road leads out of a stage."""
+    """SIGTERM raises KeyboardInterrupt inside, so that there is one way out of a stage."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

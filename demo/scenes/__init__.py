@@ -3,10 +3,10 @@
 from demo.scenes.checks import Difficulty, LeakReport, check_difficulty, check_no_leak
 from demo.scenes.conversations import make_conversation, tokenizer_corpus
 from demo.scenes.drawing import Scene, Shape, draw_scene, scene_masks
-from demo.scenes.lessons import mask_lessons, patch_lessons, word_lessons, words_of_patches
 from demo.scenes.manifest import SceneRecord, read_scenes
-from demo.scenes.patches import HINTS, LESSONS, PATCH_WORDS, patch_words
+from demo.scenes.patches import HINTS, PATCH_WORDS, PRETRAINING_TARGETS, patch_words
 from demo.scenes.planning import SceneDataSettings
+from demo.scenes.pretraining_targets import draw_patch_targets, encode_conversations, label_patches, read_mask_targets
 from demo.scenes.questions import find_asks
 from demo.scenes.sampling import SceneSettings, sample_scenes
 from demo.scenes.words import (
@@ -27,9 +27,9 @@ __all__ = [
     "FORMS",
     "HELD_OUT_SPEC",
     "HINTS",
-    "LESSONS",
     "MEANINGS",
     "PATCH_WORDS",
+    "PRETRAINING_TARGETS",
     "ROWS",
     "SIZES",
     "Difficulty",
@@ -42,18 +42,18 @@ __all__ = [
     "category_names",
     "check_difficulty",
     "check_no_leak",
+    "draw_patch_targets",
     "draw_scene",
+    "encode_conversations",
     "find_asks",
+    "label_patches",
     "make_conversation",
-    "mask_lessons",
     "named_shape",
-    "patch_lessons",
     "patch_words",
+    "read_mask_targets",
     "read_scenes",
     "sample_scenes",
     "scene_masks",
     "tokenizer_corpus",
-    "word_lessons",
-    "words_of_patches",
     "write_scene_data",
 ]

@@ -43,7 +43,7 @@ SEEN_EARLY = MappingProxyType(
     }
 )
 # All that a tower is taught about patches.
-LESSONS: Mapping[str, Any] = MappingProxyType({"words": PATCH_WORDS, "hints": HINTS, "early": SEEN_EARLY})
+PRETRAINING_TARGETS: Mapping[str, Any] = MappingProxyType({"words": PATCH_WORDS, "hints": HINTS, "early": SEEN_EARLY})
 # A patch shows a shape that covers at least this share of it.
 _COVERED = 0.15
 

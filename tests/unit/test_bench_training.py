@@ -56,7 +56,7 @@ def test_memory_that_does_not_suffice_is_a_row_of_the_table(monkeypatch: pytest.
 
 
 @pytest.mark.long
-def test_the_bench_of_training_walks_its_road(tmp_path: Path, repository: Path, child_env: dict[str, str]) -> None:
+def test_the_bench_runs_from_end_to_end(tmp_path: Path, repository: Path, child_env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "tools.bench.training", "--batches=1", "--steps=1", f"--out={tmp_path}"]
     done = subprocess.run(command, cwd=repository, env=child_env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr

@@ -107,7 +107,7 @@ print(json.dumps({"over": peak_bytes() - loaded}))
 
 
 @pytest.mark.long
-def test_the_bench_walks_its_road(tmp_path: Path, repository: Path, child_env: dict[str, str]) -> None:
+def test_the_bench_runs_from_end_to_end(tmp_path: Path, repository: Path, child_env: dict[str, str]) -> None:
     command = [
         sys.executable,
         "-m",

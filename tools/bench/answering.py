@@ -1,7 +1,7 @@
 """Measure answering and training against the release's way and against a plain cache, on one model of random weights.
 
 python -m tools.bench.answering               some 170 million parameters, two threads; runs/bench/summary.json
-python -m tools.bench.answering --size smoke  the same road in seconds; its ratios mean nothing
+python -m tools.bench.answering --size smoke  the same steps in seconds; its ratios mean nothing
 """
 
 import argparse

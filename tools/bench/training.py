@@ -2,7 +2,7 @@
 
 python -m tools.bench.training               on a GPU: 7B, LoRA, bfloat16, ZeRO-2; runs/bench/training.json
 python -m tools.bench.training --bits 4      the same with frozen layers in 4 bits
-python -m tools.bench.training --size tiny   the same road in a minute on a CPU, where this is the size by itself
+python -m tools.bench.training --size tiny   the same steps in a minute on a CPU, where this is the size by itself
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The golden tests notice every change that `bite.py` makes to a copy of the set."""
+"""The golden tests notice every change that `mutate.py` makes to a copy of the set."""
 
 import subprocess
 import sys
@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden import bite, test_whole_set
+from tests.golden import test_whole_set
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tests", sorted({group.test for group in bite.GROUPS}))
-def test_bites(tests: str, child_env: dict[str, str], repository: Path) -> None:
-    command = [sys.executable, "-m", "tests.golden.bite", tests]
+@pytest.mark.parametrize("tests", sorted({group.test for group in mutate.GROUPS}))
+def test_every_mutation_is_noticed(tests: str, child_env: dict[str, str], repository: Path) -> None:
+    command = [sys.executable, "-m", "tests.golden.mutate", tests]
     done = subprocess.run(command, cwd=repository, env=child_env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_group_is_spared() -> None:
-    bitten = {group.file for group in bite.GROUPS}
+    noticed = {group.file for group in mutate.GROUPS}
     facts_alone = {f"{group}.json" for group in test_whole_set.FACT_GROUPS}
     both = {f"{group}.{kind}" for group in test_whole_set.TENSOR_GROUPS for kind in ("json", "safetensors")}
-    assert facts_alone | both <= bitten
+    assert facts_alone | both <= noticed

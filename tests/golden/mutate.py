@@ -1,6 +1,6 @@
-"""Proof that the golden tests bite: in a copy of the set one thing is changed, and the group's test must then fail.
+"""Mutation test of the golden tests: in a copy of the set one thing is changed, and the group's test must then fail.
 
-python -m tests.golden.bite [TESTS ...]   (PIXELLM_GOLDEN: the set that is copied, else the one kept here)
+python -m tests.golden.mutate [TESTS ...]   (PIXELLM_GOLDEN: the set that is copied, else the one kept here)
 
 For each group: one number, one tensor or fact that nothing asks for, and a file that is missing.
 """
@@ -191,7 +191,7 @@ def passes(test: str) -> tuple[bool, str]:
         return status == 0, f"test_{test}.py, nothing changed: pytest ended with {status}: {summary}"
 
 
-def bites(group: Group, damage: str) -> tuple[bool, str]:
+def is_noticed(group: Group, damage: str) -> tuple[bool, str]:
     """Whether the group's test fails on a copy of the set with that damage, and a line that says what was done."""
     with copied_set() as folder:
         where = DAMAGES[damage](folder, group)
@@ -210,7 +210,7 @@ def main(arguments: list[str]) -> int:
     chosen = [group for group in GROUPS if not arguments or group.test in arguments]
     tried = (passes(test) for test in dict.fromkeys(group.test for group in chosen))
     wrong = 0
-    for fine, line in chain(tried, (bites(group, damage) for group in chosen for damage in damages_of(group))):
+    for fine, line in chain(tried, (is_noticed(group, damage) for group in chosen for damage in damages_of(group))):
         wrong += not fine
         print("ok  " if fine else "FAIL", line, flush=True)
     print("every change was noticed" if not wrong else f"{wrong} of these went wrong")

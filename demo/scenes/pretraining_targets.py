@@ -25,7 +25,7 @@ from utils.data.errors import DataError
 _TURNS, _BATCH = 3, 16
 
 
-def patch_lessons(
+def draw_patch_targets(
     scenes: Sequence[Scene], processor: Any, size: int, rank: int, ranks: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches: this rank's `size` images of each step, drawn again rather than read, as (size, 3, P, P)
@@ -33,15 +33,15 @@ def patch_lessons(
     order = np.random.default_rng(0)
     while True:
         chosen = [scenes[i] for i in order.integers(len(scenes), size=(ranks, size))[rank]]
-        yield _images(chosen, processor)[0], words_of_patches(chosen, processor.patch_size)
+        yield _images(chosen, processor)[0], label_patches(chosen, processor.patch_size)
 
 
-def words_of_patches(scenes: Sequence[Scene], patch: int) -> torch.Tensor:
+def label_patches(scenes: Sequence[Scene], patch: int) -> torch.Tensor:
     """(scenes, 12, patches) `patch_words` of patches of `patch` pixels."""
     return torch.from_numpy(np.stack([patch_words(scene, patch) for scene in scenes]))
 
 
-def word_lessons(scenes: Sequence[Scene], processor: Any, rng: random.Random) -> dict[str, torch.Tensor | dict]:
+def encode_conversations(scenes: Sequence[Scene], processor: Any, rng: random.Random) -> dict[str, torch.Tensor | dict]:
     """Arguments of forward: one conversation in words about each scene."""
     talks = [make_conversation(scene, rng, _TURNS) for scene in scenes]
     encoded = [processor.encode_conversation(talk).input_ids for talk in talks]
@@ -55,7 +55,7 @@ def word_lessons(scenes: Sequence[Scene], processor: Any, rng: random.Random) ->
     }
 
 
-def mask_lessons(dataset: TrainingDataset, count: int) -> Iterator[tuple[dict[str, Any], list[str]]]:
+def read_mask_targets(dataset: TrainingDataset, count: int) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Arguments of forward for the first `count` samples, in batches, with the "colour form" of every target.
 
     DataError for a target without one.
