@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden import test_whole_set
+from tests.golden import mutate, test_whole_set
 
 
 @pytest.mark.long
