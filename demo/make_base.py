@@ -40,7 +40,7 @@ from utils.cli.commands import parse_train
 from utils.cli.errors import UserError, run_script
 from utils.data.dataset import TrainingDataset
 from utils.data.mixture import build_mixture
-from utils.engine.fit import Plan, Run, fit_in_one_go
+from utils.engine.fit import Plan, Run, fit_without_resume
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.setup import StepBatches, make_plan, optimizer_settings
@@ -97,7 +97,7 @@ def train_words(
     engine = PlainEngine(
         built.model, settings, config.engine.precision, runtime.device, make_muon(built.model, settings)
     )
-    fit_in_one_go(Run(engine, make_plan(config, engine.world_size), config.run.folder), batches)
+    fit_without_resume(Run(engine, make_plan(config, engine.world_size), config.run.folder), batches)
     built.model.cpu().eval()
     batches.report_losses()
     return engine

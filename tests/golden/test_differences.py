@@ -23,7 +23,7 @@ from model.vision_tower import resize_position_table
 from tests.golden import recipe, released_model, test_collate, training, vectors
 from utils.checkpoints.builder import TrainingRecipe, choose_trainable
 from utils.checkpoints.layouts.published_names import RELEASE_IMAGE_MEAN, RELEASE_IMAGE_STD
-from utils.engine.stepping import OptimizerSettings, count_step, shared_counts, weighted_loss
+from utils.engine.stepping import OptimizerSettings, count_step, loss_divisors, weighted_loss
 
 
 def default_of(owner: type, field: str) -> Any:
@@ -158,7 +158,7 @@ def test_losses_of_a_step() -> None:
     step = count_step(model, [Recorded(case) for case in cases], lambda numbers: numbers)
     ours, theirs = (
         sum(
-            float(weighted_loss(losses, weights, shared_counts(losses, step, len(cases), normalisation)))
+            float(weighted_loss(losses, weights, loss_divisors(losses, step, len(cases), normalisation)))
             for losses in outputs
         )
         for normalisation in ("step", "micro_batch")

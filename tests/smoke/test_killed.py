@@ -9,7 +9,7 @@ import torch
 from tests.smoke.conftest import Trainer
 from tests.smoke.killing import Outcome
 from utils.engine.checkpoints import latest_tag
-from utils.engine.sample_log import consumed, losses
+from utils.engine.sample_log import read_consumed, read_losses
 
 STEPS, SAMPLES = 6, 4
 FLAGS = (f"--max_steps={STEPS}", "--save_every=2", "--lora_dropout=0.1")
@@ -54,8 +54,8 @@ def killed_and_resumed(
         assert outcome.apart < 30 and 0 not in outcome.statuses[: kill[0]] + outcome.statuses[kill[0] + 1 :]
         outcome = trainer.run(again, *flags, ranks=ranks)
         assert set(outcome.statuses) == {0}, trainer.said
-        assert consumed(trainer.out / again) == list(range(steps * SAMPLES))
-        assert losses(trainer.out / again) == losses(straight)
+        assert read_consumed(trainer.out / again) == list(range(steps * SAMPLES))
+        assert read_losses(trainer.out / again) == read_losses(straight)
         tag = latest_tag(straight / "ckpt_model")
         assert tag == latest_tag(trainer.out / again / "ckpt_model") == f"step{steps}"
         files = sorted((straight / "ckpt_model" / tag).glob("*.*"))
@@ -72,7 +72,7 @@ def killed_and_resumed(
 def test_a_killed_run_ends_as_if_nothing_had_been(trainer: Trainer) -> None:
     straight = trainer.run("plain", *FLAGS, counted=True)
     assert straight.statuses == [0], trainer.said
-    assert consumed(trainer.out / "plain") == list(range(STEPS * SAMPLES))
+    assert read_consumed(trainer.out / "plain") == list(range(STEPS * SAMPLES))
     killed_and_resumed(trainer, "plain", places(straight, seed=1, number=2), 1, *FLAGS)
 
 
@@ -82,14 +82,14 @@ def test_killed_ranks_under_deepspeed_end_as_if_nothing_had_been(trainer: Traine
     flags = (*DEEPSPEED, "--lora_dropout=0", f"--max_steps={steps}")
     straight = trainer.run("zero2", *flags, ranks=2, counted=True)
     assert straight.statuses == [0, 0], trainer.said
-    assert consumed(trainer.out / "zero2") == list(range(steps * SAMPLES))
+    assert read_consumed(trainer.out / "zero2") == list(range(steps * SAMPLES))
     killed_and_resumed(trainer, "zero2", places(straight, seed=2, number=1), 2, *flags, steps=steps)
     failing_rank(trainer, straight.events[1] // 2, *flags)
     half_way = trainer.out / "zero2" / "ckpt_model" / "step2"
     reshaped = trainer.run("alone", *flags, "--zero_stage=3", f"--resume={half_way}")
     assert reshaped.statuses == [0], trainer.said
     assert "each process takes its part of the whole" in trainer.said[0]
-    wanted, found = losses(trainer.out / "zero2"), losses(trainer.out / "alone")
+    wanted, found = read_losses(trainer.out / "zero2"), read_losses(trainer.out / "alone")
     assert found == pytest.approx({step: wanted[step] for step in (3, 4)}, rel=1e-3)
 
 

@@ -16,7 +16,7 @@ from demo.tiny import make_tiny
 from tests.smoke.conftest import ROOT, Trainer, training_flags
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
 from utils.checkpoints.builder import save_model
-from utils.engine.sample_log import consumed, losses
+from utils.engine.sample_log import read_consumed, read_losses
 
 STEPS, SAMPLES = 10, 4
 # Words alone, one target and several: some micro-batches have no target at all.
@@ -79,7 +79,7 @@ def test_the_losses_do_not_depend_on_the_layout(trainer: Trainer, base: str, opt
     within, own = OPTIMIZERS[optimizer]
     flags = (*FLAGS, base, f"--optimizer={optimizer}", *own)
     assert trainer.run(f"{optimizer} whole", *flags, *cut(1, 1), "--engine=plain").statuses == [0], trainer.said
-    wanted = losses(trainer.out / f"{optimizer} whole")
+    wanted = read_losses(trainer.out / f"{optimizer} whole")
     assert len(wanted) == STEPS and max(wanted.values()) > 1.01 * min(wanted.values())
     apart = {}
     for name, (ranks, rounds, extra) in CASES.items():
@@ -90,7 +90,7 @@ def test_the_losses_do_not_depend_on_the_layout(trainer: Trainer, base: str, opt
         folder = f"{optimizer} {name}"
         outcome = trainer.run(folder, *flags, *cut(ranks, rounds), *extra, ranks=ranks)
         assert set(outcome.statuses) == {0}, (name, trainer.said)
-        found = losses(trainer.out / folder)
+        found = read_losses(trainer.out / folder)
         assert found.keys() == wanted.keys()
         apart[name] = [abs(found[step] / wanted[step] - 1) for step in sorted(wanted)]
         print(f"{optimizer}, {name}: first {apart[name][0]:.1e}, largest {max(apart[name]):.1e}")
@@ -134,8 +134,8 @@ def test_two_nodes_with_different_numbers_of_ranks(
     said = [node.communicate(timeout=600)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert "1 images x 3 ranks x 1 rounds = 3 samples" in said[0]
-    assert losses(tmp_path / "nodes") == pytest.approx(losses(trainer.out / "one node"), rel=1e-3)
-    assert consumed(tmp_path / "nodes") == list(range(4 * 3))
+    assert read_losses(tmp_path / "nodes") == pytest.approx(read_losses(trainer.out / "one node"), rel=1e-3)
+    assert read_consumed(tmp_path / "nodes") == list(range(4 * 3))
 
 
 @pytest.mark.long
@@ -148,7 +148,7 @@ def test_a_run_goes_on_under_another_layout(trainer: Trainer, base: str, optimiz
     # At a constant rate a run of four steps is the beginning of one of fourteen.
     flags = (*FLAGS, base, f"--optimizer={optimizer}", *own, "--lr_schedule=constant", f"--max_steps={steps}")
     assert trainer.run(f"{optimizer} unbroken", *flags, *cut(1, 1), "--engine=plain").statuses == [0], trainer.said
-    wanted = losses(trainer.out / f"{optimizer} unbroken")
+    wanted = read_losses(trainer.out / f"{optimizer} unbroken")
     starts: dict[tuple[int, tuple[str, ...]], Path] = {}
     apart = {}
     for number, (name, (first, second)) in enumerate(MOVES.items()):
@@ -162,9 +162,9 @@ def test_a_run_goes_on_under_another_layout(trainer: Trainer, base: str, optimiz
         folder = f"{optimizer} second {number}"
         outcome = trainer.run(folder, *flags, *cut(ranks, 1), *extra, f"--resume={starts[first]}", ranks=ranks)
         assert set(outcome.statuses) == {0}, (name, trainer.said)
-        found = losses(trainer.out / folder)
+        found = read_losses(trainer.out / folder)
         assert sorted(found) == list(range(before + 1, steps + 1))
-        assert consumed(trainer.out / folder) == list(range(before * SAMPLES, steps * SAMPLES))
+        assert read_consumed(trainer.out / folder) == list(range(before * SAMPLES, steps * SAMPLES))
         apart[name] = max(abs(found[step] / wanted[step] - 1) for step in found)
         print(f"{optimizer}, {name}: largest {apart[name]:.1e}")
     assert {name: value for name, value in apart.items() if value > within} == {}

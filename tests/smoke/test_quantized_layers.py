@@ -13,7 +13,7 @@ from tests.unit.tiny_bases import options, write_language_model, write_tower
 from utils.checkpoints.builder import build_model, save_model
 from utils.cli.commands import parse_train
 from utils.cli.errors import run_script
-from utils.engine.sample_log import losses
+from utils.engine.sample_log import read_losses
 
 needs_library = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 LAYERS = "language_model.model.layers."
@@ -52,7 +52,7 @@ def test_a_run_in_few_bits_goes_on_and_is_merged(bits: int, wide_base: Path, smo
     assert run_script(train_ds.main, flags) == 0
     broken = [*flags, "--exp_name=broken"]
     assert run_script(train_ds.main, [*broken, f"--resume={tmp_path / 'straight' / 'ckpt_model' / 'step2'}"]) == 0
-    assert losses(tmp_path / "broken") == {step: losses(tmp_path / "straight")[step] for step in (3, 4)}
+    assert read_losses(tmp_path / "broken") == {step: read_losses(tmp_path / "straight")[step] for step in (3, 4)}
     kept, again = (
         torch.load(tmp_path / name / "ckpt_model" / "step4" / "pytorch_model.bin") for name in ("straight", "broken")
     )
@@ -76,11 +76,11 @@ def test_few_bits_under_deepspeed(bits: int, wide_base: Path, trainer: Trainer) 
     """The losses of the plain engine, and from stage 2 on two ranks on to stage 0 on one."""
     flags = (f"--version={wide_base}", f"--load_in_{bits}bit", "--save_every=2", "--lr_schedule=constant")
     assert trainer.run(f"plain {bits}", *flags).statuses == [0], trainer.said
-    wanted = losses(trainer.out / f"plain {bits}")
+    wanted = read_losses(trainer.out / f"plain {bits}")
     outcome = trainer.run(f"ranks {bits}", *flags, "--engine=deepspeed", ranks=2)
     assert outcome.statuses == [0, 0], trainer.said
-    assert losses(trainer.out / f"ranks {bits}") == pytest.approx(wanted, rel=1e-3)
+    assert read_losses(trainer.out / f"ranks {bits}") == pytest.approx(wanted, rel=1e-3)
     half_way = trainer.out / f"ranks {bits}" / "ckpt_model" / "step2"
     on = trainer.run(f"alone {bits}", *flags, "--engine=deepspeed", "--zero_stage=0", f"--resume={half_way}")
     assert on.statuses == [0], trainer.said
-    assert losses(trainer.out / f"alone {bits}") == pytest.approx({s: wanted[s] for s in (3, 4)}, rel=1e-3)
+    assert read_losses(trainer.out / f"alone {bits}") == pytest.approx({s: wanted[s] for s in (3, 4)}, rel=1e-3)

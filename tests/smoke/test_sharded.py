@@ -21,7 +21,7 @@ from tests.smoke.conftest import ROOT, STEPS, Trainer
 from tests.unit.tiny_pixellm import SHAPE, TEXTS
 from utils.checkpoints.builder import save_model
 from utils.engine.checkpoints import require_tag
-from utils.engine.sample_log import losses
+from utils.engine.sample_log import read_losses
 
 BYTES = 4
 # Three matrices of 2048 x 8192 in each of five layers: 252 million numbers, a gigabyte.
@@ -76,7 +76,7 @@ def test_stage_3_validates_though_no_rank_has_all_weights(trainer: Trainer) -> N
         outcome = trainer.run(name, *flags, *more, ranks=2)
         assert outcome.statuses == [0, 0], trainer.said
     assert trainer.said[0].count("giou") == 0
-    assert losses(trainer.out / "scored") == losses(trainer.out / "unscored")
+    assert read_losses(trainer.out / "scored") == read_losses(trainer.out / "unscored")
     assert json.loads((trainer.out / "scored" / "validation.json").read_text())["validated"] == STEPS
 
 

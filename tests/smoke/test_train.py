@@ -27,9 +27,9 @@ from utils.checkpoints.builder import load_weights_into
 from utils.checkpoints.export import read_trained_weights
 from utils.cli.commands import parse_train
 from utils.cli.errors import run_script
-from utils.engine.checkpoints import latest_tag, problem, step_of
+from utils.engine.checkpoints import find_problem, latest_tag, step_of
 from utils.engine.fit import Run
-from utils.engine.sample_log import consumed
+from utils.engine.sample_log import read_consumed
 from utils.engine.train import build_for_training
 
 
@@ -248,7 +248,7 @@ def test_a_data_root_that_vanishes_ends_a_run_in_a_sentence(
     (tmp_path / "elsewhere").rename(data)
     assert run_script(train_ds.main, flags) == 0
     assert "going on from step 2" in capsys.readouterr().err
-    assert consumed(tmp_path / "broken") == list(range(STEPS * 2))
+    assert read_consumed(tmp_path / "broken") == list(range(STEPS * 2))
 
 
 @pytest.mark.long
@@ -311,7 +311,7 @@ def test_ctrl_c_ends_in_good_order(smoke_base: Path, smoke_data: Path, tmp_path:
     assert started.returncode == 0, said[-2000:]
     assert "stopped by SIGINT after step" in said and "the same command goes on" in said and "Traceback" not in said
     tag = latest_tag(folder)
-    assert tag is not None and problem(folder / tag) is None and f"after step {step_of(tag)} of" in said
+    assert tag is not None and find_problem(folder / tag) is None and f"after step {step_of(tag)} of" in said
 
 
 MOST_SECONDS = 10.0  # from the signal to the end of the last rank; two threads of one core need two to three
@@ -374,7 +374,7 @@ def stopped_in_good_order(
     assert not alive and seconds < MOST_SECONDS, f"{seconds:.1f} s: {text[-2000:]}"
     started.wait(timeout=60)
     tag = latest_tag(folder)
-    assert tag is not None and problem(folder / tag) is None
+    assert tag is not None and find_problem(folder / tag) is None
     why = "the end of its launcher" if whom == "deepspeed" else "(SIGTERM|another of its processes)"
     assert re.search(rf"stopped by {why} after step {step_of(tag)} of", text), text[-2000:]
     assert "Traceback" not in text

@@ -27,7 +27,13 @@ def make_engine(stage: int, rounds: int, precision: str = "fp32", clip: float = 
     settings = OptimizerSettings(betas=(BETA1, 0.95), gradient_clip=clip)
     toy = make_toy(warm=True)
     return DeepSpeedEngine(
-        toy, settings, precision, torch.device("cpu"), micro_batch=1, rounds=rounds, zero_stage=stage
+        toy,
+        settings,
+        precision,
+        torch.device("cpu"),
+        micro_batch=1,
+        gradient_accumulation_steps=rounds,
+        zero_stage=stage,
     )
 
 
@@ -75,7 +81,9 @@ def real_model(out: Path) -> None:
         model, step = real_step(out, runtime, rounds)
         settings = OptimizerSettings(betas=(BETA1, 0.95), gradient_clip=0.0)
         size = len(step[0].resized_sizes)
-        engine = DeepSpeedEngine(model, settings, "fp32", runtime.device, micro_batch=size, rounds=rounds, zero_stage=2)
+        engine = DeepSpeedEngine(
+            model, settings, "fp32", runtime.device, micro_batch=size, gradient_accumulation_steps=rounds, zero_stage=2
+        )
         engine.train_step(step, 1e-2)
         state = state_of(engine)
         if engine.rank == 0:
@@ -122,7 +130,9 @@ def lonely_answers(out: Path, lines: dict) -> None:
     rank 1, then answers of different lengths, then such a step again."""
     model, *batches = words_and_targets(out)
     settings = OptimizerSettings(betas=(BETA1, 0.95), gradient_clip=0.0)
-    engine = DeepSpeedEngine(model, settings, "fp32", torch.device("cpu"), micro_batch=1, rounds=1, zero_stage=3)
+    engine = DeepSpeedEngine(
+        model, settings, "fp32", torch.device("cpu"), micro_batch=1, gradient_accumulation_steps=1, zero_stage=3
+    )
     own = batches[engine.rank]
     totals = [engine.train_step([own], RATE).total]
     with engine.inference():

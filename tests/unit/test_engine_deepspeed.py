@@ -13,7 +13,7 @@ from tests.unit.engine_real import real_step, words_and_targets, write_real
 from tests.unit.engine_toys import cut, make_samples, make_toy
 from utils.cli.errors import UserError
 from utils.engine.checkpoints import latest_tag
-from utils.engine.deepspeed_engine import full_config, read_user_config
+from utils.engine.deepspeed_engine import deepspeed_config, read_user_config
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime, deepspeed_problem
 from utils.engine.stepping import OptimizerSettings
@@ -74,7 +74,7 @@ def test_two_ranks_make_the_step_of_one_process(case: str, ranks: tuple[Path, di
 def test_two_ranks_make_the_gradient_of_one_process_on_a_true_model(ranks: tuple[Path, dict]) -> None:
     out, _ = ranks
     cpu = torch.device("cpu")
-    model, step = real_step(out, Runtime("plain", 0, 0, 1, cpu), rounds=1)
+    model, step = real_step(out, Runtime("plain", 0, 0, 1, cpu), gradient_accumulation_steps=1)
     PlainEngine(model, OptimizerSettings(gradient_clip=0.0), "fp32", cpu).accumulate(step)
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in ours.values()]).norm()
@@ -142,13 +142,13 @@ def test_bf16_holds_float32_where_the_plain_engine_does(ranks: tuple[Path, dict]
 
 def test_the_configuration() -> None:
     numbers = {"micro_batch": 2, "rounds": 5, "world_size": 8, "clip": 1.0, "numel": 1000}
-    config = full_config({}, zero_stage=2, precision="bf16", **numbers)
+    config = deepspeed_config({}, zero_stage=2, precision="bf16", **numbers)
     assert config["train_batch_size"] == 80 and config["torch_autocast"]["dtype"] == "bfloat16"
     assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
     user = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
-    config = full_config(user, zero_stage=3, precision="fp16", **numbers)
+    config = deepspeed_config(user, zero_stage=3, precision="fp16", **numbers)
     assert config["zero_optimization"] == user["zero_optimization"] and config["fp16"] == {"enabled": True}
-    assert "torch_autocast" not in full_config({}, zero_stage=1, precision="fp32", **numbers)
+    assert "torch_autocast" not in deepspeed_config({}, zero_stage=1, precision="fp32", **numbers)
 
 
 @pytest.mark.parametrize(

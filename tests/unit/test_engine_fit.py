@@ -21,7 +21,7 @@ from tests.unit.engine_toys import ToyBatch, cut, make_samples, make_toy
 from utils.cli.errors import UserError, explain, run_script
 from utils.cli.run_card import find_run_card, git_state, write_run_card
 from utils.engine import plain_engine, prepare
-from utils.engine.checkpoints import keep_as, latest_tag, point_to, remove_superseded, seal, tag_of
+from utils.engine.checkpoints import copy_checkpoint, latest_tag, remove_superseded, set_latest, tag_for, write_manifest
 from utils.engine.fit import BEST, CHECKPOINT, Plan, Run
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import deepspeed_problem, open_runtime
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_does_not_fit_says_so(tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT / "step2" / plain_engine.STATE).unlink()
     with pytest.raises(UserError, match=r"is whole \(step2: training_state\.pt is missing\): .*--no_auto_resume"):
         Run(engine(), plan(), tmp_path).resume(tmp_path / CHECKPOINT)
-    seal(tmp_path / CHECKPOINT / "step2")
+    write_manifest(tmp_path / CHECKPOINT / "step2")
     with pytest.raises(UserError, match="was not written by the plain engine"):
         Run(engine(), plan(), tmp_path).resume(tmp_path / CHECKPOINT)
 
@@ -184,21 +184,21 @@ def test_torch_wraps_a_full_disk_and_it_is_still_one_sentence(tmp_path: Path) ->
 def test_checkpoint_folders(tmp_path: Path) -> None:
     folder = tmp_path / "ckpt_model"
     for step in (1, 2):
-        (folder / tag_of(step)).mkdir(parents=True)
-        (folder / tag_of(step) / "weights").write_text(str(step))
+        (folder / tag_for(step)).mkdir(parents=True)
+        (folder / tag_for(step) / "weights").write_text(str(step))
     remove_superseded(folder)
     assert (folder / "step1").is_dir()
-    point_to(folder, "step2")
+    set_latest(folder, "step2")
     (folder / "zero_to_fp32.py").write_text("")
     (folder / "my_notes").mkdir()
     remove_superseded(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "my_notes", "step2", "zero_to_fp32.py"]
-    keep_as(folder, tmp_path / "best")
-    keep_as(folder, tmp_path / "best")
+    copy_checkpoint(folder, tmp_path / "best")
+    copy_checkpoint(folder, tmp_path / "best")
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["latest", "step2", "zero_to_fp32.py"]
     (folder / "step2" / "weights").unlink()
     assert (tmp_path / "best" / "step2" / "weights").read_text() == "2"
-    point_to(folder, "step3")
+    set_latest(folder, "step3")
     assert latest_tag(folder) is None
 
 

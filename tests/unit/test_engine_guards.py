@@ -27,10 +27,10 @@ from utils.engine.base import StepReport
 from utils.engine.checkpoints import latest_tag, tags
 from utils.engine.fit import CHECKPOINT, Plan, Run
 from utils.engine.lock import lock_folder
-from utils.engine.nan_guard import DUMPS, SPIKES, Guard
+from utils.engine.nan_guard import DUMPS, SPIKES, NanGuard
 from utils.engine.plain_engine import WEIGHTS, PlainEngine
 from utils.engine.random_state import random_state, restore_random_state
-from utils.engine.sample_log import consumed, forget_after
+from utils.engine.sample_log import drop_later_steps, read_consumed
 from utils.engine.stepping import OptimizerSettings, Schedule
 
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def test_a_batch_with_nan_is_left_out_and_kept_for_looking_at(tmp_path: Path, ca
     after = [*before[1:], weights(run)]
     moved = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in zip(before, after, strict=True)]
     assert moved == [True, True, False, True, True, True]
-    assert consumed(tmp_path) == [n for n in range(4 * STEPS) if n not in range(8, 12)]
+    assert read_consumed(tmp_path) == [n for n in range(4 * STEPS) if n not in range(8, 12)]
     said = capsys.readouterr().out
     assert "step 3 is left out" in said and "sample 8, sample 9, sample 10, sample 11" in said
     dumped = torch.load(tmp_path / DUMPS / "step3_rank0.pt", weights_only=True)
@@ -100,7 +100,7 @@ def test_a_batch_with_nan_is_left_out_and_kept_for_looking_at(tmp_path: Path, ca
 
 
 def test_a_weight_that_is_nan_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = Run(engine(), plan(most_bad_steps=3), tmp_path)
+    run = Run(engine(), plan(max_bad_steps=3), tmp_path)
 
     def spoil(step: int, _: ToyBatch) -> None:
         if step == 2:
@@ -117,7 +117,7 @@ def test_a_weight_that_is_nan_stops_the_run(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_spike_is_written_down_with_its_samples(tmp_path: Path) -> None:
-    guard = Guard(tmp_path, engine(), most=5)
+    guard = NanGuard(tmp_path, engine(), most=5)
     batch = next(batches(0))
 
     def report(total: float) -> StepReport:
@@ -168,8 +168,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert re.search(why, said), said
     again.fit(batches)
     assert all(torch.equal(a, b) for a, b in zip(straight, weights(again), strict=True))
-    assert checkpoints.problem(tmp_path / CHECKPOINT / "step6") is None
-    assert consumed(tmp_path) == list(range(4 * STEPS))
+    assert checkpoints.find_problem(tmp_path / CHECKPOINT / "step6") is None
+    assert read_consumed(tmp_path) == list(range(4 * STEPS))
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew_by_itself(tmp_path: Path) -> None:
@@ -191,13 +191,13 @@ def test_nothing_goes_before_its_successor_verifies(tmp_path: Path, monkeypatch:
         read.append(path)
         return checksum(path) if len(read) <= 3 else "another"
 
-    # The three files are read once to seal them, and wrongly when they are read back.
+    # The three files are read once to write_manifest them, and wrongly when they are read back.
     monkeypatch.setattr(checkpoints, "checksum", lies)
     with pytest.raises(UserError, match=r"was not written as it should be: the bytes of .* earlier ones are kept"):
         again.fit(batches)
     monkeypatch.undo()
     assert tags(tmp_path / CHECKPOINT) == ["step6", "step4"]
-    assert [checkpoints.problem(tmp_path / CHECKPOINT / tag) for tag in ("step6", "step4")] == [None, None]
+    assert [checkpoints.find_problem(tmp_path / CHECKPOINT / tag) for tag in ("step6", "step4")] == [None, None]
 
 
 def test_a_run_that_starts_anew_keeps_the_old_one_until_it_has_its_own(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_disk_that_refuses_ends_the_run_in_a_sentence(
     again = Run(engine(seed=9), plan(), tmp_path)
     again.resume(tmp_path / CHECKPOINT)
     again.fit(batches)
-    assert consumed(tmp_path) == list(range(4 * STEPS))
+    assert read_consumed(tmp_path) == list(range(4 * STEPS))
 
 
 def test_space_is_asked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ def test_a_signal_finishes_the_step_keeps_it_and_says_how_to_go_on(
     again.resume(tmp_path / "stopped" / CHECKPOINT)
     again.fit(batches)
     assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(again), strict=True))
-    assert consumed(tmp_path / "stopped") == list(range(4 * STEPS))
+    assert read_consumed(tmp_path / "stopped") == list(range(4 * STEPS))
 
 
 SECOND = """
@@ -375,7 +375,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None and first.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=rf"is in use by another run \(process {first.pid} on .*choose another"):
+    with pytest.raises(UserError, match=r"is in use by another run: .*choose another"):
         lock_folder(tmp_path)
     first.kill()
     first.wait()
@@ -416,8 +416,8 @@ def test_the_journal_forgets_what_is_done_again(tmp_path: Path) -> None:
     Run(engine(), plan(), tmp_path).fit(batches)
     path = tmp_path / "samples" / "rank0.jsonl"
     path.write_text(path.read_text() + '{"step": 7, "sam')
-    forget_after(tmp_path, 4)
-    assert consumed(tmp_path) == list(range(16))
+    drop_later_steps(tmp_path, 4)
+    assert read_consumed(tmp_path) == list(range(16))
 
 
 def test_stopped_is_no_failure(capsys: pytest.CaptureFixture) -> None:

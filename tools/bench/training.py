@@ -28,7 +28,7 @@ from utils.engine.plain_engine import PlainEngine
 from utils.engine.probe import probe_gradients
 from utils.engine.runtime import Runtime, open_runtime
 from utils.engine.stepping import OptimizerSettings, to_precision
-from utils.engine.throughput import Costs, forget_peak_memory
+from utils.engine.throughput import Throughput, reset_peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Setting:
 
 
 def case(setting: Setting, engine: str) -> dict[str, Any]:
-    """Figures of one setting, as `Costs` names them; {"failed": why} where memory does not suffice."""
+    """Figures of one setting, as `Throughput` names them; {"failed": why} where memory does not suffice."""
     runtime = open_runtime(engine, 0, PRECISION)
     try:
         return measured(setting, runtime)
@@ -67,15 +67,15 @@ def measured(setting: Setting, runtime: Runtime) -> dict[str, Any]:
     engine = make_engine(model, batch, runtime)
     for _ in range(WARM_UP):
         engine.train_step([examples], RATE)
-    forget_peak_memory(runtime.device)
-    costs = Costs(runtime.device, engine.world_size, flops)
+    reset_peak_memory(runtime.device)
+    costs = Throughput(runtime.device, engine.world_size, flops)
     for _ in range(setting.steps):
         began = time.perf_counter()
         report = engine.train_step([examples], RATE)
         costs.add(time.perf_counter() - began, [examples], dict(report.seconds))
     engine.close()
     facts = {"engine": runtime.engine, "device": device_name(runtime.device), "parameters": numbers}
-    return facts | {"flops_per_image": flops, "seconds_per_step": costs.seconds(), **costs.figures()}
+    return facts | {"flops_per_image": flops, "seconds_per_step": costs.seconds(), **costs.metrics()}
 
 
 def make_engine(model: Any, batch: int, runtime: Runtime) -> Engine:
@@ -84,7 +84,9 @@ def make_engine(model: Any, batch: int, runtime: Runtime) -> Engine:
     from utils.engine.deepspeed_engine import DeepSpeedEngine  # not installed on every laptop
 
     settings = OptimizerSettings()
-    return DeepSpeedEngine(model, settings, PRECISION, runtime.device, micro_batch=batch, rounds=1, zero_stage=STAGE)
+    return DeepSpeedEngine(
+        model, settings, PRECISION, runtime.device, micro_batch=batch, gradient_accumulation_steps=1, zero_stage=STAGE
+    )
 
 
 def device_name(device: torch.device) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.cli.atomic_files import open_atomic
 from utils.cli.errors import UserError
 
 LATEST = "latest"
@@ -23,10 +24,10 @@ WRITING, REPLACED = ".writing", ".replaced"
 # How torch's own writer words what the operating system refused; it raises RuntimeError instead of OSError.
 TORCH_WRITER = ("iostream error", "PytorchStreamWriter", "inline_container")
 _TAG = re.compile(rf"{TAG_PREFIX}(\d+)")
-_CHUNK = 1 << 22  # bytes
+CHUNK = 1 << 22  # bytes
 
 
-def tag_of(step: int) -> str:
+def tag_for(step: int) -> str:
     """The tag of a checkpoint made after `step` optimizer steps."""
     return f"{TAG_PREFIX}{step}"
 
@@ -48,7 +49,7 @@ def tags(folder: Path) -> list[str]:
     latest = latest_step(folder)
     if latest is not None:
         steps = [step for step in steps if step <= latest] + [step for step in steps if step > latest]
-    return [tag_of(step) for step in steps]
+    return [tag_for(step) for step in steps]
 
 
 def latest_step(folder: Path) -> int | None:
@@ -62,7 +63,7 @@ def latest_step(folder: Path) -> int | None:
 def latest_tag(folder: Path) -> str | None:
     """The tag that counts, or None where there is no checkpoint."""
     step = latest_step(folder)
-    return tag_of(step) if step is not None and (folder / tag_of(step)).is_dir() else None
+    return tag_for(step) if step is not None and (folder / tag_for(step)).is_dir() else None
 
 
 def require_tag(folder: Path) -> str:
@@ -73,21 +74,14 @@ def require_tag(folder: Path) -> str:
     return tag
 
 
-def point_to(folder: Path, tag: str) -> None:
+def set_latest(folder: Path, tag: str) -> None:
     """Make `tag` the one that counts, in one step."""
-    write_safely(folder / LATEST, tag)
+    with open_atomic(folder / LATEST, sync=True) as file:
+        file.write(tag)
+    fsync_path(folder)
 
 
-def write_safely(path: Path, text: str) -> None:
-    """Write a small file so that whoever reads it, after whatever happened, finds the old text or the new one."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    to_disk(fresh)
-    fresh.replace(path)
-    to_disk(path.parent)
-
-
-def to_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -105,21 +99,22 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def seal(place: Path) -> None:
+def write_manifest(place: Path) -> None:
     """Write the manifest of a checkpoint: size in bytes and checksum of every file."""
     files = {
         path.relative_to(place).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
         for path in files_of(place)
     }
-    write_safely(place / MANIFEST, json.dumps({"files": files}, indent=1))
+    with open_atomic(place / MANIFEST, sync=True) as file:
+        json.dump({"files": files}, file, indent=1)
 
 
-def problem(place: Path) -> str | None:
+def find_problem(place: Path) -> str | None:
     """Why a checkpoint is not as it was written, in a few words; None where it is."""
     try:
         listed = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -138,23 +133,23 @@ def problem(place: Path) -> str | None:
     return None
 
 
-def newest_whole(folder: Path) -> tuple[str | None, dict[str, str]]:
+def newest_verified(folder: Path) -> tuple[str | None, dict[str, str]]:
     """The newest checkpoint that verifies, None without one; and why each was passed over, by tag."""
     skipped: dict[str, str] = {}
     for tag in tags(folder):
-        why = problem(folder / tag)
+        why = find_problem(folder / tag)
         if why is None:
             return tag, skipped
         skipped[tag] = why
     return None, skipped
 
 
-def size_of(place: Path) -> int:
+def checkpoint_bytes(place: Path) -> int:
     """Bytes of a checkpoint's files."""
     return sum(path.stat().st_size for path in files_of(place))
 
 
-def require_room(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int) -> None:
     """UserError where the disk of an existing `folder` has less than `needed` bytes to spare."""
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -164,7 +159,7 @@ def require_room(folder: Path, needed: int) -> None:
         )
 
 
-def prepare(place: Path) -> Path:
+def prepare_scratch(place: Path) -> Path:
     """An empty folder to write the checkpoint `place` into; what killed runs left half written is removed."""
     place.parent.mkdir(parents=True, exist_ok=True)
     for entry in place.parent.iterdir():
@@ -175,11 +170,11 @@ def prepare(place: Path) -> Path:
     return scratch
 
 
-def finish(scratch: Path, place: Path) -> None:
+def publish(scratch: Path, place: Path) -> None:
     """Seal, read back, name and point to a checkpoint whose files are all on the disk. UserError if it is not whole."""
-    seal(scratch)
-    to_disk(scratch)
-    why = problem(scratch)
+    write_manifest(scratch)
+    fsync_path(scratch)
+    why = find_problem(scratch)
     if why is not None:
         shutil.rmtree(scratch, ignore_errors=True)
         raise UserError(
@@ -188,8 +183,8 @@ def finish(scratch: Path, place: Path) -> None:
     if place.exists():
         place.replace(place.with_name(place.name + REPLACED))
     scratch.replace(place)
-    to_disk(place.parent)
-    point_to(place.parent, place.name)
+    fsync_path(place.parent)
+    set_latest(place.parent, place.name)
 
 
 def remove_superseded(folder: Path, keep_last: int = 1) -> None:
@@ -209,7 +204,7 @@ def remove_superseded(folder: Path, keep_last: int = 1) -> None:
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def explain_write_errors(place: Path) -> Iterator[None]:
     """Around writing a checkpoint folder `place`: where the system refuses, removes it and says why as UserError."""
     try:
         yield
@@ -233,17 +228,17 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def keep_as(folder: Path, other: Path) -> None:
+def copy_checkpoint(folder: Path, other: Path) -> None:
     """Make `other` hold the checkpoint that counts in `folder`, with the scripts beside it, and nothing else."""
     tag = require_tag(folder)
-    with writing(other / (tag + WRITING)):
-        scratch = prepare(other / tag)
+    with explain_write_errors(other / (tag + WRITING)):
+        scratch = prepare_scratch(other / tag)
         shutil.copytree(folder / tag, scratch, copy_function=_link_or_copy, dirs_exist_ok=True)
         for script in folder.glob("*.py"):
             shutil.copy2(script, other / script.name)
         if (other / tag).exists():
             (other / tag).replace(other / (tag + REPLACED))
         scratch.replace(other / tag)
-        to_disk(other)
-        point_to(other, tag)
+        fsync_path(other)
+        set_latest(other, tag)
         remove_superseded(other)

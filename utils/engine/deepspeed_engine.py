@@ -27,33 +27,42 @@ from utils.data.collate import Batch
 from utils.engine.base import Engine, StepReport
 from utils.engine.plain_engine import WEIGHTS
 from utils.engine.process_group import ProcessGroup, explain_lost_peer
-from utils.engine.resharding import layout_of, put_whole, read_whole
+from utils.engine.resharding import load_full_state, read_full_state, read_layout
 from utils.engine.stepping import (
     LossSums,
     OptimizerSettings,
     count_step,
     evaluation_mode,
+    full_numel,
+    loss_divisors,
     make_optimizer,
-    numbers_in,
     set_learning_rate,
-    shared_counts,
     to_precision,
     trainable_parameters,
     weighted_loss,
 )
-from utils.engine.throughput import StepClock
+from utils.engine.throughput import StepTimer
 
 logger = logging.getLogger(__name__)
 
 # What the loop decides; a --deepspeed_config may not say otherwise.
-OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping") + (
-    "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "steps_per_print",
-)  # fmt: skip
+RESERVED_KEYS = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "steps_per_print",
+}
 GROUP_NAMES = "parameters_by_optimizer_group"
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's own default
 
 
-def connect() -> None:
+def init_distributed() -> None:
     """Join the other processes; alone, become a world of one. Safe to call twice."""
     if dist.is_initialized():
         return
@@ -87,7 +96,7 @@ def read_user_config(path: str, zero_stage: int | None) -> dict[str, Any]:
         raise UserError(f"--deepspeed_config {path} is not valid JSON") from None
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed_config {path} must hold a JSON object")
-    taken = [key for key in config if key in OURS and config[key] != "auto"]
+    taken = [key for key in config if key in RESERVED_KEYS and config[key] != "auto"]
     if taken:
         raise UserError(
             f"--deepspeed_config {path} sets {', '.join(taken)}, which flags decide: take it out of the file"
@@ -95,16 +104,16 @@ def read_user_config(path: str, zero_stage: int | None) -> dict[str, Any]:
     stage = config.get("zero_optimization", {}).get("stage")
     if zero_stage is not None and stage is not None and stage != zero_stage:
         raise UserError(f"--zero_stage is {zero_stage}, but {path} says {stage}: give one of them")
-    return {key: value for key, value in config.items() if key not in OURS}
+    return {key: value for key, value in config.items() if key not in RESERVED_KEYS}
 
 
-def full_config(
+def deepspeed_config(
     user: dict[str, Any],
     *,
     zero_stage: int,
     precision: str,
     micro_batch: int,
-    rounds: int,
+    gradient_accumulation_steps: int,
     world_size: int,
     clip: float,
     numel: int,
@@ -119,9 +128,9 @@ def full_config(
     zero = {"stage": zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     config = user | {"zero_optimization": user.get("zero_optimization", zero) | {"stage": zero_stage}}
     config |= {
-        "train_batch_size": micro_batch * rounds * world_size,
+        "train_batch_size": micro_batch * gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": rounds,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
         "gradient_clipping": clip,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # SGD, whose state is kept and cut up as AdamW's is
@@ -133,12 +142,12 @@ def full_config(
     return config
 
 
-def make_sharder(user_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+def zero3_partitioner(user_config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     """What ZeRO-3 does with a finished parameter: every rank keeps its part, the first rank's numbers count.
 
     A model whose parameters go through it one by one is never whole in any process.
     """
-    connect()
+    init_distributed()
     ProcessGroup(torch.device("cpu")).barrier()  # see DeepSpeedEngine: what follows makes groups
     config = user_config | {"zero_optimization": user_config.get("zero_optimization", {}) | {"stage": 3}}
     init = deepspeed.zero.Init(config_dict_or_path=config | {"train_micro_batch_size_per_gpu": 1})
@@ -163,25 +172,26 @@ class DeepSpeedEngine(Engine):
         device: torch.device,
         *,
         micro_batch: int,
-        rounds: int,
+        gradient_accumulation_steps: int,
         zero_stage: int = 2,
         user_config: dict[str, Any] | None = None,
     ) -> None:
-        connect()
+        init_distributed()
         super().__init__(device)
-        self.precision, self.rounds, self.clock = precision, rounds, StepClock(device)
+        self.precision, self.clock = precision, StepTimer(device)
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.loss_normalisation, self.clip = settings.loss_normalisation, settings.gradient_clip
         if precision != "fp16":  # DeepSpeed itself halves everything then
             to_precision(model, precision)
-        config = full_config(
+        config = deepspeed_config(
             user_config or {},
             zero_stage=zero_stage,
             precision=precision,
             micro_batch=micro_batch,
-            rounds=rounds,
+            gradient_accumulation_steps=gradient_accumulation_steps,
             world_size=self.world_size,
             clip=0.0 if zero_stage == 0 and precision != "fp16" else settings.gradient_clip,
-            numel=sum(numbers_in(parameter) for parameter in trainable_parameters(model).values()),
+            numel=sum(full_numel(parameter) for parameter in trainable_parameters(model).values()),
         )
         optimizer = make_optimizer(model, settings)
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -199,7 +209,7 @@ class DeepSpeedEngine(Engine):
         """See `Engine.train_step`."""
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
         with explain_lost_peer():
-            losses, counts, norm = self._rounds(micro_batches)
+            losses, counts, norm = self._run_micro_batches(micro_batches)
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
@@ -207,35 +217,36 @@ class DeepSpeedEngine(Engine):
         applied = self.deepspeed.was_step_applied() and math.isfinite(norm)
         return StepReport(losses, total, counts, learning_rate, norm, applied, self.clock.read())
 
-    def _rounds(self, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, float], float | None]:
-        """Every round of a step, the update included.
+    def _run_micro_batches(self, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, float], float | None]:
+        """Every micro-batch of a step, the update included.
 
         Returns means and counts of the losses, and the gradient's norm where stage 0 leaves it to us.
         """
-        if len(micro_batches) != self.rounds:
-            raise ValueError(f"a step has {self.rounds} rounds, found {len(micro_batches)} micro-batches")
+        if len(micro_batches) != self.gradient_accumulation_steps:
+            expected = self.gradient_accumulation_steps
+            raise ValueError(f"a step has {expected} micro-batches, found {len(micro_batches)}")
         weights = self.model.loss_weights
         with self.clock("communication"):
             counts = count_step(self.model, micro_batches, self.add)
         sums, norm = LossSums(list(counts), self.device), None
-        everywhere = self.world_size * self.rounds
+        everywhere = self.world_size * self.gradient_accumulation_steps
         dtype = DTYPES["fp16"] if self.precision == "fp16" else None
         for number, batch in enumerate(micro_batches, start=1):
             with self.clock("forward"):
                 losses = self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
-            # DeepSpeed divides by the number of rounds and averages over ranks; the counts have already done both.
-            divisors = shared_counts(losses, counts, everywhere, self.loss_normalisation)
+            # DeepSpeed divides by the number of micro-batches and of ranks; the counts have already done both.
+            divisors = loss_divisors(losses, counts, everywhere, self.loss_normalisation)
             with self.clock("backward"):  # DeepSpeed sends gradients while it makes them
                 self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
             sums.add(losses)
-            if number == self.rounds and self.zero_stage == 0 and self.precision != "fp16":
-                norm = self._clip_or_leave_out()
+            if number == self.gradient_accumulation_steps and self.zero_stage == 0 and self.precision != "fp16":
+                norm = self._clip_or_skip()
             with self.clock("optimizer"):
                 self.deepspeed.step()
         self.sum(sums.values)
         return sums.means(counts), counts, norm
 
-    def _clip_or_leave_out(self) -> float:
+    def _clip_or_skip(self) -> float:
         """Under stage 0, whose steps are not left out by DeepSpeed: drop a gradient that is not finite, else clip it.
 
         DeepSpeed's own clipping fails where there is none left. Returns the norm before.
@@ -270,7 +281,7 @@ class DeepSpeedEngine(Engine):
 
     def save(self, place: Path, client_state: dict[str, Any]) -> None:
         """See `Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
-        state = {"client": client_state, GROUP_NAMES: self.group_names, **self._left_out()}
+        state = {"client": client_state, GROUP_NAMES: self.group_names, **self._frozen_weights()}
         with explain_lost_peer():
             # DeepSpeed would name the tag before it is sealed.
             self.deepspeed.save_checkpoint(str(place.parent), tag=place.name, client_state=state, save_latest=False)
@@ -278,7 +289,7 @@ class DeepSpeedEngine(Engine):
             # zero_to_fp32.py has nothing to put together then; merging reads this file as it is.
             torch.save(self.model.state_dict(), place / WEIGHTS)
 
-    def _left_out(self) -> dict[str, Any]:
+    def _frozen_weights(self) -> dict[str, Any]:
         """Weights that do not train: under stage 1 alone DeepSpeed leaves out what zero_to_fp32.py reads of them."""
         if self.zero_stage != 1:
             return {}
@@ -289,7 +300,7 @@ class DeepSpeedEngine(Engine):
         """See `Engine.load`. Another stage or number of ranks takes its parts of the whole."""
         if not list(place.glob("*model_states.pt")):
             raise UserError(f"{place} was not written by DeepSpeed: go on with --engine plain, or leave --resume out")
-        written = layout_of(place)
+        written = read_layout(place)
         try:
             if written == ((self.zero_stage, self.world_size) if self.zero_stage else (0, 0)):
                 _, state = self.deepspeed.load_checkpoint(str(place.parent), tag=place.name)
@@ -313,7 +324,7 @@ class DeepSpeedEngine(Engine):
         )
         first = next(iter(sorted(place.glob("*model_states.pt"))))
         state = torch.load(first, map_location="cpu", weights_only=False)
-        whole = read_whole(place, state[GROUP_NAMES])
+        whole = read_full_state(place, state[GROUP_NAMES])
         with explain_lost_peer():
-            put_whole(self.deepspeed, whole, self.rank)
+            load_full_state(self.deepspeed, whole, self.rank)
         return state

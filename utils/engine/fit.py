@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from utils.cli.atomic_files import open_atomic
 from utils.cli.errors import Stopped, UserError
 from utils.engine.base import Engine, StepReport
-from utils.engine.checkpoints import keep_as, latest_tag, write_safely
-from utils.engine.lock import require_shared
-from utils.engine.nan_guard import Guard
-from utils.engine.preflight import under_chance
+from utils.engine.checkpoints import copy_checkpoint, latest_tag
+from utils.engine.lock import require_shared_folder
+from utils.engine.nan_guard import NanGuard
+from utils.engine.preflight import warn_below_chance
 from utils.engine.random_state import random_state, restore_random_state
-from utils.engine.sample_log import Journal, forget_after, sample_numbers
-from utils.engine.saving import load_checkpoint, newest, save_checkpoint
+from utils.engine.sample_log import SampleLog, drop_later_steps, sample_numbers
+from utils.engine.saving import find_checkpoint, load_checkpoint, save_checkpoint
 from utils.engine.stepping import Schedule
 from utils.engine.stopping import StopRequest, under_launcher
-from utils.engine.tensorboard_logger import Curves
-from utils.engine.throughput import Costs, profiler
+from utils.engine.tensorboard_logger import TensorBoardLogger
+from utils.engine.throughput import Throughput, profiler
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class Plan:
     """When things happen, in optimizer steps; 0 is never, but for a checkpoint and a validation at the end.
 
     save_minutes: a checkpoint is due so long after the last one, too. keep_last: how many of them are kept.
-    most_bad_steps: so many steps in a row may be left out because they are not finite; the run stops after them.
-    samples_per_step: over all ranks and rounds; 0 where nobody says. A checkpoint is only gone on from with the same.
+    max_bad_steps: so many steps in a row may be left out because they are not finite; the run stops after them.
+    samples_per_step: over all ranks and micro-batches, 0 where not known. A checkpoint is only resumed with the same.
     profile: so many steps, after the first two, are recorded in a trace.
     """
 
@@ -51,7 +52,7 @@ class Plan:
     best_by: str = "giou"
     save_minutes: float = 0.0
     keep_last: int = 1
-    most_bad_steps: int = 5
+    max_bad_steps: int = 5
     samples_per_step: int = 0
     profile: int = 0
 
@@ -100,15 +101,15 @@ class Run:
         self.validate, self.draw = validate, draw
         self.stop = stop or StopRequest(under_launcher())
         self.progress = Progress(samples_per_step=plan.samples_per_step)
-        self.guard = Guard(folder, engine, plan.most_bad_steps)
-        self.journal = Journal(folder, engine.rank)
-        self.costs = Costs(engine.device, engine.world_size)
+        self.nan_guard = NanGuard(folder, engine, plan.max_bad_steps)
+        self.sample_log = SampleLog(folder, engine.rank)
+        self.throughput = Throughput(engine.device, engine.world_size)
         self._saved_at = time.monotonic()
         self._saved_step = 0
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from the newest whole checkpoint in a folder, or from a checkpoint itself."""
-        place = newest(self.engine, checkpoint)
+        place = find_checkpoint(self.engine, checkpoint)
         progress = Progress.from_dict(load_checkpoint(self.engine, place))
         self._check_samples(place, progress)
         self.progress, self._saved_step = progress, progress.step
@@ -140,36 +141,36 @@ class Run:
         `batches(step)` yields each step's micro-batches from optimizer step `step` on.
         """
         first = self.progress.step
-        require_shared(self.folder, self.engine)
+        require_shared_folder(self.folder, self.engine)
         if self.engine.rank == 0:
-            forget_after(self.folder, self._saved_step)
+            drop_later_steps(self.folder, self._saved_step)
         self.engine.barrier()
-        curves = Curves(self.folder, first, self.engine.rank == 0)
+        tensorboard = TensorBoardLogger(self.folder, first, self.engine.rank == 0)
         try:
-            with self._explained(), self.stop.listening():
+            with self._explained(), self.stop.handle_signals():
                 if first and self.progress.validated != first and self._validation_is_due():
-                    self._validate(curves)
+                    self._validate(tensorboard)
                 if first >= self.plan.total_steps:
                     total = self.plan.total_steps
                     logger.warning(f"this run of {total} steps is complete: raise --max_steps or --epochs to go on")
                 else:
-                    self._steps(batches(first), curves)
-                    logger.info(self.costs.summary())
+                    self._steps(batches(first), tensorboard)
+                    logger.info(self.throughput.summary())
         finally:
-            curves.close()
-            self.journal.close()
+            tensorboard.close()
+            self.sample_log.close()
         return self.progress
 
     def evaluate(self) -> Scores:
         """Validate once, without training."""
-        curves = Curves(self.folder, 0, self.engine.rank == 0)
+        tensorboard = TensorBoardLogger(self.folder, 0, self.engine.rank == 0)
         try:
-            self._score(curves)
+            self._score(tensorboard)
         finally:
-            curves.close()
+            tensorboard.close()
         return self.progress.scores
 
-    def _steps(self, batches: Iterator[list[Any]], curves: Curves) -> None:
+    def _steps(self, batches: Iterator[list[Any]], tensorboard: TensorBoardLogger) -> None:
         plan, progress = self.plan, self.progress
         self.engine.model.train()
         hidden = self.engine.rank != 0
@@ -182,25 +183,25 @@ class Run:
                 waited = time.perf_counter() - began
                 report = self.engine.train_step(micro_batches, plan.schedule.rate(progress.step))
                 spent = {"data": waited, **report.seconds}
-                self.costs.add(time.perf_counter() - began, micro_batches, spent)
+                self.throughput.add(time.perf_counter() - began, micro_batches, spent)
                 progress.step += 1
-                self.journal.write(progress.step, sample_numbers(micro_batches), report)
-                for sentence in self.guard.look(progress.step, report, micro_batches):
+                self.sample_log.write(progress.step, sample_numbers(micro_batches), report)
+                for sentence in self.nan_guard.check(progress.step, report, micro_batches):
                     self._say(sentence)
-                curves.step(progress.step, report)
+                tensorboard.step(progress.step, report)
                 if progress.step % plan.print_every == 0:
-                    bar.set_postfix_str(f"{describe(report)} {self.costs.line()}", refresh=False)
-                    curves.costs(progress.step, self.costs.figures())
+                    bar.set_postfix_str(f"{format_report(report)} {self.throughput.describe()}", refresh=False)
+                    tensorboard.throughput(progress.step, self.throughput.metrics())
                 bar.update()
                 if profile is not None:
                     profile.step()
-                self._after_step(curves)
+                self._after_step(tensorboard)
 
     def _say(self, sentence: str) -> None:
         if self.engine.rank == 0:
             tqdm.write(sentence)
 
-    def _after_step(self, curves: Curves) -> None:
+    def _after_step(self, tensorboard: TensorBoardLogger) -> None:
         """Save and validate where that is due, and stop where that was asked for."""
         stop, late = self._agree()
         last, validation = self.progress.step == self.plan.total_steps, self._validation_is_due()
@@ -208,15 +209,15 @@ class Run:
             self._save()
         if stop:
             self.engine.close()
-            raise Stopped(self._stopped(self.stop.why or "another of its processes"))
+            raise Stopped(self._stopped(self.stop.reason or "another of its processes"))
         if validation:
-            self._validate(curves)
+            self._validate(tensorboard)
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether any rank was asked to stop, and whether a checkpoint is late by rank 0's clock; the same on all."""
         minutes = self.plan.save_minutes
         late = self.engine.rank == 0 and 0 < minutes * 60 <= time.monotonic() - self._saved_at
-        stop, late_anywhere = self.engine.add([float(self.stop.asked()), float(late)])
+        stop, late_anywhere = self.engine.add([float(self.stop.is_requested()), float(late)])
         return stop > 0, late_anywhere > 0
 
     def _validation_is_due(self) -> bool:
@@ -230,18 +231,19 @@ class Run:
             "the same command goes on from there"
         )
 
-    def _validate(self, curves: Curves) -> None:
+    def _validate(self, tensorboard: TensorBoardLogger) -> None:
         """Score what the last checkpoint holds, keep it where it is the best; a request to stop ends it half way."""
         progress = self.progress
-        with self.stop.may_be_left(self._stopped("{why}")):
-            better = self._score(curves)
+        with self.stop.exit_on_request(self._stopped("{reason}")):
+            better = self._score(tensorboard)
         progress.validated = progress.step
         if self.engine.rank == 0:
             if better:
-                keep_as(self.folder / CHECKPOINT, self.folder / BEST)
-            write_safely(self.folder / VALIDATION, json.dumps(progress.as_dict()))
+                copy_checkpoint(self.folder / CHECKPOINT, self.folder / BEST)
+            with open_atomic(self.folder / VALIDATION, sync=True) as file:
+                json.dump(progress.as_dict(), file)
 
-    def _score(self, curves: Curves) -> bool:
+    def _score(self, tensorboard: TensorBoardLogger) -> bool:
         """Score, write down, and say whether this is the best so far. Training's random numbers are left alone."""
         if self.validate is None:
             return False
@@ -250,11 +252,11 @@ class Run:
             progress.scores = self.validate()
             images = self.draw() if self.draw is not None and self.engine.rank == 0 else {}
         restore_random_state(state, self.engine.device)
-        curves.scores(progress.step, progress.scores)
-        curves.images(progress.step, images)
+        tensorboard.scores(progress.step, progress.scores)
+        tensorboard.images(progress.step, images)
         self._say(f"step {progress.step}: " + ", ".join(f"{n} {v:.4f}" for n, v in progress.scores.items()))
         score = progress.scores.get(self.plan.best_by)
-        if score is not None and progress.best is None and (warning := under_chance(score)):
+        if score is not None and progress.best is None and (warning := warn_below_chance(score)):
             self._say(warning)
         if score is None or (progress.best is not None and score <= progress.best):
             return False
@@ -291,7 +293,7 @@ class Run:
         return f"the checkpoint {self.folder / CHECKPOINT / tag} is kept: the same command goes on from it"
 
 
-def fit_in_one_go(run: Run, batches: Callable[[int], Iterator[list[Any]]]) -> None:
+def fit_without_resume(run: Run, batches: Callable[[int], Iterator[list[Any]]]) -> None:
     """Train where nothing goes on from a checkpoint: asked to stop, the whole job is interrupted."""
     try:
         run.fit(batches)
@@ -303,7 +305,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def describe(report: StepReport) -> str:
+def format_report(report: StepReport) -> str:
     """A step in one short line."""
     parts = [f"loss {report.total:.3f}"] + [f"{name} {value:.3f}" for name, value in report.losses.items()]
     parts += [f"lr {report.learning_rate:.1e}", f"grad {report.gradient_norm:.2f}"]

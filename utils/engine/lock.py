@@ -1,61 +1,39 @@
 """One run in a folder at a time, and one folder for all of a run's processes."""
 
-import fcntl
-import json
-import os
 import secrets
-import socket
-import time
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from utils.cli.errors import UserError
 from utils.engine.base import Engine
 
 LOCK, TOKEN = "run.lock", ".shared"
+# Data workers of a killed run share its lock, and end within 5 seconds of it.
+PATIENCE = 6.0
 
-# Open files: the system takes a lock back when its file is closed, at the latest when the process ends.
-_held: dict[Path, IO[str]] = {}
+_locks: dict[Path, FileLock] = {}  # a lock that nobody refers to is released
 
 
 def lock_folder(folder: Path) -> None:
-    """Hold a run's folder until this process ends. UserError where another has it, or where it cannot be written.
-
-    A record lock belongs to the process that took it, so that data workers which outlive a killed run do not hold it.
-    """
+    """Lock a run's folder until this process ends. UserError where another has it, or where it cannot be written."""
     path = folder.absolute() / LOCK
-    if path in _held:
+    if path in _locks:
         return
+    lock = FileLock(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise UserError(
+            f"{folder} is in use by another run: wait for it, end it, or choose another --exp_name"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot write {folder / LOCK}: {error.strerror}; choose another --log_base_dir") from error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = _describe(file.read())
-        file.close()
-        raise UserError(
-            f"{folder} is in use by another run ({holder}): wait for it, end it, or choose another --exp_name"
-        ) from None
-    file.truncate(0)
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}))
-    file.flush()
-    _held[path] = file
+    _locks[path] = lock
 
 
-def _describe(written: str) -> str:
-    try:
-        holder = json.loads(written)
-        return f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "which has not said yet which"
-
-
-def require_shared(folder: Path, engine: Engine) -> None:
+def require_shared_folder(folder: Path, engine: Engine) -> None:
     """UserError where a rank does not see what rank 0 writes into `folder`, so that checkpoints would be torn apart.
 
     All ranks call this together.

@@ -22,21 +22,21 @@ class NotFinite(UserError):
     """Step after step gave gradients that are not finite."""
 
 
-class Guard:
+class NanGuard:
     """Looks at every step's report. All ranks see the same reports, so they decide the same.
 
-    most: steps in a row that may be left out; the run stops after them. dumps: batches kept per rank, at most.
+    max_in_a_row: steps in a row that may be skipped; the run stops after them. max_dumps: batches kept per rank.
     """
 
-    def __init__(self, folder: Path, engine: Engine, most: int, dumps: int = 5) -> None:
-        self.folder, self.engine, self.most, self.dumps = folder, engine, most, dumps
+    def __init__(self, folder: Path, engine: Engine, max_in_a_row: int, max_dumps: int = 5) -> None:
+        self.folder, self.engine, self.max_in_a_row, self.max_dumps = folder, engine, max_in_a_row, max_dumps
         self.left_out, self.in_a_row = 0, 0
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
-    def look(self, step: int, report: StepReport, micro_batches: Sequence[Any]) -> list[str]:
+    def check(self, step: int, report: StepReport, micro_batches: Sequence[Any]) -> list[str]:
         """Sentences about optimizer step `step` (from 1), none where it was as usual.
 
-        Raises NotFinite after `most` steps in a row that were left out.
+        Raises NotFinite after `max_in_a_row` steps in a row that were left out.
         """
         if not report.applied or not math.isfinite(report.total):
             return self._bad(step, report, micro_batches)
@@ -49,9 +49,9 @@ class Guard:
         self.left_out += 1
         self.in_a_row += 1
         ids = [name for part in self.engine.gather(sample_ids(micro_batches)) for name in part]
-        kept = self._dump(step, report, micro_batches) if self.left_out <= self.dumps else "not kept, enough are"
+        kept = self._dump(step, report, micro_batches) if self.left_out <= self.max_dumps else "not kept, enough are"
         what = f"loss {report.total:.4g}, gradient norm {report.gradient_norm:.4g}"
-        if self.most and self.in_a_row >= self.most:
+        if self.max_in_a_row and self.in_a_row >= self.max_in_a_row:
             raise NotFinite(
                 f"{self.in_a_row} steps in a row up to step {step} were not finite ({what}) and the run stops; the "
                 f"batches are in {self.folder / DUMPS}: look at them, and at the weights of the last checkpoint, which "

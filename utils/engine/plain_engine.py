@@ -20,14 +20,14 @@ from utils.engine.stepping import (
     autocast,
     count_step,
     evaluation_mode,
+    loss_divisors,
     make_optimizer,
     set_learning_rate,
-    shared_counts,
     to_precision,
     trainable_parameters,
     weighted_loss,
 )
-from utils.engine.throughput import StepClock
+from utils.engine.throughput import StepTimer
 
 WEIGHTS, STATE = "pytorch_model.bin", "training_state.pt"
 
@@ -57,7 +57,7 @@ class PlainEngine(Engine):
         super().__init__(device)
         to_precision(model, precision)
         self.model: Any = model.to(device)
-        self.precision, self.settings, self.clock = precision, settings, StepClock(device)
+        self.precision, self.settings, self.clock = precision, settings, StepTimer(device)
         self.optimizer = optimizer or make_optimizer(model, settings)
         self.parameters = list(trainable_parameters(model).values())
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -83,7 +83,7 @@ class PlainEngine(Engine):
             with self.clock("forward"), autocast(self.device, self.precision):
                 losses = self.model(**batch.to(self.device).as_kwargs()).losses
             everywhere = self.world_size * len(micro_batches)
-            divisors = shared_counts(losses, counts, everywhere, self.settings.loss_normalisation)
+            divisors = loss_divisors(losses, counts, everywhere, self.settings.loss_normalisation)
             with self.clock("backward"):
                 self.scaler.scale(weighted_loss(losses, weights, divisors)).backward()
             sums.add(losses)

@@ -13,7 +13,7 @@ from utils.cli.config import OptimizerConfig, TrainConfig
 from utils.cli.errors import UserError
 from utils.data.mixture import Mixture
 from utils.engine.runtime import Runtime
-from utils.engine.stepping import numbers_in
+from utils.engine.stepping import full_numel
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,9 @@ def preflight(
     logger.info(mixture.describe())
     logger.info(batch_arithmetic(config.optimizer, runtime.world_size))
     samples = config.optimizer.samples_per_step(runtime.world_size) * config.optimizer.total_steps()
-    readers = mixture.readers
-    logger.info(
-        draws([reader.name for reader in readers], mixture.shares, [len(reader) for reader in readers], samples)
-    )
-    say_memory(model, runtime, zero_stage)
+    names, sizes = [reader.name for reader in mixture.readers], [len(reader) for reader in mixture.readers]
+    logger.info(describe_draws(names, mixture.shares, sizes, samples))
+    log_memory(model, runtime, zero_stage)
 
 
 def batch_arithmetic(optimizer: OptimizerConfig, world_size: int) -> str:
@@ -56,7 +54,7 @@ def batch_arithmetic(optimizer: OptimizerConfig, world_size: int) -> str:
     )
 
 
-def draws(names: Iterable[str], shares: Iterable[float], sizes: Iterable[int], samples: int) -> str:
+def describe_draws(names: Iterable[str], shares: Iterable[float], sizes: Iterable[int], samples: int) -> str:
     """A line per data set: how many of the run's samples come from it, and how often it is gone through."""
     lines = [
         f"{name}: about {share * samples:,.0f} samples, {share * samples / max(size, 1):.1f} times its {size:,} images"
@@ -79,20 +77,20 @@ def require_rows(tokens: int, rows_in: int, rows_out: int) -> None:
         )
 
 
-def memory_needed(model: nn.Module, stage: int, ranks: int) -> int:
+def required_memory(model: nn.Module, stage: int, ranks: int) -> int:
     """Bytes per rank for weights, gradients and AdamW; activations come on top.
 
     stage: ZeRO stage, 0 for the plain engine too. From stage 1 on moments (and a float32 copy of what trains) are
     shared out to the ranks, from 2 on gradients, from 3 on weights.
     """
-    weights = sum(numbers_in(p) * p.element_size() for p in model.parameters())
-    trained = sum(numbers_in(p) for p in model.parameters() if p.requires_grad)
+    weights = sum(full_numel(p) * p.element_size() for p in model.parameters())
+    trained = sum(full_numel(p) for p in model.parameters() if p.requires_grad)
     optimizer = trained * (MOMENTS + (MASTER if stage else 0))
     shares = [weights / (ranks if stage >= 3 else 1), trained * GRADIENT / (ranks if stage >= 2 else 1)]
     return int(sum(shares) + optimizer / (ranks if stage >= 1 else 1))
 
 
-def memory_there(device: torch.device, local_ranks: int) -> int | None:
+def available_memory(device: torch.device, local_ranks: int) -> int | None:
     """Bytes a rank can have: those of its GPU, or its part of what this machine has to spare; None where not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -104,10 +102,10 @@ def memory_there(device: torch.device, local_ranks: int) -> int | None:
     return available // max(local_ranks, 1)
 
 
-def say_memory(model: nn.Module, runtime: Runtime, stage: int) -> None:
+def log_memory(model: nn.Module, runtime: Runtime, stage: int) -> None:
     """Say what is needed against what is there, and where that cannot be enough."""
-    needed = memory_needed(model, stage, runtime.world_size)
-    there = memory_there(runtime.device, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
+    needed = required_memory(model, stage, runtime.world_size)
+    there = available_memory(runtime.device, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
     known = "" if there is None else f" of {there / GIB:.2f} GiB"
     logger.info(
         f"weights, gradients and optimizer take about {needed / GIB:.2f} GiB{known} per rank; activations come on top"
@@ -119,7 +117,7 @@ def say_memory(model: nn.Module, runtime: Runtime, stage: int) -> None:
         )
 
 
-def under_chance(score: float) -> str | None:
+def warn_below_chance(score: float) -> str | None:
     """What to look at when a first score is below chance; None where it is not."""
     if score >= CHANCE:
         return None

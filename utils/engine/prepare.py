@@ -4,28 +4,44 @@ python -m utils.engine.prepare
 """
 
 import logging
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+from torch.utils.cpp_extension import get_default_build_root
 
 from utils.cli.errors import UserError, run_script
-from utils.engine.runtime import deepspeed_problem, device_here
-from utils.engine.stale_locks import clear_stale_locks
+from utils.engine.runtime import current_device, deepspeed_problem
 
 logger = logging.getLogger(__name__)
 
 
+STALE_AFTER = 600.0  # seconds; a build takes two minutes at most
+
+
+def remove_stale_locks() -> None:
+    """Remove the locks of builds that were killed: the next build would wait for them for ever."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in folder.glob("**/deepspeed_*/lock"):
+        if time.time() - lock.stat().st_mtime > STALE_AFTER:
+            lock.unlink(missing_ok=True)
+            logger.warning(f"removed {lock}, which a build that was killed had left")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Start DeepSpeed once, alone; where it cannot run here, say so and leave it at that."""
-    device = device_here()
+    device = current_device()
     problem = deepspeed_problem(device)
     if problem is not None:
         logger.warning(f"{problem}: training will be in one process, with the plain engine")
     elif device.type == "cpu":
-        clear_stale_locks(first=True)
-        from utils.engine.deepspeed_engine import connect  # not installed on every laptop
+        remove_stale_locks()
+        from utils.engine.deepspeed_engine import init_distributed  # not installed on every laptop
 
         try:
-            connect()
+            init_distributed()
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             reason = str(error).strip()
             raise UserError(

@@ -72,7 +72,7 @@ def probe_gradients(
     return flops
 
 
-def say_reached(model: nn.Module) -> None:
+def log_gradients(model: nn.Module) -> None:
     """Say how much trains, once `probe_gradients` has found that all of it does."""
     trains = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 
-def random_file(place: Path, rank: int) -> Path:
+def random_state_file(place: Path, rank: int) -> Path:
     """Where a checkpoint keeps the random states of a rank."""
     return place / f"random_rank{rank}.pt"
 

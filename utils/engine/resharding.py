@@ -1,4 +1,7 @@
-"""DeepSpeed's checkpoints by parameter names: any ZeRO stage on any number of ranks goes on from any other's."""
+"""DeepSpeed's checkpoints by parameter names: any ZeRO stage on any number of ranks goes on from any other's.
+
+DeepSpeed's own universal checkpoints (0.19) know neither stage 0 nor a change between stages 1 or 2 and stage 3.
+"""
 
 import contextlib
 import io
@@ -19,7 +22,7 @@ MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
 @dataclass
-class WholeState:
+class FullState:
     """What a checkpoint holds, put together from all ranks' parts.
 
     weights: every parameter and buffer by name, in float32 where it trains. moments: what the optimizer keeps for every
@@ -31,7 +34,7 @@ class WholeState:
     counts: dict[str, Any]
 
 
-def layout_of(place: Path) -> tuple[int, int]:
+def read_layout(place: Path) -> tuple[int, int]:
     """(ZeRO stage, ranks) that wrote a checkpoint; ranks are 0 for stage 0, whose files do not depend on them."""
     files = sorted(place.glob("*_optim_states.pt"))
     if not files:
@@ -40,12 +43,12 @@ def layout_of(place: Path) -> tuple[int, int]:
     return int(state["optimizer_state_dict"]["zero_stage"]), len(files)
 
 
-def read_whole(place: Path, group_names: list[list[str]]) -> WholeState:
+def read_full_state(place: Path, group_names: list[list[str]]) -> FullState:
     """Put a checkpoint together.
 
     group_names: names of the parameters of every optimizer group, in the optimizer's order.
     """
-    stage, _ = layout_of(place)
+    stage, _ = read_layout(place)
     if stage == 0:
         return _read_unsharded(place, group_names)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -72,10 +75,10 @@ def read_whole(place: Path, group_names: list[list[str]]) -> WholeState:
                 zero_to_fp32._zero2_merge_trainable_params(merged, len(parts), flat, described, paddings)
         moments[key] = {name: _whole(value) for name, value in merged.items()}
     counts = {key: value for key, value in first.items() if key not in keys}
-    return WholeState({name: _whole(value) for name, value in weights.items()}, moments, counts)
+    return FullState({name: _whole(value) for name, value in weights.items()}, moments, counts)
 
 
-def _read_unsharded(place: Path, group_names: list[list[str]]) -> WholeState:
+def _read_unsharded(place: Path, group_names: list[list[str]]) -> FullState:
     saved = torch.load(place / MODEL_FILE, map_location="cpu", weights_only=False)
     state = saved["optimizer"]["state"]
     names = [name for group in group_names for name in group]
@@ -87,7 +90,7 @@ def _read_unsharded(place: Path, group_names: list[list[str]]) -> WholeState:
                 moments.setdefault(key, {})[names[index]] = value
             else:
                 counts[key] = value
-    return WholeState(saved["module"], moments, counts)
+    return FullState(saved["module"], moments, counts)
 
 
 def _optimizer_part(path: str) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def _whole(value: Any) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else value.contiguous()
 
 
-def put_whole(engine: Any, whole: WholeState, rank: int) -> None:
+def load_full_state(engine: Any, whole: FullState, rank: int) -> None:
     """Give a DeepSpeed engine of any stage the state of a checkpoint. All ranks call this together.
 
     UserError where names or shapes differ.
@@ -141,7 +144,7 @@ def _state(moments: Tensors, counts: Mapping[str, Any], like: torch.Tensor) -> d
 def _put_weights(module: torch.nn.Module, names: Mapping[Any, str], weights: Tensors, sharded: bool) -> None:
     for parameter, name in names.items():
         if not parameter.is_floating_point():
-            continue  # held in few bits, as the base has it
+            continue  # held quantised, as the base has it
         if name not in weights:
             raise UserError(f"the checkpoint has no parameter {name!r}: use the flags it was trained with")
         value = weights[name]

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from utils.cli.errors import UserError
-from utils.engine.stale_locks import clear_stale_locks
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +51,6 @@ def open_runtime(engine: str, local_rank: int, precision: str, deterministic: bo
         raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
     chosen = _choose(engine, launched, world_size, device)
-    if chosen == "deepspeed":
-        clear_stale_locks(first=local_rank == 0)
     if world_size > 1:
         _join_others(chosen, device)
     return Runtime(chosen, int(os.environ.get("RANK", "0")), local_rank, world_size, device)
@@ -63,14 +60,14 @@ def _join_others(engine: str, device: torch.device) -> None:
     """Meet the other ranks before anything that may fail on one of them: who waits for a connection waits up to half an
     hour, who has one sees it break."""
     if engine == "deepspeed":
-        from utils.engine.deepspeed_engine import connect  # not installed on every laptop
+        from utils.engine.deepspeed_engine import init_distributed  # not installed on every laptop
 
-        connect()
+        init_distributed()
     elif not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def device_here() -> torch.device:
+def current_device() -> torch.device:
     """The device that `open_runtime` chose for this process."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 

@@ -8,16 +8,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
+from utils.cli.atomic_files import open_atomic
 from utils.engine.base import StepReport
 
-JOURNAL = "samples"
+FOLDER = "samples"
 
 
-class Journal:
+class SampleLog:
     """The file of one rank, <folder>/samples/rank0.jsonl; opened at the first line."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.path = folder / JOURNAL / f"rank{rank}.jsonl"
+        self.path = folder / FOLDER / f"rank{rank}.jsonl"
         self._file: IO[str] | None = None
 
     def write(self, step: int, numbers: list[int], report: StepReport) -> None:
@@ -43,13 +44,12 @@ def sample_numbers(micro_batches: Iterable[Any]) -> list[int]:
     return [info["number"] for info in infos if "number" in info]
 
 
-def forget_after(folder: Path, step: int) -> None:
+def drop_later_steps(folder: Path, step: int) -> None:
     """Take the lines of later steps, and half a line at the end, out of every rank's file."""
-    for path in sorted((folder / JOURNAL).glob("rank*.jsonl")):
+    for path in sorted((folder / FOLDER).glob("rank*.jsonl")):
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) in range(1, step + 1)]
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        fresh.replace(path)
+        with open_atomic(path) as file:
+            file.writelines(f"{line}\n" for line in kept)
 
 
 def _step(line: str) -> int | None:
@@ -59,16 +59,16 @@ def _step(line: str) -> int | None:
         return None
 
 
-def losses(folder: Path) -> dict[int, float]:
+def read_losses(folder: Path) -> dict[int, float]:
     """The loss of every step, by its number."""
-    lines = (folder / JOURNAL / "rank0.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / FOLDER / "rank0.jsonl").read_text(encoding="utf-8").splitlines()
     return {read["step"]: read["loss"] for read in map(json.loads, lines)}
 
 
-def consumed(folder: Path) -> list[int]:
+def read_consumed(folder: Path) -> list[int]:
     """Every sample that applied steps were made of, in order of steps and, within one, of numbers."""
     by_step: dict[int, list[int]] = {}
-    for path in sorted((folder / JOURNAL).glob("rank*.jsonl")):
+    for path in sorted((folder / FOLDER).glob("rank*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             read = json.loads(line)
             if read.get("applied", True):

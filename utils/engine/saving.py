@@ -12,30 +12,30 @@ import torch
 from utils.cli.errors import UserError
 from utils.engine import checkpoints
 from utils.engine.base import Engine
-from utils.engine.checkpoints import writing
-from utils.engine.random_state import random_file, random_state, restore_random_state
-from utils.engine.stepping import numbers_in
+from utils.engine.checkpoints import explain_write_errors
+from utils.engine.random_state import random_state, random_state_file, restore_random_state
+from utils.engine.stepping import full_numel
 
 logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(engine: Engine, folder: Path, step: int, client_state: dict[str, Any], keep_last: int = 1) -> Path:
     """Write the checkpoint of `step`, then remove those it supersedes. UserError where it cannot be written."""
-    place = folder / checkpoints.tag_of(step)
+    place = folder / checkpoints.tag_for(step)
     scratch = place.with_name(place.name + checkpoints.WRITING)
-    with writing(scratch):
+    with explain_write_errors(scratch):
         if engine.rank == 0:
-            checkpoints.prepare(place)
-            checkpoints.require_room(folder, bytes_needed(engine, folder))
+            checkpoints.prepare_scratch(place)
+            checkpoints.require_space(folder, bytes_needed(engine, folder))
         engine.barrier()
         engine.save(scratch, client_state)
-        torch.save(random_state(engine.device), random_file(scratch, engine.rank))
+        torch.save(random_state(engine.device), random_state_file(scratch, engine.rank))
         # A file's bytes are brought to the disk by the node that wrote them, the others find nothing left to do.
         for path in checkpoints.files_of(scratch):
-            checkpoints.to_disk(path)
+            checkpoints.fsync_path(path)
         engine.barrier()
         if engine.rank == 0:
-            checkpoints.finish(scratch, place)
+            checkpoints.publish(scratch, place)
             checkpoints.remove_superseded(folder, keep_last)
     engine.barrier()
     return place
@@ -45,12 +45,12 @@ def bytes_needed(engine: Engine, folder: Path) -> int:
     """About what the next checkpoint takes: what the last one took, or the weights and AdamW's two moments."""
     last = checkpoints.latest_tag(folder)
     if last is not None:
-        return checkpoints.size_of(folder / last)
-    sizes = [(numbers_in(p) * p.element_size(), p.requires_grad) for p in engine.model.parameters()]
+        return checkpoints.checkpoint_bytes(folder / last)
+    sizes = [(full_numel(p) * p.element_size(), p.requires_grad) for p in engine.model.parameters()]
     return sum(size for size, _ in sizes) + 2 * sum(size for size, trains in sizes if trains)
 
 
-def newest(engine: Engine, folder: Path) -> Path:
+def find_checkpoint(engine: Engine, folder: Path) -> Path:
     """The newest checkpoint in `folder` that verifies (or `folder` itself, where it is one), the same on every rank.
 
     Says what it passed over. UserError where none is whole: a run must not start anew without being told to.
@@ -58,10 +58,10 @@ def newest(engine: Engine, folder: Path) -> Path:
     found: tuple[str | None, dict[str, str]] = (None, {})
     if engine.rank == 0:
         if (folder / checkpoints.MANIFEST).is_file():
-            why = checkpoints.problem(folder)
+            why = checkpoints.find_problem(folder)
             found = (None, {folder.name: why}) if why else ("", {})
         else:
-            found = checkpoints.newest_whole(folder)
+            found = checkpoints.newest_verified(folder)
     tag, skipped = engine.gather(found)[0]
     if tag is None and skipped:
         raise UserError(
@@ -78,8 +78,8 @@ def newest(engine: Engine, folder: Path) -> Path:
 def load_checkpoint(engine: Engine, place: Path) -> dict[str, Any]:
     """Read a checkpoint into `engine` and go on with this rank's random numbers; returns the client state."""
     client_state = engine.load(place)
-    path = random_file(place, engine.rank)
-    ranks = len(list(place.glob(random_file(place, 0).name.replace("0", "*"))))
+    path = random_state_file(place, engine.rank)
+    ranks = len(list(place.glob(random_state_file(place, 0).name.replace("0", "*"))))
     if ranks == engine.world_size and path.is_file():
         restore_random_state(torch.load(path, map_location="cpu", weights_only=True), engine.device)
     else:

@@ -48,18 +48,18 @@ def make_plan(config: TrainConfig, world_size: int) -> Plan:
         print_every=run.print_freq,
         save_minutes=run.save_minutes,
         keep_last=run.keep_last,
-        most_bad_steps=max(run.max_bad_steps, FP16_SEARCH) if config.engine.precision == "fp16" else run.max_bad_steps,
+        max_bad_steps=max(run.max_bad_steps, FP16_SEARCH) if config.engine.precision == "fp16" else run.max_bad_steps,
         profile=run.profile,
         samples_per_step=0 if config.validation.eval_only else optimizer.samples_per_step(world_size),
     )
 
 
-def sharder(config: TrainConfig, runtime: Runtime) -> Callable[[nn.Parameter], None] | None:
+def make_on_parameter_loaded(config: TrainConfig, runtime: Runtime) -> Callable[[nn.Parameter], None] | None:
     """What a parameter goes through as soon as it is read, so that under ZeRO-3 no rank ever holds the whole model;
     None where every rank holds it anyway, or where what follows needs it whole, which is said."""
     if runtime.engine != "deepspeed":
         return None
-    from utils.engine.deepspeed_engine import make_sharder  # not installed on every laptop
+    from utils.engine.deepspeed_engine import zero3_partitioner  # not installed on every laptop
 
     user_config, stage = deepspeed_settings(config.engine)
     if stage != 3:
@@ -72,7 +72,7 @@ def sharder(config: TrainConfig, runtime: Runtime) -> Callable[[nn.Parameter], N
         if whole:
             logger.warning(f"--{whole[0]}: every rank builds the whole model before ZeRO-3 shares it out")
         return None
-    return make_sharder(user_config)
+    return zero3_partitioner(user_config)
 
 
 def deepspeed_settings(engine: EngineConfig) -> tuple[dict[str, Any], int]:
@@ -121,7 +121,7 @@ def make_engine(config: TrainConfig, runtime: Runtime, model: Any, mask_parts: t
         config.engine.precision,
         runtime.device,
         micro_batch=config.optimizer.batch_size,
-        rounds=config.optimizer.grad_accumulation_steps,
+        gradient_accumulation_steps=config.optimizer.grad_accumulation_steps,
         zero_stage=stage,
         user_config=user_config,
     )

@@ -58,14 +58,14 @@ class OptimizerSettings:
     name: str = ADAMW
 
 
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter, of which a rank may hold a part only."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def numbers_in(parameter: nn.Parameter) -> int:
+def full_numel(parameter: nn.Parameter) -> int:
     """How many numbers a parameter has, of which a rank may hold a part only."""
-    return math.prod(shape_of(parameter))
+    return math.prod(full_shape(parameter))
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -81,7 +81,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable_parameters(model).items():
         fitting = (m for prefix, m in (settings.multipliers or {}).items() if name.startswith(prefix))
-        decay = settings.weight_decay if len(shape_of(parameter)) >= 2 else 0.0
+        decay = settings.weight_decay if len(full_shape(parameter)) >= 2 else 0.0
         groups.setdefault((decay, next(fitting, 1.0)), []).append(parameter)
     if not groups:
         raise UserError("nothing is left to train: LoRA is off and every part is frozen")
@@ -113,7 +113,7 @@ def to_precision(model: nn.Module, precision: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                low = not parameter.requires_grad and len(shape_of(parameter)) >= 2
+                low = not parameter.requires_grad and len(full_shape(parameter)) >= 2
                 wanted = DTYPES[precision] if low else torch.float32
                 parameter.data = parameter.data.to(wanted)
                 if (part := getattr(parameter, "ds_tensor", None)) is not None:  # ZeRO-3 keeps a rank's part here
@@ -137,7 +137,7 @@ def count_step(
     return dict(zip(names, add([sum(float(c.get(name, 0.0)) for c in counted) for name in names]), strict=True))
 
 
-def shared_counts(
+def loss_divisors(
     losses: Mapping[str, Any], counts: Mapping[str, float], micro_batches: int, normalisation: str
 ) -> Mapping[str, float]:
     """What `weighted_loss` divides this micro-batch's losses by, so that the shares of a step add up to its loss.

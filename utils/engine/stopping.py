@@ -19,20 +19,20 @@ ECHO_SECONDS, LAUNCHED_ECHO_SECONDS = 0.2, 2.0
 class StopRequest:
     """Remembers that this process was asked to stop; asked again, ends it at once.
 
-    why: what asked, None as long as nothing did. launched: whether another process started this one and others like it.
+    reason: what asked, None as long as nothing did. launched: whether another process started this one and its peers.
 
     Signals are read by a thread: the main one may be waiting for a peer, where Python's handlers do not run.
     """
 
     def __init__(self, launched: bool) -> None:
-        self.why: str | None = None
+        self.reason: str | None = None
         self._echo = LAUNCHED_ECHO_SECONDS if launched else ECHO_SECONDS
         self._asked = 0.0
         self._ancestors = _ancestors() if launched else []
         self._nothing_is_lost: str | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def handle_signals(self) -> Iterator[None]:
         """Inside, signals are requests; afterwards they do what they did before."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -50,24 +50,24 @@ class StopRequest:
             listener.join(timeout=1.0)
 
     @contextmanager
-    def may_be_left(self, line: str) -> Iterator[None]:
+    def exit_on_request(self, line: str) -> Iterator[None]:
         """Inside, nothing is lost by stopping: the first request already ends the process, with status 0.
 
-        line: what rank 0 says then, "{why}" in it standing for what asked.
+        line: what rank 0 says then, "{reason}" in it standing for what asked.
         """
         self._nothing_is_lost = line
         try:
-            if self.why is not None:
+            if self.reason is not None:
                 self._leave()
             yield
         finally:
             self._nothing_is_lost = None
 
-    def asked(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether to stop, because of a signal or because nobody is left who could send one."""
-        if self.why is None and self._ancestors and _ancestors() != self._ancestors:
-            self.why = "the end of its launcher"
-        return self.why is not None
+        if self.reason is None and self._ancestors and _ancestors() != self._ancestors:
+            self.reason = "the end of its launcher"
+        return self.reason is not None
 
     def _listen(self, reading: int) -> None:
         while received := os.read(reading, 64):
@@ -78,8 +78,8 @@ class StopRequest:
 
     def _hear(self, number: signal.Signals) -> None:
         now = time.monotonic()
-        if self.why is None:
-            self.why, self._asked = number.name, now
+        if self.reason is None:
+            self.reason, self._asked = number.name, now
             if self._nothing_is_lost is not None:
                 self._leave()
         elif now - self._asked >= self._echo:
@@ -89,7 +89,7 @@ class StopRequest:
 
     def _leave(self) -> None:
         if self._nothing_is_lost and rank() == 0:
-            sys.stderr.write("\n" + self._nothing_is_lost.replace("{why}", str(self.why)) + "\n")
+            sys.stderr.write("\n" + self._nothing_is_lost.replace("{reason}", str(self.reason)) + "\n")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

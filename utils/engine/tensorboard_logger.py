@@ -8,7 +8,7 @@ import numpy as np
 from utils.engine.base import StepReport
 
 
-class Curves:
+class TensorBoardLogger:
     """TensorBoard events of a run, on rank 0 only; a resumed run hides what it does again."""
 
     def __init__(self, folder: Path, first_step: int, active: bool) -> None:
@@ -28,10 +28,10 @@ class Curves:
         self.writer.add_scalar("train/learning_rate", report.learning_rate, number)
         self.writer.add_scalar("train/gradient_norm", report.gradient_norm, number)
 
-    def costs(self, number: int, figures: dict[str, float]) -> None:
+    def throughput(self, number: int, metrics: dict[str, float]) -> None:
         """Speed, memory, and the seconds of a step, by the names of their curves."""
         if self.writer is not None:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 self.writer.add_scalar(name, value, number)
 
     def scores(self, number: int, scores: dict[str, float]) -> None:

@@ -26,7 +26,7 @@ PEAKS = {
 }
 
 
-class StepClock:
+class StepTimer:
     """Seconds by name within one step. On a GPU they are those of its own work, read once the step is done."""
 
     def __init__(self, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class StepClock:
         return found
 
 
-def peak_of(device: torch.device) -> float | None:
+def peak_flops(device: torch.device) -> float | None:
     """Operations per second the device's maker states for bfloat16; None where it is not in the list above."""
     if device.type != "cuda":
         return None
@@ -75,13 +75,13 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def forget_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Let `peak_memory` count anew from here; the system's count for a process cannot be set back, and stays."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-class Costs:
+class Throughput:
     """Figures over the last steps.
 
     ranks: how many work like this one. flops_per_image: operations of forward and backward without what is computed
@@ -90,7 +90,7 @@ class Costs:
 
     def __init__(self, device: torch.device, ranks: int, flops_per_image: float = 0.0) -> None:
         self.device, self.ranks, self.flops_per_image = device, ranks, flops_per_image
-        self.peak = peak_of(device)
+        self.peak = peak_flops(device)
         self._steps: deque[tuple[float, int, int, dict[str, float]]] = deque(maxlen=WINDOW)
 
     def add(self, seconds: float, micro_batches: Sequence[Any], spent: dict[str, float]) -> None:
@@ -103,7 +103,7 @@ class Costs:
         """Of a step, on average; 0 before the first."""
         return sum(step[0] for step in self._steps) / max(len(self._steps), 1)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """By the names of their curves."""
         if not self._steps:
             return {}
@@ -122,9 +122,9 @@ class Costs:
             found["speed/mfu"] = images / self.ranks * self.flops_per_image / self.peak
         return found
 
-    def line(self) -> str:
+    def describe(self) -> str:
         """For the console."""
-        found = self.figures()
+        found = self.metrics()
         if not found:
             return ""
         parts = []
@@ -138,13 +138,13 @@ class Costs:
 
     def summary(self) -> str:
         """One sentence at the end of a run."""
-        found = self.figures()
+        found = self.metrics()
         if not found:
             return ""
         spent = {name.partition("/")[2]: value for name, value in found.items() if name.startswith("seconds/")}
         split = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in spent.items())
         peak = f"peak {found['memory/peak_gib']:.2f} GiB"
-        return f"a step of the last {len(self._steps)}: {'; '.join(filter(None, (split, self.line(), peak)))}"
+        return f"a step of the last {len(self._steps)}: {'; '.join(filter(None, (split, self.describe(), peak)))}"
 
 
 def profiler(folder: Path, steps: int) -> AbstractContextManager[Any]:

@@ -30,17 +30,17 @@ from utils.engine.base import Engine
 from utils.engine.fit import Run
 from utils.engine.lock import lock_folder
 from utils.engine.preflight import preflight
-from utils.engine.probe import find_probe_batch, probe_gradients, say_reached
-from utils.engine.runtime import Runtime, device_here, open_runtime
+from utils.engine.probe import find_probe_batch, log_gradients, probe_gradients
+from utils.engine.runtime import Runtime, current_device, open_runtime
 from utils.engine.setup import (
     StepBatches,
     checkpoint_to_resume,
     make_engine,
+    make_on_parameter_loaded,
     make_plan,
     refuse_missing_data,
     run_facts,
     seed_everything,
-    sharder,
     zero_stage,
 )
 from utils.engine.stepping import to_precision
@@ -66,7 +66,7 @@ def train(config: TrainConfig, make_validator: Callable[[TrainConfig, Engine, Bu
     if runtime.rank == 0 and not config.validation.eval_only:
         lock_folder(config.run.folder)
     seed_everything(settings.seed)
-    on_parameter_loaded = sharder(config, runtime)
+    on_parameter_loaded = make_on_parameter_loaded(config, runtime)
     built, trained = build_for_training(config, on_parameter_loaded)
     seed_everything(settings.seed + runtime.rank)
     batches, flops = None, 0.0
@@ -80,7 +80,7 @@ def train(config: TrainConfig, make_validator: Callable[[TrainConfig, Engine, Bu
     validator = make_validator(config, engine, built)
     hooks = (validator.scores, validator.images) if validator else (None, None)
     run = Run(engine, make_plan(config, engine.world_size), config.run.folder, *hooks)
-    run.costs.flops_per_image = flops
+    run.throughput.flops_per_image = flops
     if (checkpoint := checkpoint_to_resume(config.run)) is not None:
         run.resume(checkpoint)
     else:
@@ -117,7 +117,7 @@ def build_for_training(
         attention = config.engine.attn_implementation
         logger.warning(f"every conversation is a row of its own: {attention} attention takes no mask of ours")
     if config.adapter.bits:
-        quantize_frozen(built.model, config.adapter.bits, DTYPES[config.engine.precision], device_here())
+        quantize_frozen(built.model, config.adapter.bits, DTYPES[config.engine.precision], current_device())
     trained = choose_trainable(built.model, training_recipe(config))
     if config.run.weight:
         load_weights_into(built.model, read_trained_weights(config.run.weight), f"--weight {config.run.weight}")
@@ -137,7 +137,7 @@ def probe(config: TrainConfig, runtime: Runtime, built: BuiltModel, trained: lis
     wanted = ["ce", "bce"] if config.adapter.train_mask_decoder else ["ce"]
     batch = find_probe_batch(built.model, batches.probes(), wanted)
     flops = probe_gradients(built.model.to(runtime.device), batch, trained, config.engine.precision, runtime.device)
-    say_reached(built.model)
+    log_gradients(built.model)
     return flops / len(batch.info)
 
 

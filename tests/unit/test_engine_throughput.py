@@ -13,7 +13,7 @@ from utils.engine.fit import Plan, Run
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.probe import probe_gradients
 from utils.engine.stepping import OptimizerSettings, Schedule
-from utils.engine.throughput import Costs, StepClock
+from utils.engine.throughput import StepTimer, Throughput
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ class Words(ToyBatch):
 def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 11.0, 20.0, 20.5, 30.0, 32.0])
     monkeypatch.setattr(costs.time, "perf_counter", lambda: next(now))
-    clock = StepClock(CPU)
+    clock = StepTimer(CPU)
     for name in ("forward", "backward", "forward"):
         with clock(name):
             pass
@@ -37,12 +37,12 @@ def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_figures_by_hand() -> None:
     batch = Words(*vars(collate(make_samples(2))).values())
     batch.info = [{}, {}]
-    found = Costs(CPU, ranks=3, flops_per_image=5e9)
-    assert found.figures() == {} and found.line() == "" and found.summary() == ""
+    found = Throughput(CPU, ranks=3, flops_per_image=5e9)
+    assert found.metrics() == {} and found.describe() == "" and found.summary() == ""
     found.peak = 1e11
     found.add(2.0, [batch], {"data": 0.5, "forward": 1.0})
     found.add(1.0, [batch, batch], {"data": 0.1, "forward": 0.6})
-    figures = found.figures()
+    figures = found.metrics()
     # 2 + 4 images and 4 + 8 tokens in 3 s on each of 3 ranks.
     assert figures["speed/images_per_second"] == pytest.approx(6.0)
     assert figures["speed/tokens_per_second"] == pytest.approx(12.0)
@@ -51,7 +51,7 @@ def test_figures_by_hand() -> None:
     split = {name: figures[f"seconds/{name}"] for name in ("data", "forward", "other")}
     assert split == pytest.approx({"data": 0.3, "forward": 0.8, "other": 0.4})
     assert figures["memory/peak_gib"] > 0.01
-    assert found.line() == "6.0 pic/s 12 tok/s mfu 10%"
+    assert found.describe() == "6.0 pic/s 12 tok/s mfu 10%"
     assert "data 300 ms, forward 800 ms, other 400 ms" in found.summary()
 
 
@@ -92,7 +92,7 @@ def test_a_run_writes_its_costs_and_a_trace(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_peaks_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert costs.peak_of(CPU) is None
+    assert costs.peak_flops(CPU) is None
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("unknown", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert costs.peak_of(torch.device("cuda", 0)) == peak
+        assert costs.peak_flops(torch.device("cuda", 0)) == peak
