@@ -29,8 +29,8 @@ from utils.engine.fit import CHECKPOINT, Plan, Run
 from utils.engine.lock import lock_folder
 from utils.engine.nan_guard import DUMPS, SPIKES, NanGuard
 from utils.engine.plain_engine import WEIGHTS, PlainEngine
-from utils.engine.random_state import random_state, restore_random_state
 from utils.engine.sample_log import drop_later_steps, read_consumed
+from utils.engine.saving import random_state, restore_random_state
 from utils.engine.stepping import OptimizerSettings, Schedule
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_a_batch_with_nan_is_left_out_and_kept_for_looking_at(tmp_path: Path, ca
             yield micro_batches
 
     progress = run.fit(watched)
-    assert progress.step == STEPS and run.guard.left_out == 1
+    assert progress.step == STEPS and run.nan_guard.left_out == 1
     after = [*before[1:], weights(run)]
     moved = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in zip(before, after, strict=True)]
     assert moved == [True, True, False, True, True, True]
@@ -117,7 +117,7 @@ def test_a_weight_that_is_nan_stops_the_run(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_spike_is_written_down_with_its_samples(tmp_path: Path) -> None:
-    guard = NanGuard(tmp_path, engine(), most=5)
+    guard = NanGuard(tmp_path, engine(), max_in_a_row=5)
     batch = next(batches(0))
 
     def report(total: float) -> StepReport:
@@ -125,9 +125,9 @@ def test_a_spike_is_written_down_with_its_samples(tmp_path: Path) -> None:
 
     # Losses between 1.00 and 1.09: median 1.045 at most, scatter 0.03, so that 1.2 is usual and 3 is not.
     for step in range(30):
-        assert guard.look(step, report(1.0 + 0.01 * (step % 10)), batch) == []
-    assert guard.look(30, report(1.2), batch) == []
-    (sentence,) = guard.look(31, report(3.0), batch)
+        assert guard.check(step, report(1.0 + 0.01 * (step % 10)), batch) == []
+    assert guard.check(30, report(1.2), batch) == []
+    (sentence,) = guard.check(31, report(3.0), batch)
     assert "step 31: loss 3.000, usually 1.0" in sentence and "sample 0, sample 1" in sentence
     (line,) = (tmp_path / SPIKES).read_text().splitlines()
     assert json.loads(line)["samples"] == [f"sample {n}" for n in range(4)]

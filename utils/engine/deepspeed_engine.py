@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,23 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
+from model.losses import LossTerm
 from model.structures import DTYPES
 from utils.cli.errors import UserError
 from utils.data.collate import Batch
-from utils.engine.base import Engine, StepReport
+from utils.engine.base import Engine
 from utils.engine.plain_engine import WEIGHTS
 from utils.engine.process_group import ProcessGroup, explain_lost_peer
 from utils.engine.resharding import load_full_state, read_full_state, read_layout
 from utils.engine.stepping import (
-    LossSums,
     OptimizerSettings,
-    count_step,
     evaluation_mode,
     full_numel,
-    loss_divisors,
     make_optimizer,
     set_learning_rate,
     to_precision,
     trainable_parameters,
-    weighted_loss,
 )
-from utils.engine.throughput import StepTimer
 
 logger = logging.getLogger(__name__)
 
@@ -177,10 +173,8 @@ class DeepSpeedEngine(Engine):
         user_config: dict[str, Any] | None = None,
     ) -> None:
         init_distributed()
-        super().__init__(device)
-        self.precision, self.clock = precision, StepTimer(device)
+        super().__init__(settings, precision, device)
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.loss_normalisation, self.clip = settings.loss_normalisation, settings.gradient_clip
         if precision != "fp16":  # DeepSpeed itself halves everything then
             to_precision(model, precision)
         config = deepspeed_config(
@@ -205,46 +199,33 @@ class DeepSpeedEngine(Engine):
     def zero_stage(self) -> int:
         return self.deepspeed.zero_optimization_stage()
 
-    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepReport:
-        """See `Engine.train_step`."""
-        set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        with explain_lost_peer():
-            losses, counts, norm = self._run_micro_batches(micro_batches)
-        if norm is None:
-            norm = self.deepspeed.get_global_grad_norm()
-        total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
-        norm = float(norm or 0.0)
-        applied = self.deepspeed.was_step_applied() and math.isfinite(norm)
-        return StepReport(losses, total, counts, learning_rate, norm, applied, self.clock.read())
-
-    def _run_micro_batches(self, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, float], float | None]:
-        """Every micro-batch of a step, the update included.
-
-        Returns means and counts of the losses, and the gradient's norm where stage 0 leaves it to us.
-        """
+    def accumulate(self, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, float]]:
+        """See `Engine.accumulate`."""
         if len(micro_batches) != self.gradient_accumulation_steps:
             expected = self.gradient_accumulation_steps
             raise ValueError(f"a step has {expected} micro-batches, found {len(micro_batches)}")
-        weights = self.model.loss_weights
-        with self.clock("communication"):
-            counts = count_step(self.model, micro_batches, self.add)
-        sums, norm = LossSums(list(counts), self.device), None
-        everywhere = self.world_size * self.gradient_accumulation_steps
+        return super().accumulate(micro_batches)
+
+    def forward(self, batch: Batch) -> Mapping[str, LossTerm]:
+        """See `Engine.forward`."""
         dtype = DTYPES["fp16"] if self.precision == "fp16" else None
-        for number, batch in enumerate(micro_batches, start=1):
-            with self.clock("forward"):
-                losses = self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
-            # DeepSpeed divides by the number of micro-batches and of ranks; the counts have already done both.
-            divisors = loss_divisors(losses, counts, everywhere, self.loss_normalisation)
-            with self.clock("backward"):  # DeepSpeed sends gradients while it makes them
-                self.deepspeed.backward(weighted_loss(losses, weights, divisors) * everywhere)
-            sums.add(losses)
-            if number == self.gradient_accumulation_steps and self.zero_stage == 0 and self.precision != "fp16":
-                norm = self._clip_or_skip()
-            with self.clock("optimizer"):
-                self.deepspeed.step()
-        self.sum(sums.values)
-        return sums.means(counts), counts, norm
+        return self.deepspeed(**batch.to(self.device, dtype).as_kwargs()).losses
+
+    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        """See `Engine.backward`. DeepSpeed sends gradients while it makes them."""
+        # DeepSpeed divides by the number of micro-batches and of ranks; the counts have already done both.
+        self.deepspeed.backward(loss * self.world_size * self.gradient_accumulation_steps)
+        if not is_last:
+            self.deepspeed.step()  # only counts
+
+    def update(self, learning_rate: float) -> tuple[float, bool]:
+        """See `Engine.update`."""
+        set_learning_rate(self.deepspeed.optimizer, learning_rate)
+        norm = self._clip_or_skip() if self.zero_stage == 0 and self.precision != "fp16" else None
+        self.deepspeed.step()
+        if norm is None:
+            norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        return norm, self.deepspeed.was_step_applied() and math.isfinite(norm)
 
     def _clip_or_skip(self) -> float:
         """Under stage 0, whose steps are not left out by DeepSpeed: drop a gradient that is not finite, else clip it.
@@ -252,7 +233,7 @@ class DeepSpeedEngine(Engine):
         DeepSpeed's own clipping fails where there is none left. Returns the norm before.
         """
         trained = list(trainable_parameters(self.model).values())
-        norm = float(nn.utils.clip_grad_norm_(trained, self.clip or math.inf))
+        norm = float(nn.utils.clip_grad_norm_(trained, self.settings.gradient_clip or math.inf))
         if not math.isfinite(norm):
             self.model.zero_grad(set_to_none=True)
         return norm

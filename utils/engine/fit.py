@@ -19,9 +19,8 @@ from utils.engine.checkpoints import copy_checkpoint, latest_tag
 from utils.engine.lock import require_shared_folder
 from utils.engine.nan_guard import NanGuard
 from utils.engine.preflight import warn_below_chance
-from utils.engine.random_state import random_state, restore_random_state
 from utils.engine.sample_log import SampleLog, drop_later_steps, sample_numbers
-from utils.engine.saving import find_checkpoint, load_checkpoint, save_checkpoint
+from utils.engine.saving import find_checkpoint, load_checkpoint, random_state, restore_random_state, save_checkpoint
 from utils.engine.stepping import Schedule
 from utils.engine.stopping import StopRequest, under_launcher
 from utils.engine.tensorboard_logger import TensorBoardLogger

@@ -1,7 +1,7 @@
 """The plain engine: PyTorch and nothing else, in one process or in several that add up their gradients."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from model.losses import LossTerm
 from utils.cli.errors import UserError
 from utils.data.collate import Batch
-from utils.engine.base import Engine, StepReport
+from utils.engine.base import Engine
 from utils.engine.stepping import (
-    LossSums,
     OptimizerSettings,
     autocast,
-    count_step,
     evaluation_mode,
-    loss_divisors,
     make_optimizer,
     set_learning_rate,
     to_precision,
     trainable_parameters,
-    weighted_loss,
 )
-from utils.engine.throughput import StepTimer
 
 WEIGHTS, STATE = "pytorch_model.bin", "training_state.pt"
 
@@ -54,10 +50,9 @@ class PlainEngine(Engine):
             optimizer: one over the trainable parameters of `model`, in the groups of `parameter_groups`; by default the
                 one that `settings` name.
         """
-        super().__init__(device)
+        super().__init__(settings, precision, device)
         to_precision(model, precision)
         self.model: Any = model.to(device)
-        self.precision, self.settings, self.clock = precision, settings, StepTimer(device)
         self.optimizer = optimizer or make_optimizer(model, settings)
         self.parameters = list(trainable_parameters(model).values())
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -65,35 +60,28 @@ class PlainEngine(Engine):
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, src=0)
 
-    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepReport:
-        """See `Engine.train_step`."""
-        losses, counts = self.accumulate(micro_batches)
-        with self.clock("optimizer"):
-            norm, applied = self._apply(learning_rate)
-        total = sum(self.model.loss_weights[name] * value for name, value in losses.items())
-        return StepReport(losses, total, counts, learning_rate, norm, applied, self.clock.read())
-
     def accumulate(self, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, float]]:
-        """Add the whole step's gradient to the parameters; returns the means and counts of the losses."""
-        weights = self.model.loss_weights
-        with self.clock("communication"):
-            counts = count_step(self.model, micro_batches, self.add)
-        sums = LossSums(list(counts), self.device)
-        for batch in micro_batches:
-            with self.clock("forward"), autocast(self.device, self.precision):
-                losses = self.model(**batch.to(self.device).as_kwargs()).losses
-            everywhere = self.world_size * len(micro_batches)
-            divisors = loss_divisors(losses, counts, everywhere, self.settings.loss_normalisation)
-            with self.clock("backward"):
-                self.scaler.scale(weighted_loss(losses, weights, divisors)).backward()
-            sums.add(losses)
-        with self.clock("communication"):
-            self.sum(sums.values)
+        """See `Engine.accumulate`."""
+        found = super().accumulate(micro_batches)
+        with self.timer("communication"):
             self._sum_gradients()
-        return sums.means(counts), counts
+        return found
+
+    def forward(self, batch: Batch) -> Mapping[str, LossTerm]:
+        """See `Engine.forward`."""
+        with autocast(self.device, self.precision):
+            return self.model(**batch.to(self.device).as_kwargs()).losses
+
+    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        """See `Engine.backward`."""
+        self.scaler.scale(loss).backward()
 
     def _sum_gradients(self) -> None:
-        """Over all ranks, in one message. A parameter that no loss reached on this rank adds zeros."""
+        """Over all ranks, in one message. A parameter that no loss reached on this rank adds zeros.
+
+        torch's DistributedDataParallel orders its buckets anew after the first step, so that with more than two ranks
+        a resumed run adds up in another order than one that went through.
+        """
         if self.world_size == 1:
             return
         for parameter in self.parameters:
@@ -102,11 +90,8 @@ class PlainEngine(Engine):
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         vector_to_parameters(self.sum(parameters_to_vector(gradients)), gradients)
 
-    def _apply(self, learning_rate: float) -> tuple[float, bool]:
-        """Clip and step; returns the norm before clipping and whether the step was taken.
-
-        A gradient that is not finite is thrown away: it would leave nothing of the weights, nor of the moments.
-        """
+    def update(self, learning_rate: float) -> tuple[float, bool]:
+        """See `Engine.update`."""
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.gradient_clip or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))

@@ -4,16 +4,17 @@ All ranks call everything here together.
 """
 
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.cli.errors import UserError
 from utils.engine import checkpoints
 from utils.engine.base import Engine
 from utils.engine.checkpoints import explain_write_errors
-from utils.engine.random_state import random_state, random_state_file, restore_random_state
 from utils.engine.stepping import full_numel
 
 logger = logging.getLogger(__name__)
@@ -87,3 +88,32 @@ def load_checkpoint(engine: Engine, place: Path) -> dict[str, Any]:
             f"{place} was written by {ranks} processes and this run has {engine.world_size}: dropout is drawn anew"
         )
     return client_state
+
+
+def random_state_file(place: Path, rank: int) -> Path:
+    """Where a checkpoint keeps the random states of a rank."""
+    return place / f"random_rank{rank}.pt"
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states now, in what `torch.load(weights_only=True)` reads."""
+    kind, words, numbers_used, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(words, dtype=np.int64)), numbers_used, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go on drawing where `state` was taken."""
+    version, numbers, gauss_next = state["python"]
+    random.setstate((version, tuple(numbers), gauss_next))
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
