@@ -21,6 +21,7 @@ from utils.engine.stepping import OptimizerSettings
 
 BETA1, RATE = 0.9, 1e-2
 REAL_ROUNDS = (1, 4)
+OLD = Path(__file__).resolve().parents[1] / "fixtures" / "old_checkpoints"
 
 
 def make_engine(stage: int, rounds: int, precision: str = "fp32", clip: float = 0.0) -> DeepSpeedEngine:
@@ -69,6 +70,7 @@ def main(out: Path) -> None:
     lonely_answers(out, lines)
     spoiled(lines)
     checkpoint(out, lines)
+    old_checkpoints(lines)
     if engine.rank == 0:
         (out / "lines.json").write_text(json.dumps(lines))
     engine.close()
@@ -179,6 +181,15 @@ def checkpoint(out: Path, lines: dict) -> None:
     dtypes = {n: str(p.dtype) for n, p in low.model.named_parameters()} | {"buffer": str(low.model.frequencies.dtype)}
     lines["bf16"] = {"total": report.total, "dtypes": dtypes}
     lines["gathered"] = low.gather(low.rank)
+
+
+def old_checkpoints(lines: dict) -> None:
+    """What one rank wrote under three stages before engines had their present form, taken on under stage 2 by two."""
+    for stage in (0, 2, 3):
+        engine = make_engine(2, 1)
+        client = load_checkpoint(engine, OLD / f"zero{stage}" / "step2")
+        report = engine.train_step(cut(make_samples(4, 9), engine.world_size, 1, engine.rank), RATE)
+        lines[f"old{stage}"] = {"client": client, "losses": report.losses}
 
 
 def full_disk(out: Path) -> None:

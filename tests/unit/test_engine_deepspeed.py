@@ -121,6 +121,13 @@ def test_a_checkpoint_goes_on_where_it_was(ranks: tuple[Path, dict]) -> None:
     assert lines["gathered"] == [0, 1]
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_checkpoints_of_earlier_versions_are_taken_on(stage: int, ranks: tuple[Path, dict]) -> None:
+    """Losses of the third step, as the version that wrote the checkpoints made it."""
+    third = {"ce": 2.1548803647359214, "mask": 0.5111602544784546}
+    assert ranks[1][f"old{stage}"] == {"client": {"step": 2}, "losses": pytest.approx(third, rel=1e-5)}
+
+
 @pytest.mark.long
 def test_a_rank_without_space_ends_the_run_and_the_last_checkpoint_counts(tmp_path: Path) -> None:
     done = on_two_ranks("full_disk", tmp_path)

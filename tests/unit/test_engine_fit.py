@@ -98,6 +98,17 @@ def test_a_resumed_run_ends_where_the_straight_one_does(tmp_path: Path, capsys: 
     assert steps[-1] == STEPS and all(a < b for a, b in pairwise(steps))
 
 
+def test_a_checkpoint_of_an_earlier_version_is_taken_on(tmp_path: Path) -> None:
+    straight, resumed = (Run(engine(seed=9 * n), plan(), tmp_path / str(n)) for n in range(2))
+    straight.engine.model.load_state_dict(make_toy().state_dict())
+    straight.fit(batches)
+    resumed.resume(Path(__file__).resolve().parents[1] / "fixtures" / "old_checkpoints" / "plain")
+    assert (resumed.progress.step, resumed.progress.best) == (2, None)
+    resumed.fit(batches)
+    for one, other in zip(weights(straight), weights(resumed), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_fresh_run_in_an_old_folder_leaves_the_old_best_whole(tmp_path: Path) -> None:
     first = Run(engine(), plan(total_steps=2), tmp_path, lambda: {"giou": 0.5})
     first.fit(batches)

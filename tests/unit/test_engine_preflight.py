@@ -18,7 +18,7 @@ from utils.engine.preflight import (
     required_memory,
     warn_below_chance,
 )
-from utils.engine.prepare import remove_stale_locks
+from utils.engine.runtime import remove_stale_locks
 
 
 def test_the_arithmetic_of_a_step() -> None:

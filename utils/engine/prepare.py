@@ -4,30 +4,13 @@ python -m utils.engine.prepare
 """
 
 import logging
-import os
 import subprocess
 import sys
-import time
-from pathlib import Path
-
-from torch.utils.cpp_extension import get_default_build_root
 
 from utils.cli.errors import UserError, run_script
-from utils.engine.runtime import current_device, deepspeed_problem
+from utils.engine.runtime import current_device, deepspeed_problem, remove_stale_locks
 
 logger = logging.getLogger(__name__)
-
-
-STALE_AFTER = 600.0  # seconds; a build takes two minutes at most
-
-
-def remove_stale_locks() -> None:
-    """Remove the locks of builds that were killed: the next build would wait for them for ever."""
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in folder.glob("**/deepspeed_*/lock"):
-        if time.time() - lock.stat().st_mtime > STALE_AFTER:
-            lock.unlink(missing_ok=True)
-            logger.warning(f"removed {lock}, which a build that was killed had left")
 
 
 def main(argv: list[str] | None = None) -> None:

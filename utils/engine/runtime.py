@@ -1,19 +1,24 @@
 """Which process this is, on which device, and which engine runs here."""
 
+import contextlib
 import importlib.util
 import logging
 import os
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.cpp_extension import get_default_build_root
 
 from utils.cli.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+STALE_AFTER = 600.0  # seconds; a build takes two minutes at most
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ def open_runtime(engine: str, local_rank: int, precision: str, deterministic: bo
         raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
     chosen = _choose(engine, launched, world_size, device)
+    if chosen == "deepspeed" and local_rank == 0:
+        remove_stale_locks()
     if world_size > 1:
         _join_others(chosen, device)
     return Runtime(chosen, int(os.environ.get("RANK", "0")), local_rank, world_size, device)
@@ -121,3 +128,13 @@ def add_programs_to_path() -> None:
     programs = str(Path(sys.executable).parent)
     if programs not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
+
+
+def remove_stale_locks() -> None:
+    """Remove the locks of builds that were killed: the next build would wait for them for ever."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in folder.glob("**/deepspeed_*/lock"):
+        with contextlib.suppress(FileNotFoundError):  # a build that ends removes its own
+            if time.time() - lock.stat().st_mtime > STALE_AFTER:
+                lock.unlink()
+                logger.warning(f"removed {lock}, which a build that was killed had left")
