@@ -148,7 +148,7 @@ def test_bf16_holds_float32_where_the_plain_engine_does(ranks: tuple[Path, dict]
 
 
 def test_the_configuration() -> None:
-    numbers = {"micro_batch": 2, "rounds": 5, "world_size": 8, "clip": 1.0, "numel": 1000}
+    numbers = {"micro_batch": 2, "gradient_accumulation_steps": 5, "world_size": 8, "clip": 1.0, "numel": 1000}
     config = deepspeed_config({}, zero_stage=2, precision="bf16", **numbers)
     assert config["train_batch_size"] == 80 and config["torch_autocast"]["dtype"] == "bfloat16"
     assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}

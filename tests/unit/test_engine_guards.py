@@ -412,7 +412,7 @@ def test_every_random_state_comes_back(tmp_path: Path) -> None:
     assert draw() == drawn
 
 
-def test_the_journal_forgets_what_is_done_again(tmp_path: Path) -> None:
+def test_the_sample_log_drops_what_is_done_again(tmp_path: Path) -> None:
     Run(engine(), plan(), tmp_path).fit(batches)
     path = tmp_path / "samples" / "rank0.jsonl"
     path.write_text(path.read_text() + '{"step": 7, "sam')

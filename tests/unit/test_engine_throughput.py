@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.unit.engine_toys import CLASSES, WIDTH, ToyBatch, collate, cut, make_samples, make_toy
-from utils.engine import throughput as costs
+from utils.engine import throughput
 from utils.engine.fit import Plan, Run
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.probe import probe_gradients
@@ -26,7 +26,7 @@ class Words(ToyBatch):
 
 def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 11.0, 20.0, 20.5, 30.0, 32.0])
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(now))
     clock = StepTimer(CPU)
     for name in ("forward", "backward", "forward"):
         with clock(name):
@@ -92,7 +92,7 @@ def test_a_run_writes_its_costs_and_a_trace(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_peaks_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert costs.peak_flops(CPU) is None
+    assert throughput.peak_flops(CPU) is None
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("unknown", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert costs.peak_flops(torch.device("cuda", 0)) == peak
+        assert throughput.peak_flops(torch.device("cuda", 0)) == peak

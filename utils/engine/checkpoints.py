@@ -1,8 +1,8 @@
 """Checkpoint folders: <folder>/<tag>/… with a manifest in each, and <folder>/latest. The same for both engines.
 
-A checkpoint is written under another name, brought to the disk, sealed with the sizes and checksums of its files, read
-back, and only then renamed, pointed to, and followed by the removal of what it succeeds. Killed anywhere, a run leaves
-the checkpoint before it as it was.
+A checkpoint is written under another name, brought to the disk, given a manifest with the sizes and checksums of its
+files, read back, and only then renamed, pointed to, and followed by the removal of what it succeeds. Killed anywhere, a
+run leaves the checkpoint before it as it was.
 """
 
 import hashlib

@@ -264,7 +264,7 @@ class DeepSpeedEngine(Engine):
         """See `Engine.save`. DeepSpeed's own layout, with zero_to_fp32.py beside the folder."""
         state = {"client": client_state, GROUP_NAMES: self.group_names, **self._frozen_weights()}
         with explain_lost_peer():
-            # DeepSpeed would name the tag before it is sealed.
+            # DeepSpeed would point to the tag before it has its manifest.
             self.deepspeed.save_checkpoint(str(place.parent), tag=place.name, client_state=state, save_latest=False)
         if self.zero_stage == 0 and self.rank == 0:
             # zero_to_fp32.py has nothing to put together then; merging reads this file as it is.

@@ -48,7 +48,7 @@ class NanGuard:
     def _bad(self, step: int, report: StepReport, micro_batches: Sequence[Any]) -> list[str]:
         self.left_out += 1
         self.in_a_row += 1
-        ids = [name for part in self.engine.gather(sample_ids(micro_batches)) for name in part]
+        ids = self._gather_ids(micro_batches)
         kept = self._dump(step, report, micro_batches) if self.left_out <= self.max_dumps else "not kept, enough are"
         what = f"loss {report.total:.4g}, gradient norm {report.gradient_norm:.4g}"
         if self.max_in_a_row and self.in_a_row >= self.max_in_a_row:
@@ -76,6 +76,10 @@ class NanGuard:
         torch.save(content, path)
         return str(path)
 
+    def _gather_ids(self, micro_batches: Sequence[Any]) -> list[str]:
+        """What the step's samples are called, on all ranks."""
+        return [name for part in self.engine.gather(sample_ids(micro_batches)) for name in part]
+
     def _is_spike(self, total: float) -> bool:
         if len(self._recent) < FEWEST:
             return False
@@ -84,8 +88,7 @@ class NanGuard:
         return total > middle + SCATTERS * max(scatter, 0.02 * abs(middle))
 
     def _spike(self, step: int, report: StepReport, micro_batches: Sequence[Any]) -> list[str]:
-        ids = [name for part in self.engine.gather(sample_ids(micro_batches)) for name in part]
-        usual = statistics.median(self._recent)
+        ids, usual = self._gather_ids(micro_batches), statistics.median(self._recent)
         if self.engine.rank == 0:
             line = {"step": step, "loss": report.total, "usual": usual, "samples": ids, "losses": dict(report.losses)}
             with (self.folder / SPIKES).open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""From a run's arguments to its engine, its schedule and the steps' batches."""
+"""From a run's config to its engine, its schedule and the steps' batches."""
 
 import logging
 import random

@@ -46,7 +46,7 @@ class OptimizerSettings:
 
     name: ADAMW, or SGD without momentum. multipliers: prefix of parameter names -> times the learning rate (the first
     that fits). loss_normalisation: losses are divided by the
-    counts of the whole "step", or (release, golden fact L1) each micro-batch's by its own, and the micro-batches
+    counts of the whole "step", or (release, docs/facts.md, L1) each micro-batch's by its own, and the micro-batches
     averaged: "micro_batch".
     """
 
@@ -161,7 +161,7 @@ def weighted_loss(losses: Mapping[str, Any], weights: Mapping[str, float], count
 
 
 class LossSums:
-    """Sums of the losses over a step's rounds, kept on the device until the end."""
+    """Sums of the losses over a step's micro-batches, kept on the device until the end."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = list(names)
