@@ -1,4 +1,4 @@
-"""One-to-one matching of predicted and true masks by BCE + DICE at sampled points (golden facts V1).
+"""One-to-one matching of predicted and true masks by BCE + DICE at sampled points (docs/facts.md, V1).
 
 Axes: P predicted masks, G true masks, N points, H W pixels.
 """

@@ -1,4 +1,4 @@
-"""Scores as the release's two validation loops count them, surprises included (golden facts V): pure functions.
+"""Scores as the release's two validation loops count them, surprises included (docs/facts.md, V1): pure functions.
 
 For quoting beside published numbers only. What our own scores are, and why they differ, is in `metrics`.
 
