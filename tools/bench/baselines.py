@@ -1,8 +1,8 @@
 """What answering and training are measured against, and the model they are measured on; not for use.
 
 `release_without_cache` does what the release does when it answers: the image and the whole text go through both
-models again for every token (docs/facts.md, E1). `plain_cache` is the usual way since: a key-value cache, one question at
-a time, one token at a time. `release_training_loss` is a training step with a row of its own for every conversation,
+models again for every token (docs/facts.md, E1). `plain_cache` is the usual way since: a key-value cache, one question
+at a time, one token at a time. `release_training_loss` is a training step with a row of its own for every conversation,
 its image encoded for each, and logits of every position. All share our weights and modules, and their results are
 ours.
 
