@@ -74,7 +74,7 @@ def test_two_ranks_make_the_step_of_one_process(case: str, ranks: tuple[Path, di
 def test_two_ranks_make_the_gradient_of_one_process_on_a_true_model(ranks: tuple[Path, dict]) -> None:
     out, _ = ranks
     cpu = torch.device("cpu")
-    model, step = real_step(out, Runtime("plain", 0, 0, 1, cpu), gradient_accumulation_steps=1)
+    model, step = real_step(out, Runtime("plain", 0, 0, 1, cpu), rounds=1)
     PlainEngine(model, OptimizerSettings(gradient_clip=0.0), "fp32", cpu).accumulate(step)
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in ours.values()]).norm()

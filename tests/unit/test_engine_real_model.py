@@ -9,7 +9,7 @@ import torch
 from tests.unit.engine_real import IMAGES, real_step, write_real
 from tests.unit.engine_toys import gradients
 from utils.data.collate import Batch
-from utils.engine import plain_engine
+from utils.engine import base
 from utils.engine.plain_engine import PlainEngine
 from utils.engine.runtime import Runtime
 from utils.engine.stepping import OptimizerSettings, count_step
@@ -53,6 +53,6 @@ def test_a_mean_of_means_would_be_noticed(folder: Path, monkeypatch: pytest.Monk
     def own_counts(model: object, step: list[Batch], add: Callable) -> dict[str, float]:
         return {name: rounds * count for name, count in count_step(model, step[:1], add).items()}
 
-    monkeypatch.setattr(plain_engine, "count_step", own_counts)
+    monkeypatch.setattr(base, "count_step", own_counts)
     found, _ = gradient_of(folder, rounds, torch.float32)
     assert (found - whole).norm() > 1e-2 * whole.norm()

@@ -79,7 +79,7 @@ def test_stories_become_a_pixellm_that_trains_and_chats(
     how = ("--engine=plain", "--precision=fp32", "--conv_type=llava_v1", *SMALL)
     train_ds.main([f"--version={stories}", f"--vision-tower={eye}", *place, *data, *steps, *how])
     card = json.loads((tmp_path / "stories" / "run.json").read_text(encoding="utf-8"))
-    assert card["loaded"]["layout"] == "a plain language model (llama)" and card["loaded"]["fresh"]
+    assert card["loaded"]["layout"] == "a plain language model (llama)" and card["loaded"]["newly_initialized"]
     run = tmp_path / "stories"
     assert merge.main([f"--weight={run / 'ckpt_model'}", f"--save_path={tmp_path / 'model'}", "--precision=fp32"]) == 0
     built = build_model(str(tmp_path / "model"))
