@@ -49,7 +49,7 @@ setup: venv  ## .venv with requirements.txt
 setup-dev: setup  ## .venv with the tools of the tests too
 	$(call install,requirements-dev.txt)
 
-demo: setup  ## data, base, training, export, scores, a chat: runs/demo/ (DEMO=smoke: the same road in a minute or two)
+demo: setup  ## data, base, training, export, scores, a chat: runs/demo/ (DEMO=smoke: the same stages in a minute or two)
 	@$(BIN)/python -m demo --size $(DEMO)
 
 real-images: setup  ## learn the real images in the folder PIXELLM_REALDATA by heart: runs/real_images/

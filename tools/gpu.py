@@ -6,6 +6,7 @@ Exit status: 0 where every part went well, 1 where one failed, 2 without CUDA.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ def list_parts(out: Path) -> list[Part]:
 
 
 def run_part(part: Part) -> dict[str, Any]:
-    """Run one part; its seconds, its exit status, the file with its result, and its last output where it failed."""
+    """Run one part; its seconds, exit status, result (or the file with it), and last output where it failed."""
     print(f"\n{part.name}: {' '.join(part.arguments)}", flush=True)
     start = time.perf_counter()
     try:
@@ -66,7 +67,8 @@ def run_part(part: Part) -> dict[str, Any]:
         status, output = 124, str(error)
     found: dict[str, Any] = {"status": status, "seconds": round(time.perf_counter() - start, 1)}
     if part.result is not None and part.result.is_file():
-        found["result"] = str(part.result)
+        text = part.result.read_text(encoding="utf-8")
+        found["result"] = json.loads(text) if part.result.suffix == ".json" else str(part.result)
     if status:
         found["output"] = output[-KEPT_OUTPUT:]
     print(f"{part.name}: {'ok' if not status else 'FAILED'}, {found['seconds']} s", flush=True)

@@ -201,9 +201,8 @@ def _draw_figures(path: str, images: Mapping[str, Masks]) -> list[Figure]:
     """Images side by side, by their captions."""
     image, figures = open_image(path), []
     for name, (masks, phrases) in images.items():
-        drawn = image
-        if masks is not None:
-            drawn = draw_overlay(*_shrink(image, masks), phrases, min_side=SIDE)
+        shown = np.zeros((0, *image.shape[:2]), dtype=bool) if masks is None else masks
+        drawn = draw_overlay(*_shrink(image, shown), phrases, min_side=SIDE)
         figures.append(Figure(name, embed_image(drawn, SIDE, "JPEG")))
     return figures
 
