@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ SCORES = (
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class Pipeline(ABC):
     """A run made of stages. out: the folder everything is written to. engine: who trains.
 
     Subclasses say the stages, and what belongs into the summary beside scores and seconds.
@@ -55,29 +56,29 @@ class Pipeline:
         """The folder evaluation writes its results.json and gallery.png to."""
         return self.out / "evaluation"
 
+    @abstractmethod
     def stages(self) -> Iterator[Stage | str]:
         """The stages in order, each reading only what those before it left; a name stands for `run_step`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_step(self, name: str, stages: Stages) -> None:
         """Run, timed by `stages`, a stage that is no command."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What the summary says of this run beside scores and seconds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def headline(self, summary: Mapping[str, Any]) -> str:
         """The line above the table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def goodbye(self) -> str:
         """What stands below the table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self) -> int:
         """How many stages there are."""
-        raise NotImplementedError
 
     def stage(self, name: str, title: str, *command: str, threads: int = 1, cwd: Path = ROOT) -> Stage:
         """A stage that runs a script of the repository (of `cwd` where given), or a program named by its full path.
